@@ -1,0 +1,204 @@
+"""Many rows of several modalities and widths in one flat tensor, without padding.
+
+A *pack* is a 1-D int64 tensor on the CPU, so that it travels like any tensor:
+
+    word 0                  magic number
+    word 1                  rows R in the pack
+    word 2                  modalities G in the pack
+    word 3                  dtype code
+    words 4 .. 4 + 4 G      per modality: index, width, rows, first data word
+    then 2 R words          the directory: one [position, modality * 2**40 + ordinal] a row
+    then, 16-byte aligned   each modality's rows, contiguous, at their own width
+
+`directory()` returns the `[R, 2]` view of the pack's directory. It shares the pack's storage and
+each of its rows knows its own position in the pack, so any non-empty slice of rows leads back to
+the data: that is what lets an engine that only slices 2-D tensors by rows carry ragged rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+_MAGIC = 0x6D6D7177656E3031  # "mmqwen01"
+_HEADER_WORDS = 4
+_GROUP_WORDS = 4
+_ALIGN_WORDS = 2  # 16 bytes, for 16-byte loads
+_ORDINAL_BITS = 40
+_ORDINAL_MASK = (1 << _ORDINAL_BITS) - 1
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class PackError(ValueError):
+    """A tensor is not a pack, or not a slice of a pack's directory."""
+
+
+class RowGroup(NamedTuple):
+    """Consecutive rows of one modality.
+
+    Attributes:
+        modality: index of the modality.
+        rows: `[n, d]`, a view where possible.
+    """
+
+    modality: int
+    rows: torch.Tensor
+
+
+def _align(words: int) -> int:
+    return -(-words // _ALIGN_WORDS) * _ALIGN_WORDS
+
+
+def pack_rows(items: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor:
+    """Pack items, in the order of the slots that they will fill.
+
+    Args:
+        items: (modality index, `[n, d]` CPU tensor) each; one width per modality, one dtype of
+            float32, float16 or bfloat16 in all, every n >= 1.
+
+    Returns:
+        The pack: 1-D int64.
+
+    Raises:
+        PackError: no items, or items that differ in dtype, or in width within a modality.
+    """
+    if not items:
+        raise PackError("a pack needs at least one item")
+    dtype = items[0][1].dtype
+    if dtype not in _DTYPES:
+        raise PackError(f"rows are {dtype}, expected one of {[str(d) for d in _DTYPES]}")
+    grouped: dict[int, list[torch.Tensor]] = {}
+    for modality, rows in items:
+        if rows.ndim != 2 or rows.dtype != dtype:
+            raise PackError(
+                f"expected [n, d] rows of {dtype}, got {tuple(rows.shape)} of {rows.dtype}"
+            )
+        grouped.setdefault(modality, []).append(rows)
+
+    total = sum(rows.shape[0] for _, rows in items)
+    directory_at = _HEADER_WORDS + _GROUP_WORDS * len(grouped)
+    at = _align(directory_at + 2 * total)
+    header = [_MAGIC, total, len(grouped), _DTYPES.index(dtype)]
+    groups: list[tuple[int, int, list[torch.Tensor]]] = []
+    for modality, members in grouped.items():
+        count, width = sum(m.shape[0] for m in members), members[0].shape[1]
+        if any(m.shape[1] != width for m in members):
+            raise PackError(f"modality {modality}: rows of more than one width in a pack")
+        header += [modality, width, count, at]
+        groups.append((at, count * width, members))
+        at = _align(at + -(-count * width * dtype.itemsize // 8))
+
+    pack = torch.zeros(at, dtype=torch.int64)
+    words = pack.numpy()
+    words[:directory_at] = header
+    words[directory_at : directory_at + 2 * total] = _directory_words(
+        items, grouped, directory_at, total
+    )
+    for first, elements, members in groups:
+        target = pack[first:].view(dtype)[:elements].view(-1, members[0].shape[1])
+        torch.cat(members, out=target) if len(members) > 1 else target.copy_(members[0])
+    return pack
+
+
+def _directory_words(
+    items: Sequence[tuple[int, torch.Tensor]],
+    grouped: dict[int, list[torch.Tensor]],
+    directory_at: int,
+    total: int,
+) -> np.ndarray:
+    counts = [rows.shape[0] for _, rows in items]
+    of_row = np.repeat(np.array([modality for modality, _ in items], dtype=np.int64), counts)
+    out = np.empty((total, 2), dtype=np.int64)
+    out[:, 0] = np.arange(directory_at, directory_at + 2 * total, 2)
+    if len(grouped) == 1:
+        ordinal = np.arange(total, dtype=np.int64)
+    else:
+        ordinal = np.empty(total, dtype=np.int64)
+        for modality in grouped:
+            mask = of_row == modality
+            ordinal[mask] = np.arange(int(mask.sum()))
+    out[:, 1] = (of_row << _ORDINAL_BITS) | ordinal
+    return out.reshape(-1)
+
+
+def directory(pack: torch.Tensor) -> torch.Tensor:
+    """The pack's directory: an int64 `[R, 2]` view that shares the pack's storage.
+
+    Raises:
+        PackError: `pack` is not a pack.
+    """
+    if pack.ndim != 1 or pack.dtype != torch.int64 or pack.device.type != "cpu":
+        raise PackError(
+            f"expected a 1-D int64 CPU tensor, got {pack.ndim}-D {pack.dtype} on {pack.device}"
+        )
+    if pack.numel() < _HEADER_WORDS or not pack.is_contiguous():
+        raise PackError("the tensor is too short, or not contiguous, to be a pack")
+    magic, total, groups, code = pack[:_HEADER_WORDS].tolist()
+    begin = _HEADER_WORDS + _GROUP_WORDS * groups
+    if magic != _MAGIC or total < 1 or groups < 1 or not 0 <= code < len(_DTYPES):
+        raise PackError("the tensor is not a pack of mmqwen rows")
+    if pack.numel() < begin + 2 * total:
+        raise PackError("the pack is shorter than its header says")
+    _check_groups(pack, groups, _DTYPES[code], total)
+    return pack[begin : begin + 2 * total].view(total, 2)
+
+
+def _check_groups(pack: torch.Tensor, groups: int, dtype: torch.dtype, total: int) -> None:
+    table = pack[_HEADER_WORDS : _HEADER_WORDS + _GROUP_WORDS * groups].tolist()
+    rows = 0
+    for g in range(groups):
+        _, width, count, first = table[_GROUP_WORDS * g : _GROUP_WORDS * (g + 1)]
+        rows += count
+        words = -(-count * width * dtype.itemsize // 8)
+        if width < 1 or count < 1 or first < 0 or first + words > pack.numel():
+            raise PackError("a modality's rows reach past the end of the pack")
+    if rows != total:
+        raise PackError(f"the modalities hold {rows} rows, the directory {total}")
+
+
+def read_slice(part: torch.Tensor) -> tuple[np.ndarray, list[RowGroup]]:
+    """Resolve a slice of a directory.
+
+    Args:
+        part: int64 `[n, 2]`, consecutive rows of what `directory()` returned, n >= 1.
+
+    Returns:
+        The modality index of each of the n rows, int64 `[n]`; and for each modality among them its
+        rows in order, as a view into the pack.
+
+    Raises:
+        PackError: `part` is not such a slice (for instance a copy that left the data behind).
+    """
+    words = part.numpy()
+    start = part.storage_offset() - int(words[0, 0])
+    storage = part.untyped_storage()
+    if start < 0 or 8 * (start + _HEADER_WORDS) > storage.nbytes():
+        raise PackError("the slice has lost the pack that it was taken from")
+    base = torch.empty(0, dtype=torch.int64).set_(storage, 0, (storage.nbytes() // 8,))
+    header = base[start : start + _HEADER_WORDS].tolist()
+    if header[0] != _MAGIC:
+        raise PackError("the slice has lost the pack that it was taken from")
+    dtype = _DTYPES[header[3]]
+    at = start + _HEADER_WORDS
+    table = base[at : at + _GROUP_WORDS * header[2]].tolist()
+    modality = words[:, 1] >> _ORDINAL_BITS
+    found: list[RowGroup] = []
+    for g in range(header[2]):
+        index, width, count, first = table[_GROUP_WORDS * g : _GROUP_WORDS * (g + 1)]
+        if header[2] == 1:
+            lo = int(words[0, 1]) & _ORDINAL_MASK
+            n = len(words)
+        else:
+            hits = np.flatnonzero(modality == index)
+            n = len(hits)
+            if not n:
+                continue
+            lo = int(words[hits[0], 1]) & _ORDINAL_MASK
+        if lo + n > count:
+            raise PackError("the slice reaches past the rows of its pack")
+        data = base[start + first :].view(dtype)
+        found.append(RowGroup(index, data[lo * width : (lo + n) * width].view(n, width)))
+    return modality, found

@@ -1,0 +1,81 @@
+"""Torch twins: what each op means. The kernels are tested against these in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+class Projector(NamedTuple):
+    """Weights of one two-layer ReLU projector (or of one shard of its hidden units).
+
+    Attributes:
+        w1: `[H, d]`.
+        b1: `[H]`.
+        w2: `[D, H]`.
+        b2: `[D]`, or None where another shard adds it.
+    """
+
+    w1: torch.Tensor
+    b1: torch.Tensor
+    w2: torch.Tensor
+    b2: torch.Tensor | None
+
+
+def project_rows_torch(rows: torch.Tensor, projector: Projector) -> torch.Tensor:
+    """`W2 relu(W1 x + b1) + b2` for rows `[R, d]` -> `[R, D]`.
+
+    The hidden activations are rounded to the rows' dtype, as in a torch model of that dtype.
+    """
+    hidden = F.relu(F.linear(rows, projector.w1, projector.b1))
+    return F.linear(hidden, projector.w2, projector.b2)
+
+
+def scatter_rows_torch(out: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """`out[slots[r]] = rows[r]`, in place; slots are distinct. Returns `out` `[T, D]`."""
+    return out.index_copy_(0, slots.long(), rows)
+
+
+def gather_text_torch(
+    input_ids: torch.Tensor, token_table: torch.Tensor, vocab_start: int = 0
+) -> torch.Tensor:
+    """`token_table[input_ids - vocab_start]`, zero where the id lies outside the (shard's) table."""
+    local = input_ids.long() - vocab_start
+    inside = (local >= 0) & (local < token_table.shape[0])
+    out = F.embedding(local.where(inside, 0), token_table)
+    return out.masked_fill_(~inside.unsqueeze(-1), 0)
+
+
+def fuse_embeddings_torch(
+    input_ids: torch.Tensor,
+    token_table: torch.Tensor,
+    rows: Sequence[torch.Tensor | None],
+    slots: Sequence[torch.Tensor | None],
+    projectors: Sequence[Projector],
+    *,
+    vocab_start: int = 0,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Text rows gathered, raw rows projected, all in one buffer.
+
+    Args:
+        input_ids: `[T]` integers; the ids at slots of rows do not matter.
+        token_table: `[V, D]`, the table or the shard that begins at id `vocab_start`.
+        rows: per modality `[R_m, d_m]`, or None.
+        slots: per modality `[R_m]` positions in `[0, T)`, distinct over all modalities, or None.
+        projectors: per modality.
+        vocab_start: first id of the shard; ids outside it give a zero row.
+        out: `[T, D]` to write into.
+
+    Returns:
+        `[T, D]`.
+    """
+    text = gather_text_torch(input_ids, token_table, vocab_start)
+    out = text if out is None else out.copy_(text)
+    for projector, x, at in zip(projectors, rows, slots, strict=True):
+        if x is not None and at is not None and x.shape[0]:
+            scatter_rows_torch(out, at, project_rows_torch(x, projector))
+    return out

@@ -1,0 +1,232 @@
+"""What a modality is, and the marker rules that every door shares.
+
+Imports the standard library only, so that configuration, command line and client can use it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+NAME_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
+"""Names are used as weight names, chat part types and token spellings, so they are identifiers."""
+
+RESERVED_NAMES = frozenset(
+    {"image", "video", "audio", "vision_chunk", "prompt_embeds", "text", "mmqwen_pack"}
+)
+"""Names that vLLM or this package already gives a meaning of their own."""
+
+DEFAULT_MAX_ROWS = 1024
+
+
+class ModalityError(ValueError):
+    """A modality's description is wrong, or a prompt's markers do not match its items."""
+
+
+@dataclass(frozen=True)
+class ModalitySpec:
+    """One modality: its row width, its projector's hidden width and its placeholder token.
+
+    Attributes:
+        name: identifier, at most 64 characters.
+        dim: width of one row, in elements.
+        hidden_dim: hidden units of the projector; None means the language model's hidden size.
+        token: spelling of the placeholder, `<|name|>` unless told.
+        token_id: id of the placeholder; None until it is assigned.
+        max_rows: most rows that one item may have.
+    """
+
+    name: str
+    dim: int
+    hidden_dim: int | None = None
+    token: str = ""
+    token_id: int | None = None
+    max_rows: int = DEFAULT_MAX_ROWS
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not NAME_PATTERN.fullmatch(self.name):
+            raise ModalityError(
+                f"modality name {self.name!r} is not an identifier of at most 64 letters, digits "
+                "and underscores that begins with a letter"
+            )
+        if self.name in RESERVED_NAMES:
+            raise ModalityError(f"modality name {self.name!r} is reserved; choose another name")
+        if not self.token:
+            object.__setattr__(self, "token", f"<|{self.name}|>")
+        for field in ("dim", "hidden_dim", "max_rows", "token_id"):
+            value = getattr(self, field)
+            if value is None and field in ("hidden_dim", "token_id"):
+                continue
+            smallest = 0 if field == "token_id" else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+                raise ModalityError(
+                    f"modality {self.name!r}: {field} is {value!r}, expected an integer >= {smallest}"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `config.json` form, without the name and without unset fields."""
+        return {k: v for k, v in asdict(self).items() if k != "name" and v is not None}
+
+
+def parse_modalities(raw: Mapping[str, Any]) -> dict[str, ModalitySpec]:
+    """Read `{"m1": {"dim": 768, ...}}` or `{"m1": 768}` into specs, in the given order.
+
+    Raises:
+        ModalityError: a field is missing, unknown or out of range, or two modalities share a
+            token or a token id.
+    """
+    specs: dict[str, ModalitySpec] = {}
+    for name, fields in raw.items():
+        if isinstance(fields, ModalitySpec):
+            fields = fields.to_dict()
+        elif isinstance(fields, int) and not isinstance(fields, bool):
+            fields = {"dim": fields}
+        if not isinstance(fields, Mapping):
+            raise ModalityError(f"modality {name!r}: expected a width or a dict, got {fields!r}")
+        unknown = set(fields) - {"dim", "hidden_dim", "token", "token_id", "max_rows"}
+        if unknown:
+            raise ModalityError(f"modality {name!r}: unknown fields {sorted(unknown)}")
+        if "dim" not in fields:
+            raise ModalityError(f"modality {name!r}: 'dim' (the width of a row) is missing")
+        specs[name] = ModalitySpec(name=name, **fields)
+    for field in ("token", "token_id"):
+        values = [getattr(spec, field) for spec in specs.values()]
+        given = [value for value in values if value is not None]
+        if len(set(given)) != len(given):
+            raise ModalityError(f"two modalities share a {field}: {values}")
+    return specs
+
+
+def assign_token_ids(
+    specs: Mapping[str, ModalitySpec], known_tokens: Mapping[str, int], first_free_id: int
+) -> dict[str, ModalitySpec]:
+    """Give every modality a token id: its own, the tokenizer's, or the next one past the end.
+
+    Args:
+        specs: modalities, with or without ids.
+        known_tokens: spelling to id, of the tokenizer's added tokens.
+        first_free_id: `len(tokenizer)`, the first id that spells nothing yet.
+
+    Raises:
+        ModalityError: a given id contradicts the tokenizer's.
+    """
+    taken = {spec.token_id for spec in specs.values() if spec.token_id is not None}
+    assigned: dict[str, ModalitySpec] = {}
+    next_id = first_free_id
+    for name, spec in specs.items():
+        known = known_tokens.get(spec.token)
+        if known is not None and spec.token_id not in (None, known):
+            raise ModalityError(
+                f"modality {name!r}: token {spec.token!r} has id {known} in the tokenizer, but "
+                f"token_id is {spec.token_id}"
+            )
+        token_id = known if known is not None else spec.token_id
+        if token_id is None:
+            while next_id in taken:
+                next_id += 1
+            token_id = next_id
+            next_id += 1
+        assigned[name] = replace(spec, token_id=token_id)
+    return assigned
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """A prompt whose markers have been replaced by one placeholder per row.
+
+    Attributes:
+        token_ids: the expanded prompt.
+        items: (modality, index among that modality's items), in the order of the prompt.
+        starts: for each of `items`, the position of its first placeholder.
+    """
+
+    token_ids: list[int]
+    items: list[tuple[str, int]]
+    starts: list[int]
+
+
+def expand_markers(
+    token_ids: Sequence[int],
+    specs: Mapping[str, ModalitySpec],
+    row_counts: Mapping[str, Sequence[int]],
+) -> Expansion:
+    """Replace each marker by as many placeholders as its item has rows.
+
+    Where the prompt holds no marker of a modality, that modality's items go before the text, in
+    the order in which `row_counts` lists modalities and items. Cost does not grow with the length
+    of the text beyond one pass.
+
+    Args:
+        token_ids: the prompt, with one placeholder id per item where a marker stands.
+        specs: modalities with their token ids assigned.
+        row_counts: for each modality that has items, the rows of each item.
+
+    Raises:
+        ModalityError: an unknown modality, markers without items, or more or fewer markers than
+            items.
+    """
+    for name in row_counts:
+        if name not in specs:
+            raise ModalityError(f"unknown modality {name!r}; expected one of {sorted(specs)}")
+    by_id = {spec.token_id: name for name, spec in specs.items()}
+    found = [(at, by_id[token]) for at, token in enumerate(token_ids) if token in by_id]
+    seen: dict[str, int] = {}
+    for _, name in found:
+        seen[name] = seen.get(name, 0) + 1
+    for name, markers in seen.items():
+        check_marker_count(specs[name], markers, len(row_counts.get(name, ())))
+
+    out: list[int] = []
+    items: list[tuple[str, int]] = []
+    starts: list[int] = []
+
+    def place(name: str, index: int) -> None:
+        items.append((name, index))
+        starts.append(len(out))
+        out.extend([specs[name].token_id] * row_counts[name][index])  # type: ignore[list-item]
+
+    for name, rows in row_counts.items():
+        if name not in seen:
+            for index in range(len(rows)):
+                place(name, index)
+    used: dict[str, int] = {}
+    last = 0
+    for at, name in found:
+        out.extend(token_ids[last:at])
+        place(name, used.get(name, 0))
+        used[name] = used.get(name, 0) + 1
+        last = at + 1
+    out.extend(token_ids[last:])
+    return Expansion(out, items, starts)
+
+
+def check_marker_count(spec: ModalitySpec, markers: int, items: int) -> None:
+    """Refuse a prompt whose markers of one modality do not match its items.
+
+    Raises:
+        ModalityError: there is at least one marker and the counts differ.
+    """
+    if markers and not items:
+        raise ModalityError(
+            f"modality {spec.name!r}: the prompt holds {markers} {spec.token} marker(s), but no "
+            f"{spec.name!r} item was given"
+        )
+    if markers and markers != items:
+        raise ModalityError(
+            f"modality {spec.name!r}: the prompt holds {markers} {spec.token} marker(s), but "
+            f"{items} item(s) were given; write one marker per item, or none at all"
+        )
+
+
+def check_no_markers(token_ids: Iterable[int], specs: Mapping[str, ModalitySpec]) -> None:
+    """Refuse a prompt without items that holds placeholder ids.
+
+    Raises:
+        ModalityError: a placeholder id is among `token_ids`.
+    """
+    by_id = {spec.token_id: spec for spec in specs.values()}
+    present = by_id.keys() & set(token_ids)
+    for token_id in present:
+        check_marker_count(by_id[token_id], sum(t == token_id for t in token_ids), 0)

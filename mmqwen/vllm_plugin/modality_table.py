@@ -1,0 +1,106 @@
+"""The modalities of a served model, read from its config in any vLLM process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from mmqwen.modalities import ModalityError, ModalitySpec, assign_token_ids, parse_modalities
+from mmqwen.vllm_plugin import ARCHITECTURE
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+    from vllm.config import ModelConfig
+
+
+def is_ours(model_config: ModelConfig) -> bool:
+    """Whether the model that vLLM serves is this package's."""
+    return ARCHITECTURE in (getattr(model_config.hf_config, "architectures", None) or ())
+
+
+def text_config_of(hf_config: PretrainedConfig) -> PretrainedConfig:
+    """The text model's config: nested in a composite one, or the config itself (`hf_overrides`)."""
+    return getattr(hf_config, "text_config", None) or hf_config
+
+
+def modality_table(model_config: ModelConfig, tokenizer: Any = None) -> dict[str, ModalitySpec]:
+    """All modalities in the order of their indices, with hidden widths and token ids settled.
+
+    A composite checkpoint's config holds the ids. With `hf_overrides` on a plain text model they
+    may be left out; then each process gives the same ids, the first ones past the tokenizer's end.
+
+    Args:
+        model_config: vLLM's model config.
+        tokenizer: the tokenizer, where the caller has it; loaded if needed and not given.
+
+    Raises:
+        ModalityError: no modality, a wrong description, or an id beyond the embedding table.
+    """
+    hf_config = model_config.hf_config
+    text = text_config_of(hf_config)
+    raw: Mapping[str, Any] = getattr(hf_config, "modalities", None) or {}
+    specs = parse_modalities(raw)
+    if not specs:
+        raise ModalityError(
+            "the config names no modalities; build a checkpoint with `mmqwen build`, or pass "
+            'hf_overrides={"modalities": {"m1": {"dim": 768}}, ...}'
+        )
+    if any(spec.token_id is None for spec in specs.values()):
+        if tokenizer is None:
+            tokenizer = _load_tokenizer(model_config)
+        specs = assign_token_ids(specs, tokenizer.get_added_vocab(), first_free_id(tokenizer))
+    for spec in specs.values():
+        if spec.token_id is not None and spec.token_id >= text.vocab_size:
+            raise ModalityError(
+                f"modality {spec.name!r}: token id {spec.token_id} lies beyond the embedding "
+                f"table's {text.vocab_size} rows; `mmqwen build` makes a checkpoint with more rows"
+            )
+    return {
+        name: replace(spec, hidden_dim=spec.hidden_dim or text.hidden_size)
+        for name, spec in specs.items()
+    }
+
+
+def first_free_id(tokenizer: Any) -> int:
+    """The first id that spells nothing: one past the largest id in use."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def add_placeholder_tokens(tokenizer: Any, specs: Mapping[str, ModalitySpec]) -> None:
+    """Teach `tokenizer`, in place, the placeholder tokens that it lacks.
+
+    Raises:
+        ModalityError: a token would not get the id that the config gives it.
+    """
+    known = tokenizer.get_added_vocab()
+    missing = sorted(
+        (spec for spec in specs.values() if spec.token not in known),
+        key=lambda spec: spec.token_id or 0,
+    )
+    for spec in missing:
+        free = first_free_id(tokenizer)
+        if spec.token_id != free:
+            raise ModalityError(
+                f"modality {spec.name!r}: token {spec.token!r} is not in the tokenizer and its "
+                f"token_id is {spec.token_id}, where the tokenizer's next free id is {free}; "
+                "leave token_id out, or use `mmqwen build`"
+            )
+        tokenizer.add_tokens([spec.token], special_tokens=True)
+
+
+@lru_cache(maxsize=4)
+def _load_tokenizer_by_name(name: str, revision: str | None, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(
+        name, revision=revision, trust_remote_code=trust_remote_code
+    )
+
+
+def _load_tokenizer(model_config: ModelConfig) -> Any:
+    # An unmodified one: the engine's own may have been given the tokens already.
+    return _load_tokenizer_by_name(
+        model_config.tokenizer, model_config.tokenizer_revision, model_config.trust_remote_code
+    )

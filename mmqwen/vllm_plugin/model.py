@@ -1,0 +1,345 @@
+"""The vLLM model class: a text model of vLLM's own, with raw rows fused into its embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_pp_group,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.logger import init_logger
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsMultiModal, SupportsPP
+from vllm.model_executor.models.module_mapping import MultiModelKeys
+from vllm.model_executor.models.utils import (
+    AutoWeightsLoader,
+    WeightsMapper,
+    init_vllm_registered_model,
+    maybe_prefix,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from mmqwen.vllm_plugin.modality_table import modality_table, text_config_of
+from mmqwen.vllm_plugin.processing import DummyInputs, PackingProcessor, ProcessingInfo
+from mmqwen.vllm_plugin.projector import ShardedProjector
+from mmqwen_kernels import PackError, directory, fuse_embeddings, plan_rows
+from mmqwen_kernels.packing import read_slice
+
+logger = init_logger(__name__)
+
+DRAFTERS_WITHOUT_EMBEDDINGS = frozenset({"ngram", "ngram_gpu", "suffix"})
+"""Speculative methods that read token ids alone; others would be fed raw rows."""
+
+PROJECTOR_PREFIX = "projectors."
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    PackingProcessor, info=ProcessingInfo, dummy_inputs=DummyInputs
+)
+class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, SupportsPP):
+    """Serves checkpoints of architecture `MultimodalQwen3ForConditionalGeneration`.
+
+    `embed_multimodal` returns the directories of packs of raw rows, on the host; the projection
+    waits for `embed_input_ids`, which projects just the rows that a step places.
+
+    Also takes a plain text checkpoint with
+    `hf_overrides={"architectures": [...], "modalities": {...}, "projector": FILE}`.
+    """
+
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_prefix={
+            "model.": "language_model.model.",
+            "lm_head.": "language_model.lm_head.",
+        }
+    )
+    packed_modules_mapping = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        model_config = vllm_config.model_config
+        refuse_drafter(vllm_config)
+        self.config = model_config.hf_config
+        text_config = text_config_of(self.config)
+        self.specs = modality_table(model_config)
+        self._spec_list = list(self.specs.values())
+        self._widths = [spec.dim for spec in self._spec_list]
+        self._max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        self._max_model_len = model_config.max_model_len
+        self._profiled = False
+        with self._mark_language_model(vllm_config):
+            self.language_model = init_vllm_registered_model(
+                vllm_config=vllm_config,
+                hf_config=text_config,
+                prefix=maybe_prefix(prefix, "language_model"),
+                architectures=text_architectures(text_config),
+            )
+        self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
+        self.packed_modules_mapping = getattr(
+            self.language_model, "packed_modules_mapping", type(self).packed_modules_mapping
+        )
+        self._ranks = get_tensor_model_parallel_world_size()
+        self._place = get_pp_group().is_first_rank
+        self.projectors = nn.ModuleDict()
+        if self._place:
+            for spec in self._spec_list:
+                self.projectors[spec.name] = ShardedProjector(
+                    spec,
+                    text_config.hidden_size,
+                    rank=get_tensor_model_parallel_rank(),
+                    ranks=self._ranks,
+                    dtype=model_config.dtype,
+                )
+        placeholder_ids = sorted(spec.token_id for spec in self._spec_list)  # type: ignore[type-var]
+        self.register_buffer(
+            "_placeholder_ids", torch.tensor(placeholder_ids, dtype=torch.int64), persistent=False
+        )
+
+    @classmethod
+    def get_placeholder_str(cls, modality: str, i: int) -> str | None:
+        """The marker of a modality whose token has the usual spelling."""
+        return f"<|{modality}|>"
+
+    def get_mm_mapping(self) -> MultiModelKeys:
+        """Module prefixes, which vLLM's LoRA manager asks for."""
+        return MultiModelKeys.from_string_field(
+            language_model="language_model.", connector=PROJECTOR_PREFIX, tower_model=[]
+        )
+
+    # -- rows -----------------------------------------------------------------------------------
+
+    def embed_multimodal(self, **kwargs: object) -> list[torch.Tensor]:
+        """Directories `[rows, 2]` of the packs, int64, on the host; nothing is projected yet.
+
+        A tensor that is no pack of this model's rows can only come through a door that bypasses
+        the processor. It is logged and read as rows of zeros: raising here would end the engine,
+        and with it every other request.
+        """
+        if not self._profiled:
+            # vLLM profiles memory by calling this; it never calls embed_input_ids with rows.
+            self._profiled = True
+            self._run_projectors_once()
+        packs = kwargs.get("pack")
+        return [self._open(pack) for pack in packs] if isinstance(packs, (list, tuple)) else []
+
+    def _open(self, pack: object) -> torch.Tensor:
+        if isinstance(pack, (list, tuple)) and len(pack) == 1:
+            pack = pack[0]
+        try:
+            if not isinstance(pack, torch.Tensor):
+                raise PackError(f"expected a tensor, got {type(pack).__name__}")
+            rows = directory(pack)
+            for group in read_slice(rows)[1]:
+                if not 0 <= group.modality < len(self._widths):
+                    raise PackError(f"modality index {group.modality} is unknown")
+                if group.rows.shape[1] != self._widths[group.modality]:
+                    raise PackError(
+                        f"modality {self._spec_list[group.modality].name!r}: rows are "
+                        f"{group.rows.shape[1]} wide, expected {self._widths[group.modality]}"
+                    )
+            return rows
+        except PackError as error:
+            logger.error("A request bypassed the processor and sent no pack of rows: %s", error)
+            return torch.zeros(1, 2, dtype=torch.int64).expand(self._max_model_len, 2)
+
+    def _run_projectors_once(self) -> None:
+        """Claim the memory that the largest step needs, while vLLM profiles."""
+        if not self._place:
+            return
+        spec_at = max(range(len(self._spec_list)), key=lambda at: self._needed_bytes(at))
+        weights = self.projectors[self._spec_list[spec_at].name].weights()
+        table = weights.w2.new_zeros(1, weights.w2.shape[0])
+        rows = torch.zeros(self._max_tokens, self._widths[spec_at], dtype=weights.w1.dtype)
+        fuse_embeddings(
+            torch.zeros(self._max_tokens, dtype=torch.int64, device=table.device),
+            table,
+            [(0, rows)],
+            [weights],
+            slots=range(self._max_tokens),
+        )
+
+    def _needed_bytes(self, at: int) -> int:
+        spec = self._spec_list[at]
+        return spec.dim + (spec.hidden_dim or 0)
+
+    # -- the step -------------------------------------------------------------------------------
+
+    def embed_input_ids(
+        self,
+        input_ids: torch.Tensor,
+        multimodal_embeddings: Sequence[torch.Tensor] | None = None,
+        *,
+        is_multimodal: torch.Tensor | None = None,
+        **kwargs: object,
+    ) -> torch.Tensor:
+        """Token embeddings `[T, D]`, with this step's rows projected into their slots.
+
+        Args:
+            input_ids: `[T]` on the device.
+            multimodal_embeddings: slices of what `embed_multimodal` returned, in slot order.
+            is_multimodal: bool `[T]` on the host, True at slots of rows.
+        """
+        if not multimodal_embeddings or is_multimodal is None:
+            return self.language_model.embed_input_ids(input_ids)
+        projectors = [self.projectors[spec.name].weights() for spec in self._spec_list]
+        plan = plan_rows(
+            [self._source(part) for part in multimodal_embeddings],
+            is_multimodal.cpu(),
+            input_ids.shape[0],
+            self._widths,
+            dtype=projectors[0].w1.dtype,
+            device=input_ids.device,
+        )
+        table = self._token_table()
+        if table is not None:
+            weight, vocab_start = table
+            fused = fuse_embeddings(input_ids, weight, plan, projectors, vocab_start=vocab_start)
+            return tensor_model_parallel_all_reduce(fused) if self._ranks > 1 else fused
+        # A quantised or LoRA-wrapped table: its own layer gathers, and only rows are summed.
+        text = self.language_model.embed_input_ids(input_ids)
+        nothing = text.new_zeros(1, text.shape[1])
+        rows = fuse_embeddings(torch.zeros_like(input_ids), nothing, plan, projectors)
+        rows = tensor_model_parallel_all_reduce(rows) if self._ranks > 1 else rows
+        return torch.where((plan.slot_table >= 0).unsqueeze(1), rows, text)
+
+    def _source(self, part: torch.Tensor) -> Any:
+        """A slice as a row source; zeros for what `_open` had to replace."""
+        if part.stride(0) == 0:
+            return 0, torch.zeros(part.shape[0], self._widths[0])
+        return part
+
+    def _token_table(self) -> tuple[torch.Tensor, int] | None:
+        """The token table (or this rank's shard) and its first id, if it is a plain matrix."""
+        inner = getattr(self.language_model, "model", None)
+        layer = getattr(inner, "embed_tokens", None)
+        if type(layer) is not VocabParallelEmbedding:
+            return None
+        weight = getattr(layer, "weight", None)
+        if (
+            not isinstance(weight, torch.Tensor)
+            or not weight.is_floating_point()
+            or weight.ndim != 2
+            or weight.shape[1] != layer.embedding_dim
+        ):
+            return None
+        return weight, layer.shard_indices.org_vocab_start_index
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: object,
+    ) -> Any:
+        """The text model's forward."""
+        if intermediate_tensors is not None:
+            inputs_embeds = None
+        return self.language_model.model(
+            input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds
+        )
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """The text model's logits, placeholders masked so that none is ever sampled."""
+        logits = self.language_model.compute_logits(hidden_states)
+        if logits is not None:
+            logits.index_fill_(-1, self._placeholder_ids, float("-inf"))
+        return logits
+
+    # -- weights --------------------------------------------------------------------------------
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load the text model by vLLM's own loader, and the projectors.
+
+        Raises:
+            ValueError: a projector's weight is missing, misshaped, or of an unknown modality.
+        """
+        loaded: set[str] = set()
+
+        def without_projectors() -> Iterable[tuple[str, torch.Tensor]]:
+            for name, tensor in weights:
+                if name.startswith(PROJECTOR_PREFIX):
+                    loaded.add(self._load_projector_weight(name, tensor))
+                else:
+                    yield name, tensor
+
+        text_loaded = AutoWeightsLoader(self).load_weights(
+            without_projectors(), mapper=self.hf_to_vllm_mapper
+        )
+        file = getattr(self.config, "projector", None)
+        if file is not None:
+            from mmqwen.checkpoint import load_projectors
+
+            hidden_size = text_config_of(self.config).hidden_size
+            for name, tensor in load_projectors(file, self.specs, hidden_size).items():
+                loaded.add(self._load_projector_weight(name, tensor))
+        expected = {
+            f"{PROJECTOR_PREFIX}{name}.{weight}"
+            for name, projector in self.projectors.items()
+            for weight in projector.weight_names
+        }
+        missing = sorted(expected - loaded)
+        if missing:
+            names = sorted({name.split(".")[1] for name in missing})
+            raise ValueError(
+                f"modalities {names}: the checkpoint lacks projector weights {missing}; expected "
+                f"{len(expected)} of them, got {len(loaded)}"
+            )
+        return set(text_loaded) | expected
+
+    def _load_projector_weight(self, name: str, tensor: torch.Tensor) -> str:
+        _, modality, weight = name.split(".", 2)
+        if modality not in self.specs:
+            raise ValueError(
+                f"{name}: the config has no modality {modality!r}, expected one of "
+                f"{sorted(self.specs)}"
+            )
+        if self._place:
+            self.projectors[modality].load(weight, tensor)
+        return name
+
+
+def text_architectures(text_config: Any) -> list[str]:
+    """vLLM's name for the text model: the config's own, or transformers' causal LM of its type.
+
+    Raises:
+        ValueError: neither is known.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from mmqwen.vllm_plugin import ARCHITECTURE
+
+    own = [a for a in getattr(text_config, "architectures", None) or () if a != ARCHITECTURE]
+    if own:
+        return own
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text_config.model_type)
+    if name is None:
+        raise ValueError(
+            f"text model type {text_config.model_type!r} has no causal language model; set "
+            "text_config.architectures"
+        )
+    return [name]
+
+
+def refuse_drafter(vllm_config: VllmConfig) -> None:
+    """Refuse a speculative drafter that reads embeddings: it would be fed raw rows.
+
+    Raises:
+        ValueError: such a drafter is configured.
+    """
+    speculative = getattr(vllm_config, "speculative_config", None)
+    method = getattr(speculative, "method", None)
+    if speculative is not None and method not in DRAFTERS_WITHOUT_EMBEDDINGS:
+        raise ValueError(
+            f"speculative method {method!r} feeds prompt embeddings to its drafter, which has no "
+            f"projectors; expected one of {sorted(DRAFTERS_WITHOUT_EMBEDDINGS)}, or none"
+        )
