@@ -112,7 +112,15 @@ def assign_token_ids(
     Raises:
         ModalityError: a given id contradicts the tokenizer's.
     """
-    taken = {spec.token_id for spec in specs.values() if spec.token_id is not None}
+    spelled = {token_id: token for token, token_id in known_tokens.items()}
+    for name, spec in specs.items():
+        owner = spelled.get(spec.token_id) if spec.token_id is not None else None
+        if owner is not None and known_tokens.get(spec.token) is None:
+            raise ModalityError(
+                f"modality {name!r}: token_id {spec.token_id} is the tokenizer's {owner!r}, not "
+                f"{spec.token!r}; choose a free id"
+            )
+    taken = {spec.token_id for spec in specs.values() if spec.token_id is not None} | set(spelled)
     assigned: dict[str, ModalitySpec] = {}
     next_id = first_free_id
     for name, spec in specs.items():
@@ -227,6 +235,6 @@ def check_no_markers(token_ids: Iterable[int], specs: Mapping[str, ModalitySpec]
         ModalityError: a placeholder id is among `token_ids`.
     """
     by_id = {spec.token_id: spec for spec in specs.values()}
-    present = by_id.keys() & set(token_ids)
-    for token_id in present:
-        check_marker_count(by_id[token_id], sum(t == token_id for t in token_ids), 0)
+    token_ids = list(token_ids)
+    for token_id in by_id.keys() & set(token_ids):
+        check_marker_count(by_id[token_id], token_ids.count(token_id), 0)

@@ -100,7 +100,7 @@ def _count_rows(shape: Sequence[int], spec: ModalitySpec, index: int | None) -> 
         rows, width = 1, shape[0]
     else:
         _refuse(
-            "dims", spec.name, index, f"{dims} dimensions, shape {list(shape)[:8]}",
+            "dims", spec.name, index, f"{dims} dimensions, shape [{', '.join(map(_show, shape[:8]))}]",
             f"[{spec.dim}] or [rows, {spec.dim}]",
             "pass a batch as a list with one array per item",
         )  # fmt: skip
@@ -134,6 +134,8 @@ def _native(array: np.ndarray, modality: str | None, index: int | None) -> np.nd
         _refuse(
             "dtype", modality, index, "a masked array", "a dense array", "fill it with .filled(0)"
         )
+    if type(array) is not np.ndarray:  # a matrix keeps two dimensions however it is reshaped
+        array = array.view(np.ndarray)
     if dtype.kind == "f" and dtype.itemsize in (2, 4, 8):
         return array if dtype.isnative else array.astype(dtype.newbyteorder("="))
     if dtype.name == "bfloat16" and dtype.itemsize == 2:  # ml_dtypes
@@ -160,18 +162,17 @@ def _check_numbers(row: Sequence[Any], modality: str | None, index: int | None) 
 
 
 def _list_to_array(
-    value: Sequence[Any], spec: ModalitySpec | None, index: int | None
+    value: Sequence[Any], modality: str | None, index: int | None, spec: ModalitySpec | None = None
 ) -> np.ndarray:
     """Nested lists of numbers as float32; shape and types are checked before anything is copied.
 
     Whole numbers count as floats here, because JSON writers drop the `.0`.
     """
-    name = spec.name if spec else None
     flat = not value or not isinstance(value[0], (list, tuple))
     if flat:
         if spec:
             _count_rows((len(value),), spec, index)
-        _check_numbers(value, name, index)
+        _check_numbers(value, modality, index)
     else:
         width = len(value[0])
         if spec:
@@ -180,16 +181,16 @@ def _list_to_array(
             if not isinstance(row, (list, tuple)) or len(row) != width:
                 got = f"{len(row)} numbers" if isinstance(row, (list, tuple)) else _show(row)
                 _refuse(
-                    "ragged", name, index, f"{got} in row {at}", f"{width} numbers, as in row 0",
+                    "ragged", modality, index, f"{got} in row {at}", f"{width} numbers, as in row 0",
                     "make all rows of an item equally wide",
                 )  # fmt: skip
-            _check_numbers(row, name, index)
+            _check_numbers(row, modality, index)
     try:
         with np.errstate(over="ignore"):
             return np.array(value, dtype=np.float64).astype(np.float32)
     except (OverflowError, ValueError, TypeError):
         _refuse(
-            "non_finite", name, index, "a number too large for float32", "finite numbers",
+            "non_finite", modality, index, "a number too large for float32", "finite numbers",
             "check what the encoder returned",
         )  # fmt: skip
 
@@ -247,7 +248,7 @@ def concat_items(
 
     Shapes are checked item by item without tensor operations; conversion and the test for
     finiteness run once over all rows. 128 one-row items of 768 fp32 elements to bf16 take about
-    0.15 ms on one core, where checking them one at a time takes 1.2 ms.
+    0.14 ms on one core, where checking them one at a time takes 1.1 ms.
 
     Args:
         items: `[d]` vectors or `[n, d]` matrices: torch tensors (any device, any strides), numpy
@@ -292,7 +293,7 @@ def concat_items(
                 counts.append(_count_rows(item.shape, spec, index))
                 item = _native(item, name, index)
             elif isinstance(item, (list, tuple)):
-                item = _list_to_array(item, spec, index)
+                item = _list_to_array(item, name, index, spec)
                 counts.append(_count_rows(item.shape, spec, index))
             else:
                 _refuse(
@@ -479,7 +480,7 @@ def encode_rows(rows: Any, dtype: Any = None, *, modality: str | None = None) ->
         if array.dtype.name == "bfloat16":
             bits = np.ascontiguousarray(array).view(np.uint16)
     elif isinstance(rows, (list, tuple)):
-        array = _list_to_array(rows, None, None)
+        array = _list_to_array(rows, modality, None)
     else:
         _refuse(
             "type", modality, None, _show(rows), "a torch tensor, numpy array or nested list",
@@ -612,7 +613,7 @@ def decode_rows(
             "dims", name, index, f"shape [{', '.join(map(_show, shape))}]",
             f"integers [rows, {spec.dim}]", "send the shape as integers",
         )  # fmt: skip
-    rows = _count_rows(shape[:9], spec, index)
+    rows = _count_rows(shape, spec, index)
     nbytes = rows * spec.dim * WIRE_DTYPES[dtype]
     if nbytes > max_bytes:
         _refuse(

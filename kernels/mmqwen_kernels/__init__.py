@@ -3,6 +3,7 @@
 Knows no Qwen and no vLLM; needs torch, and triton for its CUDA backend.
 """
 
+from mmqwen_kernels.launch import LaunchConfig, TileConfig, choose_config
 from mmqwen_kernels.ops import (
     BackendChoice,
     fuse_embeddings,
@@ -16,9 +17,12 @@ from mmqwen_kernels.reference import Projector
 
 __all__ = [
     "BackendChoice",
+    "LaunchConfig",
     "PackError",
     "Projector",
     "RowPlan",
+    "TileConfig",
+    "choose_config",
     "directory",
     "fuse_embeddings",
     "pack_rows",

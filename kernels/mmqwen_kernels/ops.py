@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
+from mmqwen_kernels.launch import MODES, LaunchConfig, Mode
 from mmqwen_kernels.plan import RowPlan, RowSource, plan_rows
 from mmqwen_kernels.reference import (
     Projector,
@@ -16,7 +18,12 @@ from mmqwen_kernels.reference import (
     scatter_rows_torch,
 )
 
-BACKENDS = ("auto", "torch")
+if TYPE_CHECKING:
+    from mmqwen_kernels.triton_backend import TritonBackend
+
+BACKENDS = ("auto", "torch", "triton")
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MIN_CAPABILITY = (8, 0)
 
 
 class BackendChoice(NamedTuple):
@@ -31,6 +38,9 @@ def select_backend(
 ) -> BackendChoice:
     """Say which backend runs on `device` for rows of `dtype`, and why.
 
+    "auto" is torch everywhere for now: on CUDA because the kernels have run under Triton's
+    interpreter and have been compiled, but have not been validated on a GPU yet.
+
     Raises:
         ValueError: `backend` is not one of `BACKENDS`, or cannot run there.
     """
@@ -38,7 +48,64 @@ def select_backend(
         raise ValueError(f"backend {backend!r}, expected one of {BACKENDS}")
     if backend == "torch":
         return BackendChoice("torch", "asked for")
-    return BackendChoice("torch", f"no kernels for {torch.device(device).type} devices")
+    device = torch.device(device)
+    if backend == "auto":
+        return _auto_choice(device.type)
+    refusal = _why_not_triton(device, dtype)
+    if refusal is not None:
+        raise ValueError(f"backend 'triton' cannot run: {refusal}")
+    if device.type == "cpu":
+        return BackendChoice("triton", "asked for; under Triton's interpreter, for tests")
+    return BackendChoice("triton", "asked for")
+
+
+@lru_cache(maxsize=8)
+def _auto_choice(device_type: str) -> BackendChoice:
+    if device_type != "cuda":
+        return BackendChoice("torch", f"no kernels for {device_type} devices")
+    return BackendChoice(
+        "torch",
+        "the Triton kernels have not been validated on a GPU yet; backend='triton' runs them",
+    )
+
+
+@lru_cache(maxsize=64)
+def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What keeps the kernels from running, with the remedy; None: nothing."""
+    if dtype not in TRITON_DTYPES:
+        return f"rows are {dtype}, expected one of {[str(d) for d in TRITON_DTYPES]}"
+    if device.type not in ("cuda", "cpu"):
+        return f"no kernels for {device.type} devices; use backend='torch'"
+    try:
+        from mmqwen_kernels.triton_backend import interpreting
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}); install triton or use backend='torch'"
+    if device.type == "cpu":
+        if not interpreting():
+            return "on the CPU it needs TRITON_INTERPRET=1 at import; use backend='torch'"
+        if dtype == torch.bfloat16:
+            # tl.dot on bf16 silently returns garbage there (seen with triton 3.6 to 3.9).
+            return "Triton's interpreter multiplies bfloat16 wrongly; use float16 or float32"
+        return None
+    if interpreting():
+        return "TRITON_INTERPRET is set; unset it to run on a GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        return f"the GPU's capability is {capability}, expected {MIN_CAPABILITY} or later"
+    return None
+
+
+def _backend_of(device: torch.device) -> TritonBackend:
+    from mmqwen_kernels.triton_backend import triton_backend
+
+    return triton_backend(device)
+
+
+def _refuse_gradients(*tensors: torch.Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise ValueError(
+            "the Triton kernels have no backward: use torch.no_grad() or backend='torch'"
+        )
 
 
 def fuse_embeddings(
@@ -51,6 +118,7 @@ def fuse_embeddings(
     vocab_start: int = 0,
     out: torch.Tensor | None = None,
     backend: str = "auto",
+    launch: Mode | LaunchConfig = "fastest",
 ) -> torch.Tensor:
     """Gather text rows, project raw rows and write both once into the token-embedding buffer.
 
@@ -68,6 +136,8 @@ def fuse_embeddings(
         vocab_start: first id of a vocabulary shard.
         out: `[T, D]` in the table's dtype, to write into.
         backend: one of `BACKENDS`; `select_backend` says what "auto" means.
+        launch: for the kernels: "fastest", "batch_invariant" (the same tiles for every batch), or
+            a `LaunchConfig`.
 
     Returns:
         `[T, D]`: `out` where given.
@@ -75,7 +145,7 @@ def fuse_embeddings(
     Raises:
         ValueError: rows and slots do not match, a width is wrong, or the backend cannot run.
     """
-    select_backend(token_table.device, token_table.dtype, backend)
+    chosen = select_backend(token_table.device, token_table.dtype, backend)
     if not isinstance(rows, RowPlan):
         if slots is None:
             raise ValueError("slots are needed where rows are not a RowPlan")
@@ -87,22 +157,82 @@ def fuse_embeddings(
             dtype=token_table.dtype,
             device=token_table.device,
         )
-    return fuse_embeddings_torch(
-        input_ids, token_table, rows.rows, rows.slots, projectors, vocab_start=vocab_start, out=out
+    if chosen.name == "torch":
+        return fuse_embeddings_torch(
+            input_ids,
+            token_table,
+            rows.rows,
+            rows.slots,
+            projectors,
+            vocab_start=vocab_start,
+            out=out,
+        )
+    if not isinstance(launch, LaunchConfig) and launch not in MODES:
+        raise ValueError(f"launch {launch!r}, expected one of {MODES} or a LaunchConfig")
+    if len(projectors) != len(rows.counts):
+        raise ValueError(f"{len(projectors)} projectors for {len(rows.counts)} modalities")
+    for projector, width in zip(projectors, rows.widths, strict=True):
+        if projector.w1.shape[1] != width:
+            raise ValueError(f"a projector takes rows {projector.w1.shape[1]} wide, got {width}")
+    if rows.dtype != token_table.dtype:
+        raise ValueError(f"rows are {rows.dtype}, the token table is {token_table.dtype}")
+    _refuse_gradients(token_table, *(w for p in projectors for w in p))
+    if torch.compiler.is_compiling():
+        from mmqwen_kernels.custom_ops import fuse_compiled
+
+        return fuse_compiled(input_ids, token_table, rows, projectors, vocab_start, out, launch)
+    return _backend_of(token_table.device).fuse(
+        input_ids,
+        token_table,
+        rows.slot_table,
+        rows.all_slots,
+        rows.tables,
+        rows.counts,
+        projectors,
+        vocab_start=vocab_start,
+        out=out,
+        launch=launch,
     )
 
 
 def project_rows(
-    rows: torch.Tensor, projector: Projector, *, backend: str = "auto"
+    rows: torch.Tensor,
+    projector: Projector,
+    *,
+    backend: str = "auto",
+    launch: Mode | LaunchConfig = "fastest",
 ) -> torch.Tensor:
-    """`W2 relu(W1 x + b1) + b2`: rows `[R, d]` -> `[R, D]`, in the rows' dtype."""
-    select_backend(rows.device, rows.dtype, backend)
-    return project_rows_torch(rows, projector)
+    """`W2 relu(W1 x + b1) + b2`: rows `[R, d]` -> `[R, D]`, in the rows' dtype.
+
+    Raises:
+        ValueError: the backend cannot run, or rows and projector do not fit together.
+    """
+    if select_backend(rows.device, rows.dtype, backend).name == "torch":
+        return project_rows_torch(rows, projector)
+    _refuse_gradients(rows, *projector)
+    if torch.compiler.is_compiling():
+        from mmqwen_kernels.custom_ops import project_rows_op
+
+        return project_rows_op(rows, *projector)
+    return _backend_of(rows.device).project(rows, projector, launch=launch)
 
 
 def scatter_rows(
     out: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor, *, backend: str = "auto"
 ) -> torch.Tensor:
-    """`out[slots[r]] = rows[r]` in place: out `[T, D]`, slots `[R]` distinct, rows `[R, D]`."""
-    select_backend(rows.device, rows.dtype, backend)
-    return scatter_rows_torch(out, slots, rows)
+    """`out[slots[r]] = rows[r]` in place: out `[T, D]`, slots `[R]` distinct, rows `[R, D]`.
+
+    Raises:
+        ValueError: the backend cannot run, or the tensors do not fit together.
+    """
+    if select_backend(rows.device, rows.dtype, backend).name == "torch":
+        return scatter_rows_torch(out, slots, rows)
+    _refuse_gradients(rows, out)
+    if torch.compiler.is_compiling():
+        from mmqwen_kernels.custom_ops import scatter_rows_op
+
+        scatter_rows_op(out, slots, rows)
+        return out
+    return _backend_of(rows.device).scatter(out, slots, rows)
+
+

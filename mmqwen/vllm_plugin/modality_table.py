@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from mmqwen.modalities import ModalityError, ModalitySpec, assign_token_ids, parse_modalities
+from mmqwen.tokens import next_token_id
 from mmqwen.vllm_plugin import ARCHITECTURE
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def modality_table(model_config: ModelConfig, tokenizer: Any = None) -> dict[str
     if any(spec.token_id is None for spec in specs.values()):
         if tokenizer is None:
             tokenizer = _load_tokenizer(model_config)
-        specs = assign_token_ids(specs, tokenizer.get_added_vocab(), first_free_id(tokenizer))
+        specs = assign_token_ids(specs, tokenizer.get_added_vocab(), next_token_id(tokenizer))
     for spec in specs.values():
         if spec.token_id is not None and spec.token_id >= text.vocab_size:
             raise ModalityError(
@@ -61,33 +62,6 @@ def modality_table(model_config: ModelConfig, tokenizer: Any = None) -> dict[str
         name: replace(spec, hidden_dim=spec.hidden_dim or text.hidden_size)
         for name, spec in specs.items()
     }
-
-
-def first_free_id(tokenizer: Any) -> int:
-    """The first id that spells nothing: one past the largest id in use."""
-    return max(tokenizer.get_vocab().values()) + 1
-
-
-def add_placeholder_tokens(tokenizer: Any, specs: Mapping[str, ModalitySpec]) -> None:
-    """Teach `tokenizer`, in place, the placeholder tokens that it lacks.
-
-    Raises:
-        ModalityError: a token would not get the id that the config gives it.
-    """
-    known = tokenizer.get_added_vocab()
-    missing = sorted(
-        (spec for spec in specs.values() if spec.token not in known),
-        key=lambda spec: spec.token_id or 0,
-    )
-    for spec in missing:
-        free = first_free_id(tokenizer)
-        if spec.token_id != free:
-            raise ModalityError(
-                f"modality {spec.name!r}: token {spec.token!r} is not in the tokenizer and its "
-                f"token_id is {spec.token_id}, where the tokenizer's next free id is {free}; "
-                "leave token_id out, or use `mmqwen build`"
-            )
-        tokenizer.add_tokens([spec.token], special_tokens=True)
 
 
 @lru_cache(maxsize=4)

@@ -25,8 +25,9 @@ from vllm.multimodal.processing import (
 
 from mmqwen import transport
 from mmqwen.modalities import ModalityError, ModalitySpec, expand_markers
+from mmqwen.tokens import add_placeholder_tokens
 from mmqwen.vllm_plugin import PACK_MODALITY, compat
-from mmqwen.vllm_plugin.modality_table import add_placeholder_tokens, modality_table
+from mmqwen.vllm_plugin.modality_table import modality_table
 from mmqwen_kernels.packing import pack_rows
 
 CUT_GAP = 256

@@ -2,36 +2,145 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch
+from vllm.logger import init_logger
 from vllm.renderers.hf import HfRenderer
 
-from mmqwen.modalities import check_no_markers
-from mmqwen.vllm_plugin.modality_table import (
-    add_placeholder_tokens,
-    is_ours,
-    modality_table,
-)
+from mmqwen.inputs import MessageError, listed, read_messages, wire_characters
+from mmqwen.modalities import ModalityError, ModalitySpec, check_marker_count, check_no_markers
+from mmqwen.tokens import add_placeholder_tokens
+from mmqwen.transport import EmbeddingError
+from mmqwen.vllm_plugin.limits import wire_limits
+from mmqwen.vllm_plugin.metrics import count_accepted, count_refusal, prepare
+from mmqwen.vllm_plugin.modality_table import is_ours, modality_table
+
+logger = init_logger("vllm.mmqwen.renderer")
+
+DECODE_INLINE = 256 * 1024
+"""Most characters of base64 that are decoded on the server's event loop, which they hold up for
+about 0.1 ms (benchmarks/bench_server.py); longer ones go to a thread."""
+
+_FROM_CHAT = "_mmqwen_chat"
+"""Key of a rendered prompt whose markers all stand for parts."""
 
 
 class MultimodalQwen3Renderer(HfRenderer):
-    """Refuses placeholders without items, which vLLM would take for plain text."""
+    """Takes rows as chat parts, and refuses placeholders without items.
+
+    vLLM would take a placeholder without items for plain text.
+    """
 
     def __init__(self, config: Any, tokenizer: Any) -> None:
-        self._specs = {}
-        if is_ours(config.model_config) and tokenizer is not None:
+        self._specs: dict[str, ModalitySpec] = {}
+        if is_ours(config.model_config):
             self._specs = modality_table(config.model_config)
-            add_placeholder_tokens(tokenizer, self._specs)
+            self._limits = wire_limits()
+            if tokenizer is not None:
+                add_placeholder_tokens(tokenizer, self._specs)
+            prepare(self._specs)
         super().__init__(config, tokenizer)
 
+    # -- chat -----------------------------------------------------------------------------------
+
+    def render_messages(self, messages: Any, params: Any) -> Any:
+        if not self._specs:
+            return super().render_messages(messages, params)
+        with _refusals_counted():
+            plain, items = self._read([listed(message) for message in messages])
+        conversation, prompt = super().render_messages(plain, params)
+        return conversation, _with_items(prompt, items)
+
+    async def render_messages_async(self, messages: Any, params: Any) -> Any:
+        if not self._specs:
+            return await super().render_messages_async(messages, params)
+        with _refusals_counted():
+            parts = [listed(message) for message in messages]
+            if wire_characters(parts) <= DECODE_INLINE:
+                plain, items = self._read(parts)
+            else:
+                loop = asyncio.get_running_loop()
+                plain, items = await loop.run_in_executor(self._executor, self._read, parts)
+        conversation, prompt = await super().render_messages_async(plain, params)
+        return conversation, _with_items(prompt, items)
+
+    def _read(
+        self, messages: list[dict[str, Any]]
+    ) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
+        plain, items = read_messages(messages, self._specs, self._limits)
+        for name, members in items.items():
+            for item in members:
+                if not isinstance(item, (torch.Tensor, np.ndarray)):
+                    raise MessageError(
+                        f"a part of type {name!r} holds a tensor or an array, got "
+                        f"{type(item).__name__}; over HTTP send {name + '_embeds'!r} parts",
+                        "part",
+                    )
+        return plain, items
+
+    # -- every prompt ---------------------------------------------------------------------------
+
     def _process_tokens(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
-        self._check(prompt)
-        return super()._process_tokens(prompt, *args, **kwargs)
+        if not self._specs:
+            return super()._process_tokens(prompt, *args, **kwargs)
+        with _refusals_counted():
+            items = self._check(prompt)
+            processed = super()._process_tokens(prompt, *args, **kwargs)
+        if items:
+            count_accepted(items)
+        return processed
 
     async def _process_tokens_async(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
-        self._check(prompt)
-        return await super()._process_tokens_async(prompt, *args, **kwargs)
+        if not self._specs:
+            return await super()._process_tokens_async(prompt, *args, **kwargs)
+        with _refusals_counted():
+            items = self._check(prompt)
+            processed = await super()._process_tokens_async(prompt, *args, **kwargs)
+        if items:
+            count_accepted(items)
+        return processed
 
-    def _check(self, prompt: Any) -> None:
-        if self._specs and not prompt.get("multi_modal_data"):
-            check_no_markers(prompt["prompt_token_ids"], self._specs)
+    def _check(self, prompt: Any) -> Mapping[str, Any]:
+        """Refuse placeholders without items, and parts whose marker the chat template left out.
+
+        Returns:
+            The prompt's items.
+        """
+        items: Mapping[str, Any] = prompt.get("multi_modal_data") or {}
+        token_ids = prompt["prompt_token_ids"]
+        if not items:
+            check_no_markers(token_ids, self._specs)
+        elif prompt.pop(_FROM_CHAT, False):
+            for name, members in items.items():
+                spec = self._specs[name]
+                found = sum(token == spec.token_id for token in token_ids)
+                if found != len(members):
+                    check_marker_count(spec, found, len(members))
+                    raise ModalityError(
+                        f"modality {name!r}: the rendered prompt holds none of the messages' "
+                        f"{len(members)} part(s); the chat template, or truncation, dropped them"
+                    )
+        return items
+
+
+def _with_items(prompt: Any, items: Mapping[str, list[Any]]) -> Any:
+    if items:
+        prompt["multi_modal_data"] = {**(prompt.get("multi_modal_data") or {}), **items}
+        prompt[_FROM_CHAT] = True
+    return prompt
+
+
+@contextmanager
+def _refusals_counted() -> Iterator[None]:
+    """Log and count refusals. Messages repeat at most some characters of a caller's own text."""
+    try:
+        yield
+    except (EmbeddingError, ModalityError) as error:
+        count_refusal(getattr(error, "reason", "markers"))
+        logger.warning("Refused a request: %s", error)
+        raise

@@ -1,0 +1,492 @@
+"""Triton kernels of the fusion op. `reference.py` says what they mean, `docs/kernels.md` why so.
+
+Two launches do a step, whatever the number of items and modalities:
+
+    K1 `_project_up_kernel`     hidden[r] = relu(W1_m x_r + b1_m), rows found by address
+    K2 `_project_down_kernel`   out[slots[r]] = W2_m hidden[r] + b2_m, and the text rows
+
+Both are grouped over modalities by two small int64 tables in device memory, so that nothing is
+stacked, padded or concatenated:
+
+    entries [A, 8]   one row per modality with rows in this step (A is a power of two, padded
+                     with rows of count 0): modality, first row, count, address of its first
+                     row, row stride in elements, three unused
+    weights [M, 8]   addresses of w1, b1, w2, b2 (0: none), then d, H, row strides of w1, w2
+
+Scalars are not specialised, so a new count never compiles anything; everything that may change
+the code is a constexpr, so that `triton.compile` builds exactly what a launch runs:
+
+    ALIGN        elements to which every address and stride is a multiple (16 bytes' worth: full
+                 speed; less: correct and slower)
+    EVEN_K       every K is a multiple of BLOCK_K: no masks in the loop
+    SWAP         the weight rows, not x's, fill the MMA's M (few rows)
+    BY_ADDRESS   rows are found through `row_address_ptr` [R] instead of base and stride
+    DEPENDENT    K2 may start before K1 ends (programmatic dependent launch, sm_90 and later)
+    PREFETCH     K1's last programs bring W2 into L2, an experiment (sm_90 and later)
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+WEIGHT_FIELDS = 8
+
+
+@triton.jit
+def _aligned_pointer(address, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
+    """An int64 address as a pointer that is known to be ALIGN elements aligned."""
+    return tl.multiple_of(
+        address.to(tl.pointer_type(DTYPE)), ALIGN * (DTYPE.primitive_bitwidth // 8)
+    )
+
+
+@triton.jit
+def _find_tile(
+    pid,
+    entries_ptr,
+    weights_ptr,
+    columns,
+    NUM_ENTRIES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP_R: tl.constexpr,
+    COLUMNS_ARE_HIDDEN: tl.constexpr,
+):
+    """(entry, modality, row tile, column tile, all tiles) of a program.
+
+    Where `pid` lies past all tiles, `pid >= all tiles` and the rest means nothing.
+    """
+    begin = 0
+    entry = 0
+    modality = 0
+    local = 0
+    count_here = 1
+    columns_here = 1
+    for a in tl.static_range(NUM_ENTRIES):
+        m = tl.load(entries_ptr + a * 8).to(tl.int32)
+        count = tl.load(entries_ptr + a * 8 + 2).to(tl.int32)
+        if COLUMNS_ARE_HIDDEN:
+            n = tl.load(weights_ptr + m * 8 + 5).to(tl.int32)
+        else:
+            n = columns
+        tiles = tl.cdiv(count, BLOCK_R) * tl.cdiv(n, BLOCK_N)
+        here = (pid >= begin) & (pid < begin + tiles)
+        entry = tl.where(here, a, entry)
+        modality = tl.where(here, m, modality)
+        local = tl.where(here, pid - begin, local)
+        count_here = tl.where(here, count, count_here)
+        columns_here = tl.where(here, n, columns_here)
+        begin += tiles
+    tiles_r = tl.cdiv(count_here, BLOCK_R)
+    tiles_n = tl.cdiv(columns_here, BLOCK_N)
+    if GROUP_R > 1:
+        # Programs that run together share a few row tiles and a few weight tiles: both stay in L2.
+        per_group = GROUP_R * tiles_n
+        group = local // per_group
+        in_group = tl.minimum(tiles_r - group * GROUP_R, GROUP_R)
+        within = local - group * per_group
+        tile_r = group * GROUP_R + within % in_group
+        tile_n = within // in_group
+    else:
+        tile_r = local // tiles_n
+        tile_n = local - tile_r * tiles_n
+    return entry, modality, tile_r, tile_n, begin
+
+
+@triton.jit
+def _multiply(
+    acc,
+    x_ptr,
+    x_offsets,
+    w_ptr,
+    w_offsets,
+    offs_k,
+    width,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SWAP: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """acc += x w^T over all of `width`, in order of k whatever the tile: no split-K.
+
+    Scalar (or `[BLOCK_R, 1]`) pointers and int32 offsets `[BLOCK_R, BLOCK_K]` and
+    `[BLOCK_N, BLOCK_K]`: 64-bit pointer tiles spill. acc is `[BLOCK_N, BLOCK_R]` where SWAP.
+    """
+    for k in tl.range(0, width, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_ptr + (x_offsets + k))
+            w = tl.load(w_ptr + (w_offsets + k))
+        else:
+            # Both sides are masked: what lies past the end may be NaN, and NaN * 0 is NaN.
+            inside = (offs_k < width - k)[None, :]
+            x = tl.load(x_ptr + (x_offsets + k), mask=inside, other=0.0)
+            w = tl.load(w_ptr + (w_offsets + k), mask=inside, other=0.0)
+        if SWAP:
+            acc = tl.dot(w, tl.trans(x), acc, input_precision=INPUT_PRECISION)
+        else:
+            acc = tl.dot(x, tl.trans(w), acc, input_precision=INPUT_PRECISION)
+    return acc
+
+
+@triton.jit
+def _prefetch_to_l2(address, lines):
+    """Ask for `lines` lines of 128 bytes, `lines` an int32 tensor of 0 and 1 per address."""
+    tl.inline_asm_elementwise(
+        """
+        {
+        .reg .pred p;
+        setp.ne.s32 p, $2, 0;
+        @p prefetch.global.L2 [$1];
+        mov.b32 $0, $2;
+        }
+        """,
+        "=r,l,r",
+        [address, lines],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit(do_not_specialize=["entries_ptr", "weights_ptr", "row_address_ptr", 
+                               "hidden_stride", "columns_down", "prefetch_programs"])
+def _project_up_kernel(
+    entries_ptr,
+    weights_ptr,
+    row_address_ptr,
+    hidden_ptr,
+    hidden_stride,
+    columns_down,
+    prefetch_programs,
+    NUM_ENTRIES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_R: tl.constexpr,
+    ALIGN: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SWAP: tl.constexpr,
+    BY_ADDRESS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """K1. Grid: the row tiles times the hidden tiles of every entry, then `prefetch_programs`.
+
+    hidden `[R, hidden_stride]`, rows in the order of the entries; its address and stride are
+    16-byte aligned.
+    """
+    DTYPE: tl.constexpr = hidden_ptr.dtype.element_ty
+    hidden_stride = hidden_stride // 16 * 16
+    pid = tl.program_id(0)
+    if DEPENDENT:
+        # K2 waits for this grid's end before it reads `hidden`; it may be resident before that.
+        tl.extra.cuda.gdc_launch_dependents()
+    entry, modality, tile_r, tile_n, tiles = _find_tile(
+        pid, entries_ptr, weights_ptr, 0, NUM_ENTRIES, BLOCK_R, BLOCK_N, GROUP_R, True
+    )
+    if pid < tiles:
+        first_row = tl.load(entries_ptr + entry * 8 + 1)
+        count = tl.load(entries_ptr + entry * 8 + 2).to(tl.int32)
+        w_ptr = _aligned_pointer(tl.load(weights_ptr + modality * 8), DTYPE, ALIGN)
+        b_ptr = tl.load(weights_ptr + modality * 8 + 1).to(tl.pointer_type(DTYPE))
+        width = tl.load(weights_ptr + modality * 8 + 4).to(tl.int32)
+        units = tl.load(weights_ptr + modality * 8 + 5).to(tl.int32)
+        w_stride = tl.multiple_of(tl.load(weights_ptr + modality * 8 + 6).to(tl.int32), ALIGN)
+        width = tl.multiple_of(width, ALIGN)
+
+        # Rows and units past the end are read from the last one and never stored: no row masks.
+        offs_k = tl.arange(0, BLOCK_K)
+        begin_r = tile_r * BLOCK_R
+        begin_n = tile_n * BLOCK_N
+        local_r = tl.arange(0, BLOCK_R)
+        local_n = tl.arange(0, BLOCK_N)
+        read_r = tl.minimum(local_r, count - 1 - begin_r)
+        read_n = tl.minimum(local_n, units - 1 - begin_n)
+        w_ptr += begin_n.to(tl.int64) * w_stride
+        w_offsets = (read_n * w_stride)[:, None] + offs_k[None, :]
+        if BY_ADDRESS:
+            address = tl.load(row_address_ptr + first_row + begin_r + read_r)
+            x_ptr = _aligned_pointer(address, DTYPE, ALIGN)[:, None]
+            x_offsets = offs_k[None, :]
+        else:
+            x_stride = tl.multiple_of(tl.load(entries_ptr + entry * 8 + 4).to(tl.int32), ALIGN)
+            x_ptr = _aligned_pointer(tl.load(entries_ptr + entry * 8 + 3), DTYPE, ALIGN)
+            x_ptr += begin_r.to(tl.int64) * x_stride
+            x_offsets = (read_r * x_stride)[:, None] + offs_k[None, :]
+
+        bias = tl.load(b_ptr + begin_n + read_n).to(tl.float32)
+        # `where` and not `maximum`: NaN goes through, as in torch.
+        mask_r = local_r < count - begin_r
+        mask_n = local_n < units - begin_n
+        hidden_ptr += (first_row + begin_r) * hidden_stride + begin_n
+        if SWAP:
+            acc = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
+            acc = _multiply(
+                acc, x_ptr, x_offsets, w_ptr, w_offsets, offs_k, width,
+                BLOCK_K, EVEN_K, SWAP, INPUT_PRECISION,
+            )
+            acc += bias[:, None]
+            acc = tl.where(acc < 0, 0.0, acc)
+            tl.store(
+                hidden_ptr + ((local_r * hidden_stride)[None, :] + local_n[:, None]),
+                acc.to(DTYPE),
+                mask=mask_r[None, :] & mask_n[:, None],
+            )
+        else:
+            acc = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
+            acc = _multiply(
+                acc, x_ptr, x_offsets, w_ptr, w_offsets, offs_k, width,
+                BLOCK_K, EVEN_K, SWAP, INPUT_PRECISION,
+            )
+            acc += bias[None, :]
+            acc = tl.where(acc < 0, 0.0, acc)
+            tl.store(
+                hidden_ptr + ((local_r * hidden_stride)[:, None] + local_n[None, :]),
+                acc.to(DTYPE),
+                mask=mask_r[:, None] & mask_n[None, :],
+            )
+    elif PREFETCH:
+        LINE: tl.constexpr = 128 // (DTYPE.primitive_bitwidth // 8)
+        worker = pid - tiles
+        for a in tl.static_range(NUM_ENTRIES):
+            m = tl.load(entries_ptr + a * 8).to(tl.int32)
+            rows_here = tl.load(entries_ptr + a * 8 + 2)
+            w2 = tl.load(weights_ptr + m * 8 + 2)
+            w2_stride = tl.load(weights_ptr + m * 8 + 7)
+            lines = tl.cdiv(tl.load(weights_ptr + m * 8 + 5).to(tl.int32), LINE)
+            if rows_here > 0:
+                for row in tl.range(worker, columns_down, prefetch_programs):
+                    for line in tl.range(0, lines, 128):
+                        at = line + tl.arange(0, 128)
+                        address = w2 + (row * w2_stride + at * LINE) * (128 // LINE)
+                        _prefetch_to_l2(address, (at < lines).to(tl.int32))
+
+
+@triton.jit
+def _gather_text_tile(
+    tile,
+    ids_ptr,
+    slot_table_ptr,
+    table_ptr,
+    table_stride,
+    vocab_start,
+    vocab_rows,
+    out_ptr,
+    out_stride,
+    num_tokens,
+    columns,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out[t] = table[ids[t] - vocab_start] for tokens whose slot table holds -1, one tile."""
+    tiles_d = tl.cdiv(columns, BLOCK_D)
+    tile_t = tile // tiles_d
+    offs_t = tile_t.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_d = (tile - tile_t * tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
+    slot = tl.load(slot_table_ptr + offs_t, mask=offs_t < num_tokens, other=0)
+    is_text = slot < 0
+    row = tl.load(ids_ptr + offs_t, mask=is_text, other=0).to(tl.int64) - vocab_start
+    inside = is_text & (row >= 0) & (row < vocab_rows)
+    from_row = (tl.where(inside, row, 0) * table_stride)[:, None]
+    to_row = (offs_t * out_stride)[:, None]
+    mask_d = (offs_d < columns)[None, :]
+    value = tl.load(
+        table_ptr + from_row + offs_d[None, :], mask=inside[:, None] & mask_d, other=0.0
+    )
+    tl.store(out_ptr + to_row + offs_d[None, :], value, mask=is_text[:, None] & mask_d)
+
+
+@triton.jit(do_not_specialize=["entries_ptr", "weights_ptr", "hidden_stride",
+                               "slots_ptr", "out_stride", "columns", "ids_ptr",
+                               "slot_table_ptr", "table_stride", "vocab_start",
+                               "vocab_rows", "num_tokens"])
+def _project_down_kernel(
+    entries_ptr,
+    weights_ptr,
+    hidden_ptr,
+    hidden_stride,
+    slots_ptr,
+    out_ptr,
+    out_stride,
+    columns,
+    ids_ptr,
+    slot_table_ptr,
+    table_ptr,
+    table_stride,
+    vocab_start,
+    vocab_rows,
+    num_tokens,
+    NUM_ENTRIES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_R: tl.constexpr,
+    ALIGN: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SWAP: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
+    HAS_TEXT: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """K2. Grid: the row tiles times the column tiles of every entry, then the text tiles.
+
+    out `[T, columns]`; slots int32 `[R]`, absent (HAS_SLOTS False) where row r goes to out[r].
+    """
+    DTYPE: tl.constexpr = hidden_ptr.dtype.element_ty
+    hidden_stride = hidden_stride // 16 * 16
+    out_stride = out_stride // ALIGN * ALIGN
+    table_stride = table_stride // ALIGN * ALIGN
+    columns = columns // ALIGN * ALIGN
+    pid = tl.program_id(0)
+    entry, modality, tile_r, tile_n, tiles = _find_tile(
+        pid, entries_ptr, weights_ptr, columns, NUM_ENTRIES, BLOCK_R, BLOCK_N, GROUP_R, False
+    )
+    if pid < tiles:
+        first_row = tl.load(entries_ptr + entry * 8 + 1)
+        count = tl.load(entries_ptr + entry * 8 + 2).to(tl.int32)
+        w_ptr = _aligned_pointer(tl.load(weights_ptr + modality * 8 + 2), DTYPE, ALIGN)
+        b_address = tl.load(weights_ptr + modality * 8 + 3)
+        units = tl.load(weights_ptr + modality * 8 + 5).to(tl.int32)
+        units = tl.multiple_of(units, ALIGN)
+        w_stride = tl.multiple_of(tl.load(weights_ptr + modality * 8 + 7).to(tl.int32), ALIGN)
+
+        offs_k = tl.arange(0, BLOCK_K)
+        begin_r = tile_r * BLOCK_R
+        begin_n = tile_n * BLOCK_N
+        local_r = tl.arange(0, BLOCK_R)
+        local_n = tl.arange(0, BLOCK_N)
+        mask_r = local_r < count - begin_r
+        mask_n = local_n < columns - begin_n
+        read_r = tl.minimum(local_r, count - 1 - begin_r)
+        read_n = tl.minimum(local_n, columns - 1 - begin_n)
+        w_ptr += begin_n.to(tl.int64) * w_stride
+        w_offsets = (read_n * w_stride)[:, None] + offs_k[None, :]
+        x_ptr = hidden_ptr + (first_row + begin_r) * hidden_stride
+        x_offsets = (read_r * hidden_stride)[:, None] + offs_k[None, :]
+        biased = tl.where(b_address != 0, columns - begin_n, 0)
+        bias = tl.load(
+            b_address.to(tl.pointer_type(DTYPE)) + begin_n + local_n,
+            mask=local_n < biased,
+            other=0.0,
+        ).to(tl.float32)
+        out_ptr += begin_n
+        if HAS_SLOTS:
+            slot = tl.load(slots_ptr + first_row + begin_r + local_r, mask=mask_r, other=0)
+            to_row = slot.to(tl.int64) * out_stride
+        else:
+            to_row = (first_row + begin_r + local_r) * out_stride
+        if DEPENDENT:
+            tl.extra.cuda.gdc_wait()
+        if SWAP:
+            acc = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
+            acc = _multiply(
+                acc, x_ptr, x_offsets, w_ptr, w_offsets, offs_k, units,
+                BLOCK_K, EVEN_K, SWAP, INPUT_PRECISION,
+            )
+            acc += bias[:, None]
+            tl.store(
+                out_ptr + to_row[None, :] + local_n[:, None],
+                acc.to(DTYPE),
+                mask=mask_r[None, :] & mask_n[:, None],
+            )
+        else:
+            acc = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
+            acc = _multiply(
+                acc, x_ptr, x_offsets, w_ptr, w_offsets, offs_k, units,
+                BLOCK_K, EVEN_K, SWAP, INPUT_PRECISION,
+            )
+            acc += bias[None, :]
+            tl.store(
+                out_ptr + to_row[:, None] + local_n[None, :],
+                acc.to(DTYPE),
+                mask=mask_r[:, None] & mask_n[None, :],
+            )
+    elif HAS_TEXT:
+        _gather_text_tile(
+            pid - tiles,
+            ids_ptr,
+            slot_table_ptr,
+            table_ptr,
+            table_stride,
+            vocab_start,
+            vocab_rows,
+            out_ptr,
+            out_stride,
+            num_tokens,
+            columns,
+            BLOCK_T,
+            BLOCK_D,
+        )
+
+
+@triton.jit(do_not_specialize=["ids_ptr", "slot_table_ptr", "table_stride",
+                               "vocab_start", "vocab_rows", "out_stride",
+                               "num_tokens", "columns"])
+def _gather_text_kernel(
+    ids_ptr,
+    slot_table_ptr,
+    table_ptr,
+    table_stride,
+    vocab_start,
+    vocab_rows,
+    out_ptr,
+    out_stride,
+    num_tokens,
+    columns,
+    ALIGN: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The text tiles of K2 alone, for a step without rows. Grid: token tiles x column tiles."""
+    out_stride = out_stride // ALIGN * ALIGN
+    table_stride = table_stride // ALIGN * ALIGN
+    columns = columns // ALIGN * ALIGN
+    _gather_text_tile(
+        tl.program_id(0),
+        ids_ptr,
+        slot_table_ptr,
+        table_ptr,
+        table_stride,
+        vocab_start,
+        vocab_rows,
+        out_ptr,
+        out_stride,
+        num_tokens,
+        columns,
+        BLOCK_T,
+        BLOCK_D,
+    )
+
+
+@triton.jit(do_not_specialize=["out_stride", "slots_ptr", "rows_stride",
+                               "num_rows", "columns"])
+def _scatter_rows_kernel(
+    out_ptr,
+    out_stride,
+    slots_ptr,
+    rows_ptr,
+    rows_stride,
+    num_rows,
+    columns,
+    ALIGN: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out[slots[r]] = rows[r]. Grid: row tiles, column tiles."""
+    out_stride = out_stride // ALIGN * ALIGN
+    rows_stride = rows_stride // ALIGN * ALIGN
+    columns = columns // ALIGN * ALIGN
+    offs_r = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_r = offs_r < num_rows
+    mask = mask_r[:, None] & (offs_d < columns)[None, :]
+    slot = tl.load(slots_ptr + offs_r, mask=mask_r, other=0).to(tl.int64)
+    from_row = (offs_r * rows_stride)[:, None]
+    to_row = (slot * out_stride)[:, None]
+    value = tl.load(rows_ptr + from_row + offs_d[None, :], mask=mask)
+    tl.store(out_ptr + to_row + offs_d[None, :], value, mask=mask)

@@ -1,0 +1,139 @@
+"""The command line: `mmqwen demo | build | train | serve | doctor`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from mmqwen._version import __version__
+from mmqwen.modalities import ModalityError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Serve a Qwen3-family LLM on prompts that mix text with arbitrary embeddings.",
+)
+_FLAG_FIELDS = ("hidden", "max_rows", "token")
+PASS_THROUGH = {
+    "allow_extra_args": True,
+    "ignore_unknown_options": True,
+    "help_option_names": [],
+}
+
+
+def parse_modality_flag(text: str) -> tuple[str, dict[str, Any]]:
+    """`m1=768` or `m2=512:hidden=1024:max_rows=64:token=<|x|>` -> name and fields.
+
+    Raises:
+        ModalityError: the flag cannot be read.
+    """
+    name, separator, rest = text.partition("=")
+    width, *options = rest.split(":")
+    if not separator or not width.isdigit():
+        raise ModalityError(
+            f"--modality {text!r}: expected NAME=WIDTH, optionally followed by "
+            + "".join(f"[:{field}=...]" for field in _FLAG_FIELDS)
+        )
+    fields: dict[str, Any] = {"dim": int(width)}
+    for option in options:
+        key, _, value = option.partition("=")
+        if key not in _FLAG_FIELDS or not value:
+            raise ModalityError(f"--modality {text!r}: {option!r}, expected one of {_FLAG_FIELDS}")
+        if key == "token":
+            fields["token"] = value
+        elif value.isdigit():
+            fields["hidden_dim" if key == "hidden" else key] = int(value)
+        else:
+            raise ModalityError(f"--modality {text!r}: {key} is {value!r}, expected an integer")
+    return name, fields
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Where the checkpoint and the picture go.")
+    ] = Path("demo-out"),
+    seed: Annotated[int, typer.Option(help="Seed of the data split and the weights.")] = 0,
+) -> None:
+    """Train a small model on real handwritten digits, serve it through vLLM, compare."""
+    from mmqwen.demo import run
+
+    raise typer.Exit(run(output, seed=seed))
+
+
+@app.command()
+def build(
+    base: Annotated[str, typer.Option(help="Text model: a folder or a hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    modality: Annotated[
+        list[str],
+        typer.Option(help="NAME=WIDTH[:hidden=N][:max_rows=N][:token=TEXT]; repeat for more."),
+    ],
+    projector: Annotated[
+        list[Path] | None, typer.Option(help="Trained projectors (safetensors); repeat for more.")
+    ] = None,
+    copy: Annotated[bool, typer.Option("--copy", help="Copy the base's shards.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of fresh projectors.")] = 0,
+) -> None:
+    """Join a text model and projectors into a checkpoint that vLLM serves."""
+    from mmqwen.checkpoint import build_checkpoint
+
+    modalities = dict(parse_modality_flag(flag) for flag in modality)
+    if len(modalities) != len(modality):
+        raise ModalityError("--modality names the same modality twice")
+    path = build_checkpoint(
+        base, modalities, output, projector=projector or None, copy=copy, seed=seed
+    )
+    Console().print(f"wrote [bold]{path}[/bold]", highlight=False)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what is installed, which devices there are, and which backend is picked and why."""
+    from mmqwen.doctor import render, report
+
+    found = report()
+    if as_json:
+        Console().print_json(data=found)
+    else:
+        render(found, Console())
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; user errors are one line on stderr and exit code 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    if debug:
+        arguments.remove("--debug")
+    try:
+        return int(app(arguments, standalone_mode=False) or 0)
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        Console(stderr=True).print(f"[bold red]error:[/bold red] {error}", highlight=False)
+        return 2
+    except typer.Abort:
+        return 130
+    except Exception as error:
+        # typer carries its own copy of click, whose classes have no public home.
+        if isinstance(error, RuntimeError) or not hasattr(error, "exit_code"):
+            raise
+        error.show()
+        return int(error.exit_code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

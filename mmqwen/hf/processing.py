@@ -1,0 +1,232 @@
+"""Text and items to `input_ids` and packed rows, for the transformers model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import BatchFeature, PretrainedConfig, ProcessorMixin
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from mmqwen.hf.configuration import MODEL_TYPE, MultimodalQwen3Config
+from mmqwen.inputs import EMBEDDINGS_KEY, read_prompt
+from mmqwen.modalities import expand_markers, parse_modalities
+from mmqwen.tokens import add_placeholder_tokens
+from mmqwen.transport import check_items
+
+
+
+class MultimodalBatch(BatchFeature):
+    """`input_ids`, `attention_mask`, and `embeddings`: a dict from modality to its rows `[R, d]`.
+
+    `to(device_or_dtype)` moves the rows too; a dtype is applied to floating tensors only.
+    """
+
+    def to(self, *args: Any, **kwargs: Any) -> MultimodalBatch:
+        rows = self.data.get("embeddings")
+        super().to(*args, **kwargs)
+        if rows:
+            self.data["embeddings"] = BatchFeature(dict(rows)).to(*args, **kwargs).data
+        return self
+
+
+class MultimodalQwen3Processor(ProcessorMixin):
+    """Turns text with items of other modalities into what the model takes.
+
+    Args:
+        tokenizer: tokenizer of the text model. Placeholder tokens that it lacks are added to it.
+        modalities: as in `MultimodalQwen3Config`, with `token_id`s assigned.
+        chat_template: used by `apply_chat_template` instead of the tokenizer's.
+
+    `from_pretrained` reads the modalities from a composite checkpoint's `config.json`; from
+    `processor_config.json` where the processor was saved alone.
+
+    Raises:
+        ModalityError: a modality has no token id, or one that the tokenizer cannot give its token.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        modalities: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        if tokenizer is None:
+            raise ValueError("a tokenizer is required")
+        super().__init__(tokenizer, chat_template=chat_template)
+        self.specs = parse_modalities(modalities or {})
+        self.modalities = {name: spec.to_dict() for name, spec in self.specs.items()}
+        add_placeholder_tokens(tokenizer, self.specs)
+
+    @classmethod
+    def get_processor_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Fields of `__init__`; a composite `config.json` is the authority on modalities."""
+        hub = ("cache_dir", "local_files_only", "revision", "token", "subfolder")
+        fields, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        try:
+            raw, _ = PretrainedConfig.get_config_dict(
+                pretrained_model_name_or_path, **{k: kwargs[k] for k in hub if k in kwargs}
+            )
+        except OSError:  # a processor saved alone
+            return fields, unused
+        if raw.get("model_type") == MODEL_TYPE:
+            fields["modalities"] = MultimodalQwen3Config.from_dict(raw).modalities
+        return fields, unused
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of the tensors that `__call__` returns."""
+        return ["input_ids", "attention_mask", "embeddings"]
+
+    def __call__(  # type: ignore[override]
+        self,
+        text: Any = None,
+        multimodal_data: Any = None,
+        *,
+        return_tensors: str | None = "pt",
+        padding: bool | str = True,
+        padding_side: str = "left",
+        max_length: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        **kwargs: Any,
+    ) -> MultimodalBatch:
+        """Tokenize, put one placeholder per row, and pack the rows of the batch.
+
+        Args:
+            text: one prompt or a list of them. A prompt is a str, a list of token ids, or a dict
+                `{"text": ..., "multimodal_data": {"multimodal_embeddings": {"m1": [...]}}}`
+                (vLLM's `prompt` and `multi_modal_data` are taken as well).
+            multimodal_data: for each prompt, its items by modality: `{"m1": [item, ...]}`, with or
+                without the `multimodal_embeddings` level around it. An item is a `[d]` vector or
+                an `[n, d]` matrix: torch, numpy or nested lists. A list if `text` is a list.
+            return_tensors: "pt", or None for lists of ids.
+            padding: True or "longest", "max_length", or False.
+            padding_side: "left" (for generation) or "right".
+            max_length: length to pad to with `padding="max_length"`.
+            dtype: floating dtype of the rows.
+            **kwargs: passed on to the tokenizer (`add_special_tokens`, ...).
+
+        Returns:
+            `input_ids` and `attention_mask`, `[B, T]` int64; `embeddings`, for each modality that
+            has items, its rows `[R, d]` in the order of prompt, then position.
+
+        Raises:
+            EmbeddingError: an item that cannot be used, or of an unknown modality.
+            ModalityError: more or fewer markers than items, or markers without items.
+            ValueError: no text; as many data as prompts were not given; truncation was asked for;
+                prompts of different lengths without padding.
+        """
+        if kwargs.pop("truncation", False):
+            raise ValueError("truncation would cut items; shorten the text instead")
+        single = isinstance(text, (str, Mapping)) or _is_ids(text)
+        if text is None or not (single or isinstance(text, (list, tuple))):
+            raise ValueError(f"text: expected a prompt or a list, got {type(text).__name__}")
+        prompts = [text] if single else list(text)
+        if single or multimodal_data is None:
+            data = [multimodal_data] * len(prompts)
+        elif isinstance(multimodal_data, Mapping):
+            raise ValueError("text is a list, so multimodal_data must be a list, one per prompt")
+        else:
+            data = list(multimodal_data)
+        if len(data) != len(prompts):
+            raise ValueError(f"multimodal_data: got {len(data)} for {len(prompts)} prompt(s)")
+
+        sequences: list[list[int]] = []
+        packed: dict[str, list[torch.Tensor]] = {}
+        for prompt, own in zip(prompts, data, strict=True):
+            body, own = _open_prompt(prompt, own)
+            items = check_items(_items_of(own), self.specs, dtype=dtype)
+            counts = {name: [len(rows) for rows in rs] for name, rs in items.items() if rs}
+            expansion = expand_markers(self._ids(body, kwargs), self.specs, counts)
+            sequences.append(expansion.token_ids)
+            for name, rows in items.items():
+                packed.setdefault(name, []).extend(rows)
+        embeddings = {name: torch.cat(packed[name]) for name in self.specs if packed.get(name)}
+
+        batch = self._pad(sequences, padding, padding_side, max_length)
+        if return_tensors is None:
+            fields: dict[str, Any] = {k: v[0] for k, v in batch.items()} if single else batch
+            return MultimodalBatch({**fields, "embeddings": embeddings})
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors: expected 'pt' or None, got {return_tensors!r}")
+        lengths = {len(row) for row in batch["input_ids"]}
+        if len(lengths) > 1:
+            raise ValueError(
+                f"prompts have lengths {sorted(lengths)}; pass padding=True or return_tensors=None"
+            )
+        tensors = {k: torch.tensor(v, dtype=torch.long) for k, v in batch.items()}
+        return MultimodalBatch({**tensors, "embeddings": embeddings})
+
+    def _ids(self, prompt: Any, kwargs: Mapping[str, Any]) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt, return_attention_mask=False, **kwargs)["input_ids"]
+        if _is_ids(prompt):
+            return list(prompt)
+        raise ValueError(
+            f"prompt: expected a str or a list of token ids, got {type(prompt).__name__}"
+        )
+
+    def _pad(
+        self, sequences: list[list[int]], padding: bool | str, side: str, max_length: int | None
+    ) -> dict[str, list[list[int]]]:
+        if side not in ("left", "right"):
+            raise ValueError(f"padding_side: expected 'left' or 'right', got {side!r}")
+        if padding in (False, "do_not_pad"):
+            return {"input_ids": sequences, "attention_mask": [[1] * len(s) for s in sequences]}
+        width = max((len(s) for s in sequences), default=0)
+        if padding == "max_length":
+            if max_length is None or max_length < width:
+                raise ValueError(f"max_length is {max_length}, but the longest prompt is {width}")
+            width = max_length
+        elif padding not in (True, "longest"):
+            raise ValueError(
+                f"padding: expected True, False, 'longest' or 'max_length', got {padding!r}"
+            )
+        pad = self.tokenizer.pad_token_id
+        if pad is None:
+            pad = self.tokenizer.eos_token_id or 0  # masked out, so any id of text will do
+        ids, mask = [], []
+        for s in sequences:
+            gap = width - len(s)
+            left, right = (gap, 0) if side == "left" else (0, gap)
+            ids.append([pad] * left + s + [pad] * right)
+            mask.append([0] * left + [1] * len(s) + [0] * right)
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def apply_chat_template(  # type: ignore[override]
+        self, conversation: Any, chat_template: str | None = None, **kwargs: Any
+    ) -> Any:
+        """The tokenizer's `apply_chat_template`; a str unless `tokenize=True` is given."""
+        kwargs.setdefault("tokenize", False)
+        template = chat_template or self.chat_template
+        return self.tokenizer.apply_chat_template(conversation, chat_template=template, **kwargs)
+
+
+def _is_ids(prompt: Any) -> bool:
+    return (
+        isinstance(prompt, Sequence)
+        and not isinstance(prompt, str)
+        and len(prompt) > 0
+        and all(isinstance(t, int) and not isinstance(t, bool) for t in prompt)
+    )
+
+
+def _open_prompt(prompt: Any, data: Any) -> tuple[Any, Any]:
+    """Split a dict into its text (or ids) and its items."""
+    if not isinstance(prompt, Mapping):
+        return prompt, data
+    read = read_prompt(prompt)
+    if read.items and data is not None:
+        raise ValueError("items were given twice: in the prompt's dict and in multimodal_data")
+    return (read.text if read.token_ids is None else list(read.token_ids)), read.items or data
+
+
+def _items_of(data: Any) -> Mapping[str, Any]:
+    if data is None:
+        return {}
+    if isinstance(data, Mapping) and set(data) == {EMBEDDINGS_KEY}:
+        return data[EMBEDDINGS_KEY] or {}
+    return data

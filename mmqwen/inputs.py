@@ -1,0 +1,263 @@
+"""What users hand over as a prompt, read into one form. No torch, no vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mmqwen.modalities import ModalityError, ModalitySpec
+
+EMBEDDINGS_KEY = "multimodal_embeddings"
+
+TEXT_KINDS = frozenset({"text", "input_text", "output_text"})
+"""Types of chat parts whose field `text` is text."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt.
+
+    Attributes:
+        text: the text, or None where token ids were given.
+        token_ids: the ids, or None where text was given.
+        items: modality to whatever the user gave for it, not yet checked.
+    """
+
+    text: str | None = None
+    token_ids: Sequence[int] | None = None
+    items: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_vllm(self) -> dict[str, Any]:
+        """The prompt as `LLM.generate` takes it."""
+        prompt: dict[str, Any] = (
+            {"prompt_token_ids": list(self.token_ids)}
+            if self.token_ids is not None
+            else {"prompt": self.text}
+        )
+        if any(len(value) for value in self.items.values()):
+            prompt["multi_modal_data"] = dict(self.items)
+        return prompt
+
+
+def read_prompt(value: Any) -> Prompt:
+    """Read a string, the plain dict, or vLLM's dict.
+
+    Args:
+        value: `"text"`; `{"text": ..., "multimodal_data": {"multimodal_embeddings": {...}}}`;
+            `{"prompt": ... or "prompt_token_ids": [...], "multi_modal_data": {...}}`.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(value, str):
+        return Prompt(text=value)
+    if not isinstance(value, Mapping):
+        raise ValueError(f"a prompt is a str or a dict, got {type(value).__name__}")
+    known = {"text", "multimodal_data", "prompt", "prompt_token_ids", "multi_modal_data"}
+    unknown = set(value) - known
+    if unknown:
+        raise ValueError(f"unknown fields {sorted(map(str, unknown))}; expected {sorted(known)}")
+    given = [key for key in ("text", "prompt", "prompt_token_ids") if value.get(key) is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"a prompt has exactly one of 'text', 'prompt' and 'prompt_token_ids', got {given}"
+        )
+    if value.get("multimodal_data") and value.get("multi_modal_data"):
+        raise ValueError("items were given twice: 'multimodal_data' and 'multi_modal_data'")
+    nested = value.get("multimodal_data") or {}
+    if not isinstance(nested, Mapping) or set(nested) - {EMBEDDINGS_KEY}:
+        raise ValueError(f"'multimodal_data' is a dict with the one field {EMBEDDINGS_KEY!r}")
+    items = nested.get(EMBEDDINGS_KEY) or value.get("multi_modal_data") or {}
+    if not isinstance(items, Mapping):
+        raise ValueError(f"items are a dict from modality to a list, got {type(items).__name__}")
+    body = value[given[0]]
+    if given[0] == "prompt_token_ids":
+        if isinstance(body, str) or not isinstance(body, Sequence):
+            raise ValueError(f"'prompt_token_ids' is a list of ids, got {type(body).__name__}")
+        return Prompt(token_ids=body, items=items)
+    if not isinstance(body, str):
+        raise ValueError(f"{given[0]!r} is a str, got {type(body).__name__}")
+    return Prompt(text=body, items=items)
+
+
+class MessageError(ModalityError):
+    """A chat message that cannot be read.
+
+    Attributes:
+        reason: short code for metrics: `part` or `typed_marker`.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class WireLimits:
+    """What one request may bring over the wire, in decoded bytes."""
+
+    item_bytes: int = 64 * 2**20
+    request_bytes: int = 256 * 2**20
+
+
+def read_messages(
+    messages: Sequence[Mapping[str, Any]],
+    specs: Mapping[str, ModalitySpec],
+    limits: WireLimits | None = None,
+) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
+    """Turn chat messages with parts of rows into messages of text, with one marker an item.
+
+    A part is `{"type": "text", "text": ...}`; `{"type": NAME, NAME: item}` for a modality NAME and
+    an array; or `{"type": "NAME_embeds", "NAME_embeds": {"data", "dtype", "shape"}}`, the wire
+    format of `transport.decode_rows`. The pieces of a message that holds rows are joined as they
+    stand; messages without rows are passed on untouched. Marker spellings typed into the text of a
+    message are refused, so that what a user writes never becomes a slot.
+
+    Args:
+        messages: `[{"role": ..., "content": str or parts}, ...]`.
+        specs: the modalities.
+        limits: size limits of the wire format.
+
+    Returns:
+        The messages, and the items of each modality in order.
+
+    Raises:
+        MessageError: an unknown part beside rows, or text that spells a marker.
+        EmbeddingError: an item that cannot be decoded, or items over the request's limit.
+    """
+    reader = _PartReader(specs, limits or WireLimits())
+    return [reader.read(message) for message in messages], reader.items
+
+
+class _PartReader:
+    def __init__(self, specs: Mapping[str, ModalitySpec], limits: WireLimits) -> None:
+        self.items: dict[str, list[Any]] = {}
+        self._specs = specs
+        self._limits = limits
+        self._kinds = {name: name for name in specs} | {f"{name}_embeds": name for name in specs}
+        self._bytes = 0
+
+    def read(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        content = message.get("content")
+        if isinstance(content, str):
+            check_typed_text(content, self._specs)
+            return dict(message)
+        message = listed(message)
+        parts = message.get("content") or []
+        kinds = [_kind_of(part) for part in parts]
+        pieces = [
+            self._take(kind, part)
+            if kind in self._kinds
+            else self._text(kind, part, beside_rows=any(k in self._kinds for k in kinds))
+            for kind, part in zip(kinds, parts, strict=True)
+        ]
+        if any(kind in self._kinds for kind in kinds):
+            return {**message, "content": "".join(pieces)}
+        return dict(message)
+
+    def _text(self, kind: Any, part: Any, *, beside_rows: bool) -> str:
+        text = part if isinstance(part, str) else part.get("text") if kind in TEXT_KINDS else None
+        if isinstance(text, str):
+            check_typed_text(text, self._specs)
+            return text
+        if beside_rows:
+            expected = ["text", *(f"{name}_embeds" for name in self._specs)]
+            raise MessageError(
+                f"unknown part type {kind!r:.60}; expected one of {expected}", "part"
+            )
+        return ""
+
+    def _take(self, kind: str, part: Mapping[str, Any]) -> str:
+        name = self._kinds[kind]
+        if kind not in part:
+            raise MessageError(f"a part of type {kind!r} lacks the field {kind!r}", "part")
+        items = self.items.setdefault(name, [])
+        items.append(part[kind] if kind == name else self._decode(name, part[kind], len(items)))
+        return self._specs[name].token
+
+    def _decode(self, name: str, payload: Any, index: int) -> Any:
+        from mmqwen.transport import EmbeddingError, decode_rows
+
+        left = self._limits.request_bytes - self._bytes
+        try:
+            rows = decode_rows(
+                payload,
+                self._specs[name],
+                index=index,
+                max_bytes=min(self._limits.item_bytes, left),
+            )
+        except EmbeddingError as error:
+            if error.reason == "size" and left < self._limits.item_bytes:
+                raise EmbeddingError(
+                    f"{error}; all items of a request may have {self._limits.request_bytes} bytes, "
+                    f"and those before this one have {self._bytes}",
+                    modality=name,
+                    index=index,
+                    reason="request_size",
+                ) from None
+            raise
+        self._bytes += rows.numel() * rows.element_size()
+        return rows
+
+
+def listed(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a message whose parts are a list: a server may hand over a one-time iterator.
+
+    Raises:
+        MessageError: the content is neither text nor parts.
+    """
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return dict(message)
+    if isinstance(content, (Mapping, bytes)) or not isinstance(content, Iterable):
+        raise MessageError(
+            f"a message's content is text or a list of parts, got {type(content).__name__}", "part"
+        )
+    return {**message, "content": list(content)}
+
+
+def _kind_of(part: Any) -> str:
+    """The type of a part; a bare string is a text.
+
+    Raises:
+        MessageError: it is neither a string nor an object with a type.
+    """
+    if isinstance(part, str):
+        return "text"
+    kind = part.get("type", "") if isinstance(part, Mapping) else None
+    if isinstance(kind, str):
+        return kind
+    wrong = f"a type that is a {type(kind).__name__}"
+    raise MessageError(
+        "a part of a message is text or an object whose 'type' is a string, got "
+        + (wrong if isinstance(part, Mapping) else f"a {type(part).__name__}"),
+        "part",
+    )
+
+
+def wire_characters(messages: Sequence[Mapping[str, Any]]) -> int:
+    """Characters of base64 that the messages hold, roughly, without reading them."""
+    total = 0
+    for message in messages:
+        content = message.get("content")
+        for part in content if isinstance(content, list) else ():
+            for payload in part.values() if isinstance(part, Mapping) else ():
+                data = payload.get("data") if isinstance(payload, Mapping) else None
+                total += len(data) if isinstance(data, str) else 0
+    return total
+
+
+def check_typed_text(text: str, specs: Mapping[str, ModalitySpec]) -> None:
+    """Refuse text of a chat message that spells a placeholder token.
+
+    Raises:
+        MessageError: it does.
+    """
+    for spec in specs.values():
+        if spec.token in text:
+            raise MessageError(
+                f"a message's text spells {spec.token}, the placeholder of modality "
+                f"{spec.name!r}; send items as parts of their own, and write the text without it",
+                "typed_marker",
+            )

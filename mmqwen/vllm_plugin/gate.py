@@ -1,0 +1,99 @@
+"""ASGI middleware that `mmqwen serve` puts before vLLM's routes.
+
+With the stock command: `vllm serve CKPT --middleware mmqwen.vllm_plugin.gate.TokenApiGate
+--middleware mmqwen.vllm_plugin.gate.BodyLimit`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import HTTPException
+from starlette._utils import get_route_path
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from vllm.logger import init_logger
+
+from mmqwen.vllm_plugin.limits import body_limit
+from mmqwen.vllm_plugin.metrics import count_refusal
+
+logger = init_logger("vllm.mmqwen.gate")
+
+
+def is_token_api(path: str) -> bool:
+    """Whether a route belongs to the family that takes or gives processed prompts.
+
+    `/inference/v1/generate` takes tensors as the engine takes them: they bypass every check of this
+    package. With it go what aborts other clients' requests, and `render` and `derender`, which turn
+    messages into such prompts and back.
+    """
+    steps = [step for step in path.lower().split("/") if step]
+    return bool(steps) and (
+        steps[0] == "inference" or steps[-1] in ("render", "derender", "abort_requests")
+    )
+
+
+def _error(status: int, kind: str, message: str) -> JSONResponse:
+    body: dict[str, Any] = {"message": message, "type": kind, "param": None, "code": status}
+    return JSONResponse({"error": body}, status_code=status)
+
+
+class TokenApiGate:
+    """Answers 403 where `is_token_api` holds."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse or pass on."""
+        if scope["type"] in ("http", "websocket") and is_token_api(get_route_path(scope)):
+            count_refusal("closed_endpoint")
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1008})
+                return
+            message = (
+                f"{scope['path'][:100]} is closed: it bypasses the checks of embeddings; "
+                "`mmqwen serve --allow-token-api` opens it to trusted clients"
+            )
+            logger.warning("Refused a request: %s", message)
+            await _error(403, "PermissionDeniedError", message)(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+
+class BodyLimit:
+    """Answers 400 to bodies longer than the request's byte limit allows, before reading them."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self.limit = body_limit()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse or pass on, counting what is received."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        declared = dict(scope["headers"]).get(b"content-length", b"")
+        if declared.isdigit() and int(declared[:20]) > self.limit:
+            await _error(400, "BadRequestError", self._refuse())(scope, receive, send)
+            return
+        received = 0
+
+        async def counting() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.limit:
+                raise HTTPException(400, self._refuse())
+            return message
+
+        await self.app(scope, counting, send)
+
+    def _refuse(self) -> str:
+        count_refusal("body_size")
+        message = (
+            f"the request's body is longer than {self.limit} bytes; send fewer rows, or float16 or "
+            "bfloat16, or raise --max-request-bytes"
+        )
+        logger.warning("Refused a request: %s", message)
+        return message

