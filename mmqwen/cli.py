@@ -92,6 +92,14 @@ def build(
     Console().print(f"wrote [bold]{path}[/bold]", highlight=False)
 
 
+@app.command(context_settings=PASS_THROUGH)
+def serve(context: typer.Context) -> None:
+    """Serve a checkpoint over vLLM's OpenAI API: `mmqwen serve CKPT [any vLLM flag]`."""
+    from mmqwen.serve import main as run_server
+
+    raise typer.Exit(run_server(context.args))
+
+
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from mmqwen.modalities import ModalityError, ModalitySpec
 
@@ -12,6 +12,10 @@ EMBEDDINGS_KEY = "multimodal_embeddings"
 
 TEXT_KINDS = frozenset({"text", "input_text", "output_text"})
 """Types of chat parts whose field `text` is text."""
+
+PASSED_KINDS = TEXT_KINDS | {"refusal", "thinking", "tool_reference"}
+"""Types of chat parts that a message without rows may hold. Others would be fetched, unpickled or
+decoded by whatever reads the message next, although no such model takes them."""
 
 
 @dataclass(frozen=True)
@@ -105,37 +109,44 @@ def read_messages(
     messages: Sequence[Mapping[str, Any]],
     specs: Mapping[str, ModalitySpec],
     limits: WireLimits | None = None,
+    *,
+    other_kinds: Collection[str] = (),
 ) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
     """Turn chat messages with parts of rows into messages of text, with one marker an item.
 
     A part is `{"type": "text", "text": ...}`; `{"type": NAME, NAME: item}` for a modality NAME and
     an array; or `{"type": "NAME_embeds", "NAME_embeds": {"data", "dtype", "shape"}}`, the wire
     format of `transport.decode_rows`. The pieces of a message that holds rows are joined as they
-    stand; messages without rows are passed on untouched. Marker spellings typed into the text of a
-    message are refused, so that what a user writes never becomes a slot.
+    stand; messages without rows are passed on, less a part's `uuid`, which could name another's
+    cache entry. Parts of other types (images, pickled tensors) are refused, and so are marker
+    spellings typed into the text of a message: what a user writes never becomes a slot.
 
     Args:
         messages: `[{"role": ..., "content": str or parts}, ...]`.
         specs: the modalities.
         limits: size limits of the wire format.
+        other_kinds: further types of parts to pass on, in messages without rows.
 
     Returns:
         The messages, and the items of each modality in order.
 
     Raises:
-        MessageError: an unknown part beside rows, or text that spells a marker.
+        MessageError: a part of another type, or text that spells a marker.
         EmbeddingError: an item that cannot be decoded, or items over the request's limit.
     """
-    reader = _PartReader(specs, limits or WireLimits())
+    reader = _PartReader(specs, limits or WireLimits(), other_kinds)
     return [reader.read(message) for message in messages], reader.items
 
 
 class _PartReader:
-    def __init__(self, specs: Mapping[str, ModalitySpec], limits: WireLimits) -> None:
+    def __init__(
+        self, specs: Mapping[str, ModalitySpec], limits: WireLimits, other_kinds: Collection[str]
+    ) -> None:
         self.items: dict[str, list[Any]] = {}
         self._specs = specs
         self._limits = limits
         self._kinds = {name: name for name in specs} | {f"{name}_embeds": name for name in specs}
+        self._passed = PASSED_KINDS.union(other_kinds)
         self._bytes = 0
 
     def read(self, message: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,27 +157,37 @@ class _PartReader:
         message = listed(message)
         parts = message.get("content") or []
         kinds = [_kind_of(part) for part in parts]
+        if not any(kind in self._kinds for kind in kinds):
+            passed = [self._pass(kind, part) for kind, part in zip(kinds, parts, strict=True)]
+            return {**message, "content": passed} if passed else message
         pieces = [
-            self._take(kind, part)
-            if kind in self._kinds
-            else self._text(kind, part, beside_rows=any(k in self._kinds for k in kinds))
+            self._take(kind, part) if kind in self._kinds else self._text(kind, part)
             for kind, part in zip(kinds, parts, strict=True)
         ]
-        if any(kind in self._kinds for kind in kinds):
-            return {**message, "content": "".join(pieces)}
-        return dict(message)
+        return {**message, "content": "".join(pieces)}
 
-    def _text(self, kind: Any, part: Any, *, beside_rows: bool) -> str:
-        text = part if isinstance(part, str) else part.get("text") if kind in TEXT_KINDS else None
+    def _pass(self, kind: str, part: Any) -> Any:
+        """A part of a message without rows."""
+        if kind not in self._passed:
+            self._refuse(kind)
+        text = part if isinstance(part, str) else part.get("text")
         if isinstance(text, str):
             check_typed_text(text, self._specs)
-            return text
-        if beside_rows:
-            expected = ["text", *(f"{name}_embeds" for name in self._specs)]
-            raise MessageError(
-                f"unknown part type {kind!r:.60}; expected one of {expected}", "part"
-            )
-        return ""
+        if isinstance(part, Mapping) and "uuid" in part:
+            return {key: value for key, value in part.items() if key != "uuid"}
+        return part
+
+    def _text(self, kind: str, part: Any) -> str:
+        """The text of a part that stands beside rows."""
+        text = part if isinstance(part, str) else part.get("text") if kind in TEXT_KINDS else None
+        if not isinstance(text, str):
+            self._refuse(kind)
+        check_typed_text(text, self._specs)
+        return text
+
+    def _refuse(self, kind: str) -> NoReturn:
+        expected = ["text", *(f"{name}_embeds" for name in self._specs)]
+        raise MessageError(f"a part of type {kind!r:.60}; expected one of {expected}", "part")
 
     def _take(self, kind: str, part: Mapping[str, Any]) -> str:
         name = self._kinds[kind]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from argparse import ArgumentTypeError, Namespace
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from importlib.metadata import entry_points
 
 PLUGIN = "mmqwen.vllm_plugin:register"
@@ -69,14 +69,16 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _add_own_flags(parser: object) -> None:
-    group = parser.add_argument_group("mmqwen", "Embeddings on the wire.")  # type: ignore[attr-defined]
+def _add_own_flags(parser: ArgumentParser) -> None:
+    parser.usage = "mmqwen serve CHECKPOINT [options]"
+    parser.epilog = (parser.epilog or "").replace("vllm serve", "mmqwen serve")
+    group = parser.add_argument_group("mmqwen", "Embeddings on the wire.")
     group.add_argument(
-        "--max-item-bytes", type=_positive, default=None, metavar="N",
+        "--max-item-bytes", type=_positive, default=SUPPRESS, metavar="N",
         help="Most decoded bytes of one item (default 64 MiB).",
     )  # fmt: skip
     group.add_argument(
-        "--max-request-bytes", type=_positive, default=None, metavar="N",
+        "--max-request-bytes", type=_positive, default=SUPPRESS, metavar="N",
         help="Most decoded bytes of all items of a request (default 256 MiB).",
     )  # fmt: skip
     group.add_argument(
@@ -104,12 +106,12 @@ def prepare(args: Namespace) -> None:
             f"--tokenizer-mode {args.tokenizer_mode} bypasses the renderer that takes embeddings; "
             "use auto or hf"
         )
-    for value, variable in (
-        (args.max_item_bytes, limits.ITEM_BYTES_VARIABLE),
-        (args.max_request_bytes, limits.REQUEST_BYTES_VARIABLE),
+    for field, variable in (
+        ("max_item_bytes", limits.ITEM_BYTES_VARIABLE),
+        ("max_request_bytes", limits.REQUEST_BYTES_VARIABLE),
     ):
-        if value is not None:
-            os.environ[variable] = str(value)
+        if hasattr(args, field):
+            os.environ[variable] = str(getattr(args, field))
     try:
         limits.wire_limits()
     except ValueError as error:

@@ -17,7 +17,7 @@ the data: that is what lets an engine that only slices 2-D tensors by rows carry
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -65,72 +65,83 @@ def pack_rows(items: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor:
     Raises:
         PackError: no items, or items that differ in dtype, or in width within a modality.
     """
-    if not items:
-        raise PackError("a pack needs at least one item")
-    dtype = items[0][1].dtype
-    if dtype not in _DTYPES:
-        raise PackError(f"rows are {dtype}, expected one of {[str(d) for d in _DTYPES]}")
-    grouped: dict[int, list[torch.Tensor]] = {}
-    counts: dict[int, int] = {}
-    widths: dict[int, int] = {}
-    of_item: list[int] = []
-    rows_of_item: list[int] = []
-    for modality, rows in items:  # 1 us an item: this loop is the host cost of a large message
-        shape = rows.shape
-        if len(shape) != 2 or rows.dtype != dtype:
-            raise PackError(f"expected [n, d] rows of {dtype}, got {tuple(shape)} of {rows.dtype}")
-        count, width = shape
-        if modality in grouped:
-            grouped[modality].append(rows)
-            counts[modality] += count
-            if width != widths[modality]:
-                raise PackError(f"modality {modality}: rows of more than one width in a pack")
-        else:
-            grouped[modality] = [rows]
-            counts[modality] = count
-            widths[modality] = width
-        of_item.append(modality)
-        rows_of_item.append(count)
-
-    total = sum(rows_of_item)
-    directory_at = _HEADER_WORDS + _GROUP_WORDS * len(grouped)
-    at = _align(directory_at + 2 * total)
-    header = [_MAGIC, total, len(grouped), _DTYPES.index(dtype)]
-    groups: list[tuple[int, int, int, list[torch.Tensor]]] = []
-    for modality, members in grouped.items():
-        count, width = counts[modality], widths[modality]
-        header += [modality, width, count, at]
-        groups.append((at, count, width, members))
-        at = _align(at + -(-count * width * dtype.itemsize // 8))
-
-    pack = torch.zeros(at, dtype=torch.int64)
-    words = pack.numpy()
-    words[:directory_at] = header
-    words[directory_at : directory_at + 2 * total] = _directory_words(
-        of_item, rows_of_item, counts, directory_at
+    members: dict[int, list[torch.Tensor]] = {}
+    for modality, rows in items:
+        members.setdefault(modality, []).append(rows)
+    for modality, parts in members.items():
+        if len({(part.ndim, part.shape[-1], part.dtype) for part in parts}) > 1:
+            raise PackError(f"modality {modality}: rows of more than one width or dtype in a pack")
+    return pack_groups(
+        [modality for modality, _ in items],
+        [rows.shape[0] for _, rows in items],
+        {m: parts[0] if len(parts) == 1 else torch.cat(parts) for m, parts in members.items()},
     )
-    as_rows = pack.view(dtype)
-    scale = 8 // dtype.itemsize
-    for first, count, width, members in groups:
-        target = as_rows.as_strided((count, width), (width, 1), first * scale)
-        torch.cat(members, out=target) if len(members) > 1 else target.copy_(members[0])
+
+
+def pack_groups(
+    order: Sequence[int], counts: Sequence[int], groups: Mapping[int, torch.Tensor]
+) -> torch.Tensor:
+    """Pack rows that already stand together by modality; the cost per item is in numpy alone.
+
+    Args:
+        order: the modality index of each item, in the order of the slots.
+        counts: the rows of each item.
+        groups: per modality `[R_m, d_m]`, its items' rows in their order, on the CPU.
+
+    Returns:
+        The pack: 1-D int64.
+
+    Raises:
+        PackError: no rows, a group that is not 2-D, dtypes that differ or are not float32,
+            float16 or bfloat16, or groups that do not hold as many rows as their items.
+    """
+    dtypes = {rows.dtype for rows in groups.values()}
+    if len(dtypes) != 1 or not dtypes <= set(_DTYPES):
+        raise PackError(
+            f"expected rows of one dtype among {[str(d) for d in _DTYPES]}, got "
+            f"{sorted(map(str, dtypes))}"
+        )
+    dtype = dtypes.pop()
+    per_row = np.repeat(np.asarray(order, dtype=np.int64), counts)
+    total = len(per_row)
+    directory_at = _HEADER_WORDS + _GROUP_WORDS * len(groups)
+    at = _align(directory_at + 2 * total)
+    header = [_MAGIC, total, len(groups), _DTYPES.index(dtype)]
+    entries = per_row << _ORDINAL_BITS
+    placed = 0
+    spans: list[tuple[int, int, torch.Tensor]] = []
+    for modality, rows in groups.items():
+        if rows.ndim != 2:
+            raise PackError(f"modality {modality}: expected [n, d] rows, got {tuple(rows.shape)}")
+        count, width = rows.shape
+        mask = slice(None) if len(groups) == 1 else per_row == modality
+        in_order = entries[mask]
+        if count < 1 or len(in_order) != count:
+            raise PackError(f"modality {modality}: {count} rows for {len(in_order)} places")
+        entries[mask] = in_order | np.arange(count)
+        placed += count
+        header += [modality, width, count, at]
+        words = -(-count * width * dtype.itemsize // 8)
+        spans.append((at, words, rows))
+        at = _align(at + words)
+    if placed != total:
+        raise PackError(f"the groups hold {placed} rows, the items {total}")
+
+    pack = torch.empty(at, dtype=torch.int64)
+    numbers = pack.numpy()
+    numbers[:directory_at] = header
+    table = numbers[directory_at : directory_at + 2 * total].reshape(total, 2)
+    table[:, 0] = np.arange(directory_at, directory_at + 2 * total, 2)
+    table[:, 1] = entries
+    filled = directory_at + 2 * total
+    for begin, words, rows in spans:
+        numbers[filled:begin] = 0  # padding is hashed, so it is defined
+        numbers[begin + words - 1] = 0
+        target = pack[begin : begin + words].view(dtype)[: rows.numel()]
+        target.view(rows.shape).copy_(rows)
+        filled = begin + words
+    numbers[filled:] = 0
     return pack
-
-
-def _directory_words(
-    of_item: list[int], rows_of_item: list[int], counts: dict[int, int], directory_at: int
-) -> np.ndarray:
-    total = sum(rows_of_item)
-    out = np.empty((total, 2), dtype=np.int64)
-    out[:, 0] = np.arange(directory_at, directory_at + 2 * total, 2)
-    if len(counts) == 1:
-        out[:, 1] = np.arange(total)
-        out[:, 1] |= of_item[0] << _ORDINAL_BITS
-    else:
-        of_row = np.repeat(np.array(of_item, dtype=np.int64), rows_of_item)
-        for modality, count in counts.items():
-            out[of_row == modality, 1] = np.arange(count) | (modality << _ORDINAL_BITS)
-    return out.reshape(-1)
 
 
 def directory(pack: torch.Tensor) -> torch.Tensor:

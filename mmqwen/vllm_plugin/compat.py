@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from mmqwen.inputs import MessageError, listed
 
 
 def prompt_token_ids(inputs: Any, info: Any) -> list[int]:
@@ -14,6 +16,53 @@ def prompt_token_ids(inputs: Any, info: Any) -> list[int]:
         kwargs = dict(getattr(inputs, "tokenization_kwargs", None) or {})
         return list(info.get_tokenizer().encode(prompt, **kwargs))
     return list(prompt)
+
+
+def parts_of(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a chat message whose parts are a list of what the client sent.
+
+    vLLM's request model tries OpenAI's types of parts first, which are checked one by one as they
+    are read: a message that holds rows and no text comes as an iterator that fails at each of our
+    parts. The error holds the part as it came.
+
+    Raises:
+        MessageError: the content is neither text nor parts.
+    """
+    from pydantic import ValidationError
+
+    content = message.get("content")
+    if (
+        content is None
+        or isinstance(content, (str, list, Mapping))
+        or not hasattr(content, "__next__")
+    ):
+        return listed(message)
+    parts: list[Any] = []
+    while True:
+        try:
+            parts.append(next(content))
+        except StopIteration:
+            return {**message, "content": parts}
+        except ValidationError as error:
+            parts.append(_failed_part(error, len(parts)))
+
+
+def _failed_part(error: Any, index: int) -> Any:
+    """The part at which pydantic's lazy iterator failed: the outermost object with a field missing.
+
+    Raises:
+        MessageError: the error tells nothing of it; the part may be no object.
+    """
+    missing = [
+        entry
+        for entry in error.errors(include_url=False, include_context=False)
+        # Another index: an iterator that stays where it failed would be read for ever.
+        if entry["loc"][0] == index and entry["type"] == "missing"
+    ]
+    found = min(missing, key=lambda entry: len(entry["loc"]), default=None)
+    if found is None:
+        raise MessageError(f"part {index} of a message is malformed", "part")
+    return found["input"]
 
 
 # -- the server --------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.feature_extraction_utils import BatchFeature
 from vllm.inputs import mm_input
 from vllm.multimodal.inputs import (
     MultiModalFieldConfig,
@@ -28,7 +27,7 @@ from mmqwen.modalities import ModalityError, ModalitySpec, expand_markers
 from mmqwen.tokens import add_placeholder_tokens
 from mmqwen.vllm_plugin import PACK_MODALITY, compat
 from mmqwen.vllm_plugin.modality_table import modality_table
-from mmqwen_kernels.packing import pack_rows
+from mmqwen_kernels.packing import pack_groups
 
 CUT_GAP = 256
 """Text tokens between two rows from which a new pack begins.
@@ -170,20 +169,19 @@ class PackingProcessor(BaseMultiModalProcessor[ProcessingInfo]):
             token_ids, self._specs, {name: entry.counts for name, entry in items.items()}
         )
         self._check_length(expansion.token_ids, items)
-        names = [name for name, _ in expansion.items]
         counts = [items[name].counts[index] for name, index in expansion.items]
+        order = [self._index[name] for name, _ in expansion.items]
         packs: list[torch.Tensor] = []
         hashes: list[str] = []
         ranges: list[PlaceholderRange] = []
         token_array = np.asarray(expansion.token_ids, dtype=np.int64)
-        taken = dict.fromkeys(items, 0)
+        rows_left = {self._index[name]: entry.data for name, entry in items.items()}
         for first, last in self._cut(token_array, expansion.starts, counts):
-            pack_items: list[tuple[int, torch.Tensor]] = []
-            for name, count in zip(names[first:last], counts[first:last], strict=True):
-                begin = taken[name]
-                taken[name] = begin + count
-                pack_items.append((self._index[name], items[name].data[begin : begin + count]))
-            pack = pack_rows(pack_items)
+            pack = pack_groups(
+                order[first:last],
+                counts[first:last],
+                _take(rows_left, order[first:last], counts[first:last]),
+            )
             packs.append(pack)
             hashes.append(content_hash(pack, counts[first:last]))
             offset = expansion.starts[first]
@@ -262,9 +260,24 @@ _FIELDS = {"pack": MultiModalFieldConfig.batched(PACK_MODALITY, keep_on_cpu=True
 
 def _kwargs_items(packs: Sequence[torch.Tensor]) -> MultiModalKwargsItems:
     # Each pack in a list of its own: vLLM stacks (copies) bare tensors of equal length.
-    return MultiModalKwargsItems.from_hf_inputs(
-        BatchFeature({"pack": [[pack] for pack in packs]}), _FIELDS
-    )
+    return MultiModalKwargsItems.from_hf_inputs({"pack": [[pack] for pack in packs]}, _FIELDS)
+
+
+def _take(
+    left: dict[int, torch.Tensor], order: Sequence[int], counts: Sequence[int]
+) -> dict[int, torch.Tensor]:
+    """Split off, from the front of what is `left` of each modality, the rows of these items."""
+    needed: dict[int, int] = {}
+    for modality, count in zip(order, counts, strict=True):
+        needed[modality] = needed.get(modality, 0) + count
+    taken: dict[int, torch.Tensor] = {}
+    for modality, count in needed.items():
+        rows = left[modality]
+        if count == rows.shape[0]:
+            taken[modality] = rows
+        else:
+            taken[modality], left[modality] = rows[:count], rows[count:]
+    return taken
 
 
 def content_hash(pack: torch.Tensor, counts: Sequence[int]) -> str:

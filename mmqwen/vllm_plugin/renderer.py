@@ -12,10 +12,11 @@ import torch
 from vllm.logger import init_logger
 from vllm.renderers.hf import HfRenderer
 
-from mmqwen.inputs import MessageError, listed, read_messages, wire_characters
+from mmqwen.inputs import MessageError, read_messages, wire_characters
 from mmqwen.modalities import ModalityError, ModalitySpec, check_marker_count, check_no_markers
 from mmqwen.tokens import add_placeholder_tokens
 from mmqwen.transport import EmbeddingError
+from mmqwen.vllm_plugin import compat
 from mmqwen.vllm_plugin.limits import wire_limits
 from mmqwen.vllm_plugin.metrics import count_accepted, count_refusal, prepare
 from mmqwen.vllm_plugin.modality_table import is_ours, modality_table
@@ -38,9 +39,12 @@ class MultimodalQwen3Renderer(HfRenderer):
 
     def __init__(self, config: Any, tokenizer: Any) -> None:
         self._specs: dict[str, ModalitySpec] = {}
+        self._other_kinds: set[str] = set()
         if is_ours(config.model_config):
             self._specs = modality_table(config.model_config)
             self._limits = wire_limits()
+            if getattr(config.model_config, "enable_prompt_embeds", False):
+                self._other_kinds.add("prompt_embeds")
             if tokenizer is not None:
                 add_placeholder_tokens(tokenizer, self._specs)
             prepare(self._specs)
@@ -52,7 +56,7 @@ class MultimodalQwen3Renderer(HfRenderer):
         if not self._specs:
             return super().render_messages(messages, params)
         with _refusals_counted():
-            plain, items = self._read([listed(message) for message in messages])
+            plain, items = self._read([compat.parts_of(message) for message in messages])
         conversation, prompt = super().render_messages(plain, params)
         return conversation, _with_items(prompt, items)
 
@@ -60,7 +64,7 @@ class MultimodalQwen3Renderer(HfRenderer):
         if not self._specs:
             return await super().render_messages_async(messages, params)
         with _refusals_counted():
-            parts = [listed(message) for message in messages]
+            parts = [compat.parts_of(message) for message in messages]
             if wire_characters(parts) <= DECODE_INLINE:
                 plain, items = self._read(parts)
             else:
@@ -72,7 +76,9 @@ class MultimodalQwen3Renderer(HfRenderer):
     def _read(
         self, messages: list[dict[str, Any]]
     ) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
-        plain, items = read_messages(messages, self._specs, self._limits)
+        plain, items = read_messages(
+            messages, self._specs, self._limits, other_kinds=self._other_kinds
+        )
         for name, members in items.items():
             for item in members:
                 if not isinstance(item, (torch.Tensor, np.ndarray)):

@@ -1,0 +1,158 @@
+"""Inputs for the fusion op, its naive meaning in float64, and how errors are graded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mmqwen_kernels import Projector, fuse_embeddings
+from mmqwen_kernels.plan import RowSource
+from mmqwen_kernels.reference import fuse_embeddings_torch
+
+EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+@dataclass
+class Case:
+    """One step: T tokens, rows of several modalities in items, in the order of `slots`."""
+
+    input_ids: torch.Tensor
+    table: torch.Tensor
+    items: list[RowSource]
+    slots: list[int]
+    projectors: list[Projector]
+    vocab_start: int = 0
+
+    @property
+    def columns(self) -> int:
+        return self.table.shape[1]
+
+    def run(self, backend: str, **more: object) -> torch.Tensor:
+        return fuse_embeddings(
+            self.input_ids,
+            self.table,
+            self.items,
+            self.projectors,
+            slots=self.slots,
+            vocab_start=self.vocab_start,
+            backend=backend,
+            **more,  # type: ignore[arg-type]
+        )
+
+    def exact(self) -> torch.Tensor:
+        """The float64 twin."""
+        rows: list[torch.Tensor | None] = []
+        slots: list[torch.Tensor | None] = []
+        for m in range(len(self.projectors)):
+            mine = [x for index, x in self.items if index == m]  # type: ignore[misc]
+            at, here = 0, []
+            for index, x in self.items:  # type: ignore[misc]
+                if index == m:
+                    here += self.slots[at : at + x.shape[0]]
+                at += x.shape[0]
+            rows.append(torch.cat(mine).double() if mine else None)
+            slots.append(torch.tensor(here, device=self.table.device) if mine else None)
+        return fuse_embeddings_torch(
+            self.input_ids,
+            self.table.double(),
+            rows,
+            slots,
+            [Projector(*(w if w is None else w.double() for w in p)) for p in self.projectors],
+            vocab_start=self.vocab_start,
+        )
+
+
+def make_projector(
+    width: int,
+    hidden: int,
+    columns: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    *,
+    bias: bool = True,
+    seed: int = 0,
+) -> Projector:
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(*shape, generator=g) * scale).to(device, dtype)
+
+    return Projector(
+        normal(hidden, width, scale=width**-0.5),
+        normal(hidden),
+        normal(columns, hidden, scale=hidden**-0.5),
+        normal(columns) if bias else None,
+    )
+
+
+def make_case(
+    widths: Sequence[int],
+    counts: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    hidden: int | Sequence[int] = 96,
+    columns: int = 80,
+    text: int = 5,
+    vocab: int = 50,
+    device: str = "cpu",
+    item_rows: int = 3,
+    strided: bool = False,
+    bias: bool = True,
+    ids_dtype: torch.dtype = torch.int64,
+    seed: int = 0,
+) -> Case:
+    """Items of up to `item_rows` rows, modalities interleaved, at slots drawn at random."""
+    g = torch.Generator().manual_seed(seed)
+    hiddens = [hidden] * len(widths) if isinstance(hidden, int) else list(hidden)
+    left = list(counts)
+    items: list[RowSource] = []
+    while any(left):
+        for m, width in enumerate(widths):
+            n = min(left[m], item_rows)
+            if n == 0:
+                continue
+            left[m] -= n
+            rows = torch.randn(n, width, generator=g).to(device, dtype)
+            if strided:  # a slice of columns and every second row of something larger
+                wide = torch.full((2 * n, 2 * width + 8), float("nan"), dtype=dtype, device=device)
+                wide[::2, 8 : 8 + width] = rows
+                rows = wide[::2, 8 : 8 + width]
+            items.append((m, rows))
+    total = sum(counts)
+    tokens = total + text
+    return Case(
+        torch.randint(0, vocab, (tokens,), generator=g).to(device, ids_dtype),
+        torch.randn(vocab, columns, generator=g).to(device, dtype),
+        items,
+        torch.randperm(tokens, generator=g)[:total].tolist(),
+        [
+            make_projector(width, h, columns, dtype, device, bias=bias, seed=seed + m)
+            for m, (width, h) in enumerate(zip(widths, hiddens, strict=True))
+        ],
+    )
+
+
+def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
+    """Relative Frobenius error."""
+    scale = exact.norm().item()
+    return (got.double() - exact).norm().item() / scale if scale else got.double().norm().item()
+
+
+def check_against_torch(case: Case, got: torch.Tensor, factor: float = 1.1) -> None:
+    """Error against float64 at most `factor` times torch's own, text rows bit for bit.
+
+    The slack, a quarter of the dtype's rounding error, is for cases of a few rows, where both
+    errors are a handful of roundings and their ratio is chance.
+    """
+    exact = case.exact()
+    theirs = case.run("torch")
+    text = torch.ones(len(case.input_ids), dtype=torch.bool, device=got.device)
+    text[case.slots] = False
+    assert torch.equal(got[text], theirs[text]), "text rows differ"
+    assert not got.isnan().any(), "something was not written"
+    ours, peer = relative_error(got, exact), relative_error(theirs, exact)
+    assert ours <= factor * peer + EPS[case.table.dtype] / 4, (
+        f"relative error {ours:.3e}, torch's own {peer:.3e}"
+    )

@@ -1,0 +1,357 @@
+"""The kernels under Triton's interpreter. Run by `test_interpreter.py` with TRITON_INTERPRET=1.
+
+float16 and float32 only: the interpreter's `tl.dot` on bfloat16 returns garbage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from fusion_cases import Case, check_against_torch, make_case, make_projector
+from test_ops import shard
+
+from mmqwen_kernels import (
+    LaunchConfig,
+    Projector,
+    TileConfig,
+    fuse_embeddings,
+    plan_rows,
+    project_rows,
+    scatter_rows,
+    select_backend,
+)
+from mmqwen_kernels.triton_backend import triton_backend
+
+NAN = float("nan")
+DTYPES = (torch.float16, torch.float32)
+SMALL = LaunchConfig(
+    TileConfig(16, 32, 32, 4, 2), TileConfig(16, 32, 32, 4, 2, group_r=2), 4, 64
+)
+SWAPPED = LaunchConfig(
+    TileConfig(16, 64, 64, 4, 2, swap=True), TileConfig(16, 64, 32, 4, 2, swap=True), 4, 64
+)
+
+
+def poisoned(case: Case) -> torch.Tensor:
+    return torch.full((len(case.input_ids), case.columns), NAN, dtype=case.table.dtype)
+
+
+def check(case: Case, **more: object) -> None:
+    out = poisoned(case)
+    assert case.run("triton", out=out, **more) is out
+    check_against_torch(case, out)
+
+
+def plan_of(case: Case):  # noqa: ANN201
+    return plan_rows(
+        case.items,
+        case.slots,
+        len(case.input_ids),
+        [p.w1.shape[1] for p in case.projectors],
+        dtype=case.table.dtype,
+        device="cpu",
+    )
+
+
+def test_it_is_the_kernels_that_run() -> None:
+    assert select_backend("cpu", torch.float16, "triton").name == "triton"
+    with pytest.raises(ValueError, match="bfloat16 wrongly"):
+        select_backend("cpu", torch.bfloat16, "triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [0, 1, 7, 8, 63, 64, 65])
+def test_rows_one_modality(rows: int, dtype: torch.dtype) -> None:
+    check(make_case([48], [rows], dtype, item_rows=64))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7, 8, 63, 64, 65])
+@pytest.mark.parametrize("launch", [SMALL, SWAPPED])
+def test_rows_with_several_tiles(rows: int, launch: LaunchConfig) -> None:
+    """Tiles smaller than the case, so that every edge is crossed; items found by address."""
+    check(make_case([48, 32], [rows, 19], torch.float16, item_rows=5), launch=launch)
+
+
+# 77 and 385: what 770 and 385 are to a tile, widths that no 16-byte copy can serve.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [8, 16, 24, 33, 64, 77, 100, 128])
+def test_widths(width: int, dtype: torch.dtype) -> None:
+    check(make_case([width], [9], dtype), launch=SMALL)
+    check(make_case([width], [9], dtype), launch=SWAPPED)
+
+
+@pytest.mark.parametrize("hidden", [1, 17, 96, 130])
+@pytest.mark.parametrize("columns", [1, 50, 80, 129])
+def test_hidden_sizes_and_columns(hidden: int, columns: int) -> None:
+    check(make_case([24], [9], torch.float32, hidden=hidden, columns=columns), launch=SMALL)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("widths", "counts"),
+    [
+        ([24, 40], [1, 30]),
+        ([24, 40, 64], [17, 0, 3]),
+        ([24, 40, 64, 33], [2, 40, 1, 9]),
+        ([24, 40, 64, 32], [0, 0, 0, 5]),
+        ([16] * 9, [1, 2, 0, 1, 3, 0, 1, 1, 2]),
+    ],
+)
+def test_modalities_with_unequal_loads(
+    widths: list[int], counts: list[int], dtype: torch.dtype
+) -> None:
+    check(make_case(widths, counts, dtype))
+    check(make_case(widths, counts, dtype), launch=SMALL)
+
+
+def test_modalities_of_different_hidden_sizes() -> None:
+    check(make_case([24, 40], [9, 20], torch.float16, hidden=[96, 33]), launch=SMALL)
+
+
+@pytest.mark.parametrize("item_rows", [1, 4, 64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strided_items(item_rows: int, dtype: torch.dtype) -> None:
+    """What lies between the rows is NaN: reading past a row's end would show."""
+    check(make_case([40, 33], [6, 9], dtype, strided=True, item_rows=item_rows))
+
+
+def test_expanded_items() -> None:
+    case = make_case([40], [0], torch.float32)
+    case.items = [(0, torch.randn(1, 40).expand(4, 40))]
+    case.slots = [4, 1, 0, 2]
+    check(case)
+
+
+def test_poison_behind_the_rows_does_not_leak() -> None:
+    """Rows, weights and biases each end where NaN begins."""
+    case = make_case([33], [5], torch.float32, item_rows=5)
+
+    def at_the_brink(tensor: torch.Tensor) -> torch.Tensor:
+        flat = torch.full((tensor.numel() + 64,), NAN)
+        flat[: tensor.numel()] = tensor.flatten()
+        return flat[: tensor.numel()].view(tensor.shape)
+
+    case.items = [(m, at_the_brink(x)) for m, x in case.items]  # type: ignore[misc]
+    case.projectors = [Projector(*(at_the_brink(w) for w in p)) for p in case.projectors]  # type: ignore[arg-type]
+    check(case, launch=SMALL)
+    check(case, launch=SWAPPED)
+
+
+@pytest.mark.parametrize("launch", [SMALL, SWAPPED])
+def test_neighbours_are_untouched(launch: LaunchConfig) -> None:
+    """`out` is a window of rows and columns of a larger poisoned buffer."""
+    case = make_case([24, 40], [7, 20], torch.float16)
+    tokens = len(case.input_ids)
+    buffer = torch.full((tokens + 6, case.columns + 24), NAN, dtype=torch.float16)
+    out = buffer[3:-3, 8 : 8 + case.columns]
+    case.run("triton", out=out, launch=launch)
+    check_against_torch(case, out)
+    buffer[3:-3, 8 : 8 + case.columns] = NAN
+    assert buffer.isnan().all()
+
+
+def test_a_nan_row_stays_in_its_slot() -> None:
+    case = make_case([24], [9], torch.float32, item_rows=1)
+    case.items[4][1].fill_(NAN)  # type: ignore[index]
+    out = case.run("triton")
+    assert out.isnan().any(dim=1).nonzero().flatten().tolist() == [case.slots[4]]
+    assert out[case.slots[4]].isnan().all(), "NaN goes through ReLU, as in torch"
+
+
+def test_no_text_at_all() -> None:
+    check(make_case([24], [9], torch.float32, text=0))
+
+
+def test_nothing_at_all() -> None:
+    case = make_case([24], [0], torch.float32, text=0)
+    assert case.run("triton").shape == (0, case.columns)
+
+
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+def test_long_text(ids_dtype: torch.dtype) -> None:
+    check(make_case([24], [3], torch.float32, text=70, ids_dtype=ids_dtype))
+
+
+def test_ids_at_slots_of_rows_do_not_matter() -> None:
+    case = make_case([24], [9], torch.float32)
+    case.input_ids[case.slots] = 10**6
+    out = case.run("triton")
+    assert not out.isnan().any()
+
+
+@pytest.mark.parametrize("rows", [0, 12])
+def test_vocabulary_and_projector_shards_sum_to_the_whole(rows: int) -> None:
+    case = make_case([24, 33], [rows, rows], torch.float32, text=40)
+    parts = [shard(case, rank, 2) for rank in range(2)]
+    total = parts[0].run("triton") + parts[1].run("triton")
+    torch.testing.assert_close(total, case.run("torch"), rtol=1e-5, atol=1e-5)
+    for part in parts:
+        check_against_torch(part, part.run("triton"))
+
+
+def test_no_bias_anywhere() -> None:
+    check(make_case([24, 33], [3, 4], torch.float32, bias=False))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_project_rows(dtype: torch.dtype) -> None:
+    projector = make_projector(40, 96, 80, dtype)
+    rows = torch.randn(19, 40).to(dtype)
+    got = project_rows(rows, projector, backend="triton")
+    torch.testing.assert_close(got, project_rows(rows, projector, backend="torch"))
+    assert project_rows(rows[:0], projector, backend="triton").shape == (0, 80)
+    with pytest.raises(ValueError, match=r"expected \[R, 40\]"):
+        project_rows(rows[:, :39], projector, backend="triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [1, 33, 80])
+def test_scatter_rows(columns: int, dtype: torch.dtype) -> None:
+    out = torch.full((20, columns), NAN, dtype=dtype)
+    slots = torch.randperm(20)[:9]
+    rows = torch.randn(9, 2 * columns).to(dtype)[:, ::2]
+    assert scatter_rows(out, slots, rows, backend="triton") is out
+    assert torch.equal(out[slots], rows) and out.isnan().all(dim=1).sum() == 11
+
+
+def test_runs_are_bit_identical_and_do_not_depend_on_the_batch() -> None:
+    """A row alone, and the same row among 40 others with other tiles: the same bits.
+
+    The interpreter adds within a tile as numpy does, so equal block_k are compared here; that the
+    GPU's order does not depend on the tile is for test_gpu.py.
+    """
+    case = make_case([24], [41], torch.float32, item_rows=1)
+    whole = case.run("triton", launch="batch_invariant")
+    assert torch.equal(whole, case.run("triton", launch="batch_invariant"))
+    alone = Case(case.input_ids[:1], case.table, case.items[7:8], [0], case.projectors)
+    assert torch.equal(
+        alone.run("triton", launch="batch_invariant")[0], whole[case.slots[7]]
+    )
+
+
+# -- errors --------------------------------------------------------------------------------------
+
+
+def test_refusals() -> None:
+    case = make_case([24], [3], torch.float32)
+    with pytest.raises(ValueError, match="expected one of"):
+        case.run("triton", launch="best")
+    with pytest.raises(ValueError, match="out is"):
+        case.run("triton", out=torch.empty(3, 3))
+    with pytest.raises(ValueError, match="token ids for a plan"):
+        fuse_embeddings(
+            case.input_ids[1:], case.table, plan_of(case), case.projectors, backend="triton"
+        )
+    with pytest.raises(ValueError, match="is transposed"):
+        turned = case.projectors[0]._replace(w2=case.projectors[0].w2.t().contiguous().t())
+        fuse_embeddings(case.input_ids, case.table, plan_of(case), [turned], backend="triton")
+    with pytest.raises(ValueError, match="expected 2-D torch.float32"):
+        half = Projector(*(w.half() for w in case.projectors[0]))  # type: ignore[union-attr]
+        fuse_embeddings(case.input_ids, case.table, plan_of(case), [half], backend="triton")
+    with pytest.raises(ValueError, match="do not fit together"):
+        short = case.projectors[0]._replace(b1=case.projectors[0].b1[1:])
+        fuse_embeddings(case.input_ids, case.table, plan_of(case), [short], backend="triton")
+    with pytest.raises(ValueError, match="projectors for"):
+        fuse_embeddings(
+            case.input_ids, case.table, plan_of(case), case.projectors * 2, backend="triton"
+        )
+
+
+def test_gradients_are_refused_not_dropped() -> None:
+    case = make_case([24], [3], torch.float32)
+    case.projectors[0].w1.requires_grad_()
+    with pytest.raises(ValueError, match="no backward"):
+        case.run("triton")
+    with torch.no_grad():
+        case.run("triton")
+
+
+def test_weights_that_move_are_followed() -> None:
+    """The address table is keyed by what it holds: new weights never meet an old table."""
+    case = make_case([24], [3], torch.float32)
+    case.run("triton")
+    for seed in range(3):
+        case.projectors = [make_projector(24, 96, case.columns, torch.float32, seed=seed + 10)]
+        check(case)
+    assert len(triton_backend(torch.device("cpu"))._weights) <= 64
+
+
+# -- torch.compile -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("with_out", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_fullgraph(compiler: str, with_out: bool, bias: bool) -> None:
+    torch._dynamo.reset()
+    case = make_case([24, 33], [5, 3], torch.float32, bias=bias)
+    plan = plan_of(case)
+    plan.tables  # noqa: B018  made on the host, before the graph
+
+    def step(ids: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return (
+            fuse_embeddings(
+                ids,
+                table,
+                plan,
+                case.projectors,
+                backend="triton",
+                out=out if with_out else None,
+            )
+            + 1
+        )
+
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
+    with torch.no_grad():
+        want = case.run("triton")
+        out = poisoned(case)
+        assert torch.equal(compiled(case.input_ids, case.table, out), want + 1)
+        assert torch.equal(out, want) if with_out else out.isnan().all()
+
+
+def test_fullgraph_halves() -> None:
+    torch._dynamo.reset()
+    projector = make_projector(24, 96, 80, torch.float32)
+    slots = torch.tensor([4, 0, 2])
+
+    def step(rows: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return scatter_rows(
+            out, slots, project_rows(rows, projector, backend="triton"), backend="triton"
+        )
+
+    rows = torch.randn(3, 24)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(rows, torch.zeros(6, 80)), step(rows, torch.zeros(6, 80)))
+
+
+def test_custom_ops_pass_torchs_own_check() -> None:
+    from mmqwen_kernels import custom_ops
+
+    case = make_case([24], [5], torch.float32)
+    plan = plan_of(case)
+    tables = plan.tables
+    args = (
+        case.input_ids,
+        case.table,
+        plan.slot_table,
+        plan.all_slots,
+        tables.entries,
+        tables.row_addresses,
+        tables.align_bytes,
+        [x for part in plan.parts for x in part],
+        list(plan.counts),
+        list(case.projectors[0]),
+        [True],
+        0,
+        "fastest",
+    )
+    torch.library.opcheck(custom_ops.fuse_embeddings_op, args)
+    torch.library.opcheck(custom_ops.fuse_embeddings_out_op, (*args, poisoned(case)))
+
+
+def test_launch_configs_are_values() -> None:
+    changed = dataclasses.replace(SMALL, block_t=8)
+    assert changed != SMALL and SMALL == dataclasses.replace(SMALL)

@@ -1,0 +1,198 @@
+"""The public op: its API, its errors, its shards."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from fusion_cases import Case, make_case
+
+from mmqwen_kernels import (
+    Projector,
+    fuse_embeddings,
+    plan_rows,
+    project_rows,
+    scatter_rows,
+    select_backend,
+)
+from mmqwen_kernels.ops import BACKENDS
+
+KERNELS = Path(__file__).parents[2] / "kernels"
+
+
+# -- choice of backend ---------------------------------------------------------------------------
+
+
+def test_auto_is_torch_on_the_cpu_and_says_why() -> None:
+    choice = select_backend("cpu", torch.float32)
+    assert choice == ("torch", "no kernels for cpu devices")
+
+
+def test_auto_is_torch_on_cuda_until_validated() -> None:
+    choice = select_backend("cuda", torch.bfloat16)
+    assert choice.name == "torch" and "not been validated on a GPU" in choice.reason
+
+
+def test_torch_is_always_there() -> None:
+    assert select_backend("meta", torch.float64, "torch") == ("torch", "asked for")
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreting")
+@pytest.mark.parametrize(
+    ("device", "dtype", "backend", "message"),
+    [
+        ("cpu", torch.float32, "cutlass", "expected one of"),
+        ("cpu", torch.float32, "triton", "TRITON_INTERPRET=1"),
+        ("cpu", torch.float64, "triton", "rows are torch.float64"),
+        ("meta", torch.float32, "triton", "no kernels for meta"),
+    ],
+)
+def test_what_cannot_run_is_refused(
+    device: str, dtype: torch.dtype, backend: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        select_backend(device, dtype, backend)
+
+
+def test_backends_are_listed() -> None:
+    assert set(BACKENDS) == {"auto", "torch", "triton"}
+
+
+def test_importing_the_package_imports_no_triton() -> None:
+    code = (
+        "import sys, torch, mmqwen_kernels as k;"
+        "k.select_backend('cpu', torch.float32);"
+        "assert 'mmqwen_kernels.triton_kernels' not in sys.modules"
+    )
+    env = os.environ | {"PYTHONPATH": str(KERNELS)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env, timeout=120)
+
+
+# -- the op --------------------------------------------------------------------------------------
+
+
+def test_a_plan_and_its_sources_give_the_same() -> None:
+    case = make_case([8, 33], [5, 7], torch.float32)
+    plan = plan_rows(
+        case.items,
+        case.slots,
+        len(case.input_ids),
+        [8, 33],
+        dtype=torch.float32,
+        device="cpu",
+    )
+    assert torch.equal(
+        fuse_embeddings(case.input_ids, case.table, plan, case.projectors), case.run("auto")
+    )
+
+
+def test_out_is_written_and_returned() -> None:
+    case = make_case([8], [5], torch.float32)
+    out = torch.full((len(case.input_ids), case.columns), float("nan"))
+    assert case.run("torch", out=out) is out
+    assert torch.equal(out, case.run("torch"))
+
+
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dtypes(dtype: torch.dtype, ids_dtype: torch.dtype) -> None:
+    case = make_case([8, 24], [5, 3], dtype, ids_dtype=ids_dtype)
+    out = case.run("torch")
+    assert out.dtype == dtype
+    assert (out.double() - case.exact()).norm() / case.exact().norm() < 1e-2
+
+
+def test_slots_are_needed_with_sources() -> None:
+    case = make_case([8], [5], torch.float32)
+    with pytest.raises(ValueError, match="slots are needed"):
+        fuse_embeddings(case.input_ids, case.table, case.items, case.projectors)
+
+
+def test_rows_and_slots_must_match() -> None:
+    case = make_case([8], [5], torch.float32)
+    case.slots.pop()
+    with pytest.raises(ValueError, match="5 rows for 4 slots"):
+        case.run("auto")
+
+
+def test_a_wrong_width_is_named() -> None:
+    case = make_case([8], [5], torch.float32)
+    case.items[0] = (0, torch.zeros(3, 9))
+    with pytest.raises(ValueError, match=r"rows are \(3, 9\), expected \[n, 8\]"):
+        case.run("auto")
+
+
+def test_text_alone_is_an_embedding() -> None:
+    case = make_case([8], [0], torch.float32, text=9)
+    assert torch.equal(case.run("auto"), case.table[case.input_ids])
+
+
+def test_halves_make_the_whole() -> None:
+    case = make_case([8], [4], torch.float32, text=3, item_rows=4)
+    out = case.table[case.input_ids].clone()
+    rows = project_rows(case.items[0][1], case.projectors[0])  # type: ignore[index]
+    scatter_rows(out, torch.tensor(case.slots), rows)
+    assert torch.equal(out, case.run("torch"))
+
+
+def test_fullgraph_with_the_torch_backend() -> None:
+    case = make_case([8, 24], [5, 3], torch.float32)
+    plan = plan_rows(
+        case.items, case.slots, len(case.input_ids), [8, 24], dtype=torch.float32, device="cpu"
+    )
+
+    def step(ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return fuse_embeddings(ids, table, plan, case.projectors) * 2
+
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(case.input_ids, case.table), step(case.input_ids, case.table))
+
+
+# -- shards --------------------------------------------------------------------------------------
+
+
+def shard(case: Case, rank: int, ranks: int) -> Case:
+    """This rank's share of the vocabulary and of the hidden units."""
+    rows = -(-case.table.shape[0] // ranks)
+    projectors = []
+    for w1, b1, w2, b2 in case.projectors:
+        units = -(-w1.shape[0] // ranks)
+        mine = slice(rank * units, (rank + 1) * units)
+        projectors.append(Projector(w1[mine], b1[mine], w2[:, mine], b2 if rank == 0 else None))
+    return Case(
+        case.input_ids,
+        case.table[rank * rows : (rank + 1) * rows],
+        case.items,
+        case.slots,
+        projectors,
+        vocab_start=rank * rows,
+    )
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_shards_sum_to_the_whole(ranks: int) -> None:
+    case = make_case([8, 33], [5, 7], torch.float64, text=40)
+    total = sum(shard(case, rank, ranks).run("torch") for rank in range(ranks))
+    torch.testing.assert_close(total, case.run("torch"), rtol=1e-12, atol=1e-12)
+
+
+def _rank_main(rank: int, ranks: int, file: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{file}", rank=rank, world_size=ranks
+    )
+    case = make_case([8, 33], [5, 7], torch.float64, text=40)
+    out = shard(case, rank, ranks).run("auto")
+    torch.distributed.all_reduce(out)  # the one collective that the vocabulary shard needs anyway
+    torch.testing.assert_close(out, case.run("torch"), rtol=1e-12, atol=1e-12)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_and_one_all_reduce(tmp_path: Path) -> None:
+    """Tensor parallelism over gloo: one all-reduce sums text rows and projected rows."""
+    mp.spawn(_rank_main, args=(2, str(tmp_path / "store")), nprocs=2)

@@ -1,0 +1,120 @@
+"""Packs: what goes in comes out, and what is not a pack is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmqwen_kernels import PackError, directory, pack_rows
+from mmqwen_kernels.packing import read_slice
+
+WIDTHS = (3, 8, 5)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+items_of_pack = st.lists(
+    st.tuples(st.integers(0, 2), st.integers(1, 4)), min_size=1, max_size=12
+)
+
+
+def make_items(shape: list[tuple[int, int]], dtype: torch.dtype) -> list[tuple[int, torch.Tensor]]:
+    at, items = 0, []
+    for modality, rows in shape:
+        n = rows * WIDTHS[modality]
+        items.append((modality, torch.arange(at, at + n).view(rows, -1).to(dtype)))
+        at += n
+    return items
+
+
+@settings(max_examples=60, deadline=None)
+@given(shape=items_of_pack, dtype=st.sampled_from(DTYPES), data=st.data())
+def test_any_slice_of_a_directory_leads_to_its_rows(
+    shape: list[tuple[int, int]], dtype: torch.dtype, data: st.DataObject
+) -> None:
+    items = make_items(shape, dtype)
+    part = directory(pack_rows(items))
+    expected = [(m, row) for m, rows in items for row in rows]
+    lo = 0
+    for _ in range(data.draw(st.integers(0, 3))):  # slices of slices
+        n = part.shape[0]
+        a = data.draw(st.integers(0, n - 1))
+        b = data.draw(st.integers(a + 1, n))
+        part, lo = part[a:b], lo + a
+    modality, groups = read_slice(part)
+    want = expected[lo : lo + part.shape[0]]
+    assert modality.tolist() == [m for m, _ in want]
+    for group in groups:
+        mine = torch.stack([row for m, row in want if m == group.modality])
+        assert torch.equal(group.rows, mine)
+    assert sum(g.rows.shape[0] for g in groups) == len(want)
+
+
+def test_groups_are_16_byte_aligned_views() -> None:
+    pack = pack_rows(make_items([(0, 3), (1, 2), (2, 1), (0, 1)], torch.bfloat16))
+    for group in read_slice(directory(pack))[1]:
+        assert group.rows.untyped_storage().data_ptr() == pack.untyped_storage().data_ptr()
+        offset = group.rows.storage_offset() * group.rows.element_size()
+        assert offset % 16 == 0
+
+
+def test_a_pack_inside_a_larger_buffer_works() -> None:
+    pack = pack_rows(make_items([(0, 3), (1, 2)], torch.float32))
+    batch = torch.zeros(2, pack.numel(), dtype=torch.int64)
+    batch[1] = pack
+    _, groups = read_slice(directory(batch[1])[1:4])
+    assert torch.equal(groups[0].rows, make_items([(0, 3)], torch.float32)[0][1][1:])
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        [],
+        [(0, torch.zeros(2, 3, dtype=torch.float64))],
+        [(0, torch.zeros(3))],
+        [(0, torch.zeros(1, 3)), (0, torch.zeros(1, 4))],
+        [(0, torch.zeros(1, 3)), (1, torch.zeros(1, 4, dtype=torch.float16))],
+    ],
+)
+def test_pack_rows_refuses(items: list[tuple[int, torch.Tensor]]) -> None:
+    with pytest.raises(PackError):
+        pack_rows(items)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda p: p[:3],
+        lambda p: p.float(),
+        lambda p: p.view(1, -1),
+        lambda p: torch.zeros_like(p),
+        lambda p: p[:-1],
+        lambda p: p.index_fill(0, torch.tensor([3]), 99),
+        lambda p: p.index_fill(0, torch.tensor([1]), 10**6),
+        lambda p: p.index_fill(0, torch.tensor([7]), 10**6),
+    ],
+)
+def test_directory_refuses_what_is_no_pack(damage: object) -> None:
+    pack = pack_rows(make_items([(0, 3), (1, 2)], torch.float32))
+    with pytest.raises(PackError):
+        directory(damage(pack))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda d: d.clone(),
+        lambda d: d[1:].clone(),
+        lambda d: d[::2],
+        lambda d: d.flip(0),
+        lambda d: d[:, :1],
+        lambda d: d.int(),
+        lambda d: torch.zeros(4, 2, dtype=torch.int64),
+        lambda d: torch.tensor(np.full((4, 2), 2**60)),
+    ],
+)
+def test_read_slice_refuses_what_lost_its_pack(damage: object) -> None:
+    rows = directory(pack_rows(make_items([(0, 3), (1, 2)], torch.float32)))
+    with pytest.raises(PackError):
+        read_slice(damage(rows))  # type: ignore[operator]

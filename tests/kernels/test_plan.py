@@ -1,0 +1,174 @@
+"""Plans: every row reaches its slot, whatever the sources; what does not fit is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmqwen_kernels import PackError, directory, pack_rows, plan_rows
+from mmqwen_kernels.plan import RowPlan, RowSource, slots_of_mask
+
+WIDTHS = (3, 8, 5)
+DTYPE = torch.float32
+
+
+def plan(sources: list[RowSource], slots: object, tokens: int) -> RowPlan:
+    return plan_rows(sources, slots, tokens, WIDTHS, dtype=DTYPE, device="cpu")  # type: ignore[arg-type]
+
+
+source_shapes = st.lists(
+    st.tuples(
+        st.booleans(),
+        st.lists(st.tuples(st.integers(0, 2), st.integers(1, 4)), min_size=1, max_size=5),
+        st.floats(0, 1),
+        st.floats(0, 1),
+    ),
+    max_size=6,
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(shapes=source_shapes, gaps=st.integers(0, 7), as_mask=st.booleans(), seed=st.integers(0, 99))
+def test_plan_equals_the_naive_assignment(
+    shapes: list, gaps: int, as_mask: bool, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    sources: list[RowSource] = []
+    expected: list[tuple[int, torch.Tensor]] = []
+    for packed, shape, a, b in shapes:
+        items = [(m, torch.randn(n, WIDTHS[m], generator=g)) for m, n in shape]
+        rows = [(m, row) for m, item in items for row in item]
+        if packed:
+            lo, hi = sorted((int(a * len(rows)), int(b * len(rows))))
+            sources.append(directory(pack_rows(items))[lo:hi])
+            expected += rows[lo:hi]
+        else:
+            sources += items
+            expected += rows
+    total = len(expected)
+    tokens = total + gaps
+    positions = torch.randperm(tokens, generator=g)[:total]
+    if as_mask:
+        positions = positions.sort().values
+        mask = torch.zeros(tokens, dtype=torch.bool)
+        mask[positions] = True
+        made = plan(sources, mask, tokens)
+    else:
+        made = plan(sources, positions.tolist(), tokens)
+    seen: dict[int, torch.Tensor] = {}
+    for m in range(len(WIDTHS)):
+        rows_m, slots_m = made.rows[m], made.slots[m]
+        assert made.counts[m] == sum(index == m for index, _ in expected)
+        if rows_m is None or slots_m is None:
+            assert made.counts[m] == 0
+            continue
+        assert rows_m.shape == (made.counts[m], WIDTHS[m])
+        seen.update(zip(slots_m.tolist(), rows_m, strict=True))
+    assert sorted(seen) == sorted(positions.tolist())
+    for slot, (_, row) in zip(positions.tolist(), expected, strict=True):
+        assert torch.equal(seen[slot], row)
+    table = made.slot_table.tolist()
+    assert [t for t, at in enumerate(table) if at < 0] == sorted(
+        set(range(tokens)) - set(positions.tolist())
+    )
+    for at, slot in enumerate(made.all_slots.tolist()):
+        assert table[slot] == at
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 5), min_size=3, max_size=3),
+    pieces=st.integers(1, 3),
+    strided=st.booleans(),
+)
+def test_tables_lead_the_kernels_to_every_row(
+    counts: list[int], pieces: int, strided: bool
+) -> None:
+    """Read the rows back by the addresses in the tables, as the kernels do."""
+    import ctypes
+
+    items: list[RowSource] = []
+    for m, count in enumerate(counts):
+        for part in torch.randn(count, WIDTHS[m]).chunk(pieces) if count else ():
+            if strided:
+                wide = torch.zeros(2 * len(part), WIDTHS[m] + 1)
+                wide[::2, 1:] = part
+                part = wide[::2, 1:]
+            items.append((m, part))
+    made = plan(items, range(sum(counts)), sum(counts))
+    entries, addresses, align = made.tables
+    assert entries.shape[0] & (entries.shape[0] - 1) == 0
+    at = 0
+    for modality, first, count, base, stride, *_ in entries.tolist():
+        if count == 0:
+            continue
+        assert first == at and count == counts[modality]
+        rows = made.rows[modality]
+        assert rows is not None
+        for r in range(count):
+            where = base + r * stride * 4 if addresses is None else int(addresses[first + r])
+            assert where % align == 0
+            raw = (ctypes.c_float * WIDTHS[modality]).from_address(where)
+            assert np.array_equal(np.array(raw), rows[r].numpy())
+        at += count
+    assert at == sum(counts)
+
+
+def test_rows_are_converted() -> None:
+    rows = torch.randn(2, 3).half()
+    assert torch.equal(plan([(0, rows)], [1, 0], 2).rows[0], rows.float())
+
+
+def test_a_single_item_is_not_copied() -> None:
+    rows = torch.randn(2, 3)
+    made = plan([(0, rows)], [1, 0], 2)
+    assert made.rows[0] is not None and made.rows[0].data_ptr() == rows.data_ptr()
+
+
+def test_columns_that_are_not_adjacent_are_made_so() -> None:
+    rows = torch.randn(3, 2).t()
+    made = plan([(0, rows)], [1, 0], 2)
+    assert made.parts[0][0].stride(1) == 1 and torch.equal(made.rows[0], rows)
+
+
+@pytest.mark.parametrize("slots", [torch.tensor([True, False, True]), [0, 2], np.array([0, 2])])
+def test_slots_of_mask(slots: object) -> None:
+    assert slots_of_mask(slots).tolist() == [0, 2]  # type: ignore[arg-type]
+
+
+def test_no_rows() -> None:
+    made = plan([], torch.zeros(4, dtype=torch.bool), 4)
+    assert made.counts == (0, 0, 0) and made.rows == (None, None, None)
+    assert made.slot_table.tolist() == [-1] * 4 and made.all_slots.numel() == 0
+
+
+@pytest.mark.parametrize(
+    ("sources", "slots", "tokens", "message"),
+    [
+        ([(0, torch.zeros(2, 3))], [0], 4, "2 rows for 1 slots"),
+        ([(0, torch.zeros(2, 4))], [0, 1], 4, "expected \\[n, 3\\]"),
+        ([(0, torch.zeros(3))], [0], 4, "expected \\[n, 3\\]"),
+        ([(3, torch.zeros(1, 3))], [0], 4, "modality index 3, expected 0 to 2"),
+        ([(-1, torch.zeros(1, 3))], [0], 4, "modality index -1"),
+        ([(0, torch.zeros(1, 3))], [4], 4, "outside the 4 tokens"),
+        ([(0, torch.zeros(1, 3))], [-1], 4, "outside the 4 tokens"),
+        ([(0, torch.zeros(2, 3))], [1, 1], 4, "more than one row"),
+    ],
+)
+def test_plan_refuses(sources: list, slots: list[int], tokens: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(sources, slots, tokens)
+
+
+def test_a_slice_that_lost_its_pack_is_refused() -> None:
+    lost = directory(pack_rows([(0, torch.zeros(2, 3))])).clone()
+    with pytest.raises(PackError):
+        plan([lost], [0, 1], 2)
+
+
+def test_a_pack_of_another_width_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected"):
+        plan([directory(pack_rows([(1, torch.zeros(2, 3))]))], [0, 1], 2)

@@ -1,0 +1,693 @@
+"""The OpenAI API over real sockets: right answers, and nothing that a client sends harms others."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import pickle
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from engines import reference, rows_of
+from malformed import CHAT, COMPLETIONS, chat, good_part, malformed, text
+from servers import STOCK, TINY_FLAGS, Server, launch, running
+from tiny import make_composite
+
+from mmqwen.client import embeds_part
+
+pytest.importorskip("vllm")
+openai = pytest.importorskip("openai")
+
+TOLERANCE = 1e-4
+"""Largest difference of a log-probability from transformers' in float32; seen: 5e-6."""
+
+MEMORY_GROWTH = 96 * 2**20
+"""Most bytes by which all processes of the server may grow over the malformed requests, after a
+first hundred of them. Seen: some MiB. One leaked body a request would be ten times more."""
+
+ITEM_BYTES = 20_000
+REQUEST_BYTES = 40_000
+BODY_BYTES = 4 * (REQUEST_BYTES + 2) // 3 + 16 * 2**20
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_composite(
+        tmp_path_factory.mktemp("server") / "model",
+        modalities={"m1": {"dim": 24, "max_rows": 64}, "m2": 40},
+    )
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint, tmp_path_factory):
+    flags = [
+        *TINY_FLAGS, "--max-item-bytes", str(ITEM_BYTES), "--max-request-bytes", str(REQUEST_BYTES),
+    ]  # fmt: skip
+    with running(checkpoint, tmp_path_factory.mktemp("log") / "server.log", flags) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+@pytest.fixture(autouse=True)
+def _alive(request):
+    """After each test, a good request still gets the right answer."""
+    yield
+    if {"server", "client"} & set(request.fixturenames):
+        server = request.getfixturevalue("server")
+        Conversation().user(rows("m1", 3), "still there?").check(
+            request.getfixturevalue("client"), request.getfixturevalue("checkpoint")
+        )
+        assert server.process.poll() is None
+
+
+# -- conversations and their reference ---------------------------------------------------------
+
+
+def rows(name: str, count: int, seed: int = 0) -> tuple[str, np.ndarray]:
+    width = {"m1": 24, "m2": 40}[name]
+    values = np.random.default_rng([seed, count, width]).standard_normal((count, width))
+    return name, values.astype(np.float32)
+
+
+class Conversation:
+    """Messages, and the items that they hold in order."""
+
+    def __init__(self) -> None:
+        self.messages: list[dict[str, Any]] = []
+        self.items: dict[str, list[torch.Tensor]] = {}
+
+    def say(self, role: str, *pieces: Any, dtype: str | None = None) -> Conversation:
+        content = []
+        for piece in pieces:
+            if isinstance(piece, str):
+                content.append(text(piece))
+                continue
+            name, values = piece
+            content.append(embeds_part(name, values, dtype))
+            sent = torch.from_numpy(values).to(getattr(torch, dtype or "float32")).float()
+            self.items.setdefault(name, []).append(sent)
+        self.messages.append({"role": role, "content": content})
+        return self
+
+    def user(self, *pieces: Any, dtype: str | None = None) -> Conversation:
+        return self.say("user", *pieces, dtype=dtype)
+
+    def request(self, **fields: Any) -> dict[str, Any]:
+        extra = {"return_token_ids": True, **fields.pop("extra_body", {})}
+        return {
+            "model": "tiny", "messages": self.messages, "max_tokens": 5, "temperature": 0,
+            "logprobs": True, "extra_body": extra, **fields,
+        }  # fmt: skip
+
+    def check(self, client: Any, checkpoint: Any, **fields: Any) -> Any:
+        answer = client.chat.completions.create(**self.request(**fields))
+        self.compare(answer, checkpoint)
+        return answer
+
+    @torch.no_grad()
+    def compare(self, answer: Any, checkpoint: Any, *, greedy: bool = True) -> None:
+        """Each token is the reference's best, with the reference's log-probability."""
+        model = reference(str(checkpoint))
+        prompt = list(answer.prompt_token_ids)
+        for choice in answer.choices:
+            ids = torch.tensor([prompt + list(choice.token_ids)])
+            logits = model(ids, embeddings=rows_of(self.items)).logits[0].float()
+            logprobs = logits.log_softmax(-1)[len(prompt) - 1 :]
+            assert choice.token_ids
+            for step, token in enumerate(choice.token_ids):
+                if greedy:
+                    assert int(logprobs[step].argmax()) == token
+                got = choice.logprobs.content[step].logprob
+                assert abs(float(logprobs[step, token]) - got) <= TOLERANCE
+
+
+LAYOUTS = {
+    "rows, then text": lambda c: c.user(rows("m1", 3), "what is it?"),
+    "text, then rows": lambda c: c.user("look:", rows("m1", 1)),
+    "rows alone": lambda c: c.user(rows("m1", 2)),
+    "several rows alone": lambda c: c.user(rows("m2", 2), rows("m1", 1), rows("m1", 4, seed=3)),
+    "between texts": lambda c: c.user(
+        "one ", rows("m2", 2), " two ", rows("m1", 1), rows("m2", 1, seed=5), " three"
+    ),
+    "many items": lambda c: c.user(
+        *(rows("m1" if i % 2 else "m2", 1 + i % 3, seed=i) for i in range(40)), "how many?"
+    ),
+    "many turns": lambda c: (
+        c.say("system", "Answer in one word.")
+        .user(rows("m1", 2), "what is it?")
+        .say("assistant", "a train")
+        .user("and ", rows("m2", 3), "?")
+        .say("assistant", "the coast")
+        .user(rows("m1", 1, seed=9))
+    ),
+    "rows in every role": lambda c: (
+        c.say("system", rows("m1", 1), "a rule")
+        .user("hi")
+        .say("assistant", rows("m2", 1))
+        .user("so?")
+    ),
+    "longer than a step": lambda c: c.user(*(rows("m1", 60, seed=i) for i in range(6)), "and?"),
+    "text alone": lambda c: c.user("just words"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_answers_equal_the_reference(client, checkpoint, layout):
+    conversation = LAYOUTS[layout](Conversation())
+    conversation.check(client, checkpoint)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_each_wire_dtype(client, checkpoint, dtype):
+    Conversation().user("see", rows("m1", 4), rows("m2", 2), dtype=dtype).check(client, checkpoint)
+
+
+def test_equals_the_pipeline(client, checkpoint):
+    """The same conversation through the offline door, in this process, gives the same text."""
+    from mmqwen.pipeline import MultimodalQwen3Pipeline
+
+    conversation = Conversation().user(rows("m1", 3), "what is it?", rows("m2", 2))
+    (_, first), (_, second) = rows("m1", 3), rows("m2", 2)
+    messages = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "m1", "m1": first},
+                text("what is it?"),
+                {"type": "m2", "m2": second},
+            ],
+        }
+    ]
+    with MultimodalQwen3Pipeline(checkpoint, engine="transformers", dtype="float32") as pipeline:
+        offline = pipeline.chat(messages, max_tokens=5)
+    online = conversation.check(client, checkpoint).choices[0]
+    assert online.message.content == offline
+
+
+# -- what vLLM gives every model ----------------------------------------------------------------
+
+
+def test_streamed_answers_are_the_same(client, checkpoint):
+    conversation = Conversation().user(rows("m1", 3), "go on", rows("m2", 1))
+    whole = conversation.check(client, checkpoint, max_tokens=12)
+    pieces, usage = [], None
+    for chunk in client.chat.completions.create(
+        **conversation.request(max_tokens=12, stream=True, stream_options={"include_usage": True})
+    ):
+        usage = chunk.usage or usage
+        pieces += [choice.delta.content or "" for choice in chunk.choices]
+    assert len(pieces) > 2
+    assert "".join(pieces) == whole.choices[0].message.content
+    assert usage.prompt_tokens == whole.usage.prompt_tokens
+
+
+def test_several_choices_and_log_probabilities(client, checkpoint):
+    conversation = Conversation().user(rows("m1", 3), "choose")
+    answer = client.chat.completions.create(
+        **conversation.request(n=3, temperature=1.0, seed=1, top_logprobs=4)
+    )
+    assert len(answer.choices) == 3
+    assert len({tuple(choice.token_ids) for choice in answer.choices}) > 1
+    conversation.compare(answer, checkpoint, greedy=False)
+    assert all(len(step.top_logprobs) == 4 for step in answer.choices[0].logprobs.content)
+
+
+def test_prompt_log_probabilities_at_rows(client, checkpoint):
+    """Placeholders are masked, so their log-probability is -inf, which JSON does not have."""
+    conversation = Conversation().user("a ", rows("m1", 3), " b")
+    conversation.check(client, checkpoint, extra_body={"prompt_logprobs": 1})
+
+
+def test_choice_and_json_schema(client, checkpoint):
+    conversation = Conversation().user(rows("m1", 3), "yes or no?")
+    chosen = client.chat.completions.create(
+        **conversation.request(
+            max_tokens=10, extra_body={"structured_outputs": {"choice": ["yes", "no"]}}
+        )
+    )
+    assert chosen.choices[0].message.content in ("yes", "no")
+    schema = {"type": "array", "items": {"enum": ["yes", "no"]}, "minItems": 2, "maxItems": 2}
+    written = client.chat.completions.create(
+        **conversation.request(
+            max_tokens=60,
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "answers", "schema": schema, "strict": True},
+            },
+            extra_body={"structured_outputs": {"json": schema, "disable_any_whitespace": True}},
+        )
+    )
+    assert set(json.loads(written.choices[0].message.content)) <= {"yes", "no"}
+
+
+def test_tool_call(client, checkpoint):
+    parameters = {"type": "object", "properties": {"on": {"enum": [1]}}, "required": ["on"]}
+    conversation = Conversation().user(rows("m1", 3), "switch it on")
+    answer = client.chat.completions.create(
+        **conversation.request(
+            logprobs=False,
+            max_tokens=80,
+            tools=[{"type": "function", "function": {"name": "switch", "parameters": parameters}}],
+            tool_choice={"type": "function", "function": {"name": "switch"}},
+        )
+    )
+    assert answer.choices[0].message.tool_calls[0].function.name == "switch"
+
+
+def test_earlier_turns_stay_cached(client, checkpoint):
+    def cached(conversation):
+        return conversation.check(client, checkpoint).usage.prompt_tokens_details.cached_tokens
+
+    opening = rows("m1", 50, seed=41)
+    first = Conversation().user(opening, "what is it?")
+    assert cached(first) == 0
+    first.say("assistant", "a train").user("and this?", rows("m2", 20, seed=42))
+    assert cached(first) >= 32
+    first.say("assistant", "the coast").user("and this?", rows("m1", 3, seed=43))
+    assert cached(first) >= 64
+    changed = (opening[0], opening[1] + 1e-3)
+    other = Conversation().user(changed, "what is it?").say("assistant", "a train").user("and?")
+    assert cached(other) == 0
+
+
+def test_completions_take_text(client, checkpoint):
+    answer = client.completions.create(model="tiny", prompt="The morning train", max_tokens=4)
+    assert answer.usage.completion_tokens == 4
+
+
+def test_async_client(server, checkpoint):
+    conversation = Conversation().user(rows("m1", 2), "async")
+
+    async def ask():
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+            return await client.chat.completions.create(**conversation.request())
+
+    conversation.compare(asyncio.run(ask()), checkpoint)
+
+
+# -- many clients ------------------------------------------------------------------------------
+
+
+def test_64_concurrent_clients_of_all_kinds(server, checkpoint):
+    """Rows and text, streamed and not, good and bad: each gets its own answer."""
+
+    async def ask(client, index):
+        conversation = Conversation().user(
+            f"client {index} ",
+            *(rows("m1" if (index + i) % 2 else "m2", 1 + i, seed=index) for i in range(index % 4)),
+            " says",
+        )
+        request = conversation.request(max_tokens=3 + index % 5)
+        if index % 8 == 7:
+            bad = Conversation().user("bad ", rows("m1", 2), "<|m1|>")
+            with pytest.raises(openai.BadRequestError, match="placeholder"):
+                await client.chat.completions.create(**bad.request())
+        if index % 3 == 0:
+            del request["logprobs"]
+            stream = await client.chat.completions.create(**request, stream=True)
+            words = [
+                chunk.choices[0].delta.content or "" async for chunk in stream if chunk.choices
+            ]
+            return conversation, "".join(words)
+        return conversation, await client.chat.completions.create(**request)
+
+    async def all_of_them():
+        async with openai.AsyncOpenAI(
+            base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120
+        ) as client:
+            answers = await asyncio.gather(*(ask(client, index) for index in range(64)))
+            for conversation, answer in answers:
+                if isinstance(answer, str):
+                    size = 3 + int(conversation.messages[0]["content"][0]["text"].split()[1]) % 5
+                    again = await client.chat.completions.create(
+                        **conversation.request(max_tokens=size)
+                    )
+                    conversation.compare(again, checkpoint)
+                    assert again.choices[0].message.content == answer
+                else:
+                    conversation.compare(answer, checkpoint)
+
+    asyncio.run(all_of_them())
+
+
+def test_clients_that_vanish_free_their_requests(server, client):
+    with httpx.Client(base_url=server.url, timeout=30) as web:
+        for index in range(24):
+            body = chat(good_part(index, 20), text("tell"), max_tokens=300, stream=True)
+            body["ignore_eos"] = True
+            with web.stream("POST", CHAT, json=body) as response:
+                assert response.status_code == 200
+                next(response.iter_lines())
+        # And some that hang up in the middle of sending.
+        for _ in range(8):
+            with pytest.raises(httpx.HTTPError):
+                web.post(CHAT, content=_broken_off(), headers={"content-type": "application/json"})
+    end = time.monotonic() + 20
+    while server.metric("vllm:num_requests_running") and time.monotonic() < end:
+        time.sleep(0.2)
+    assert server.metric("vllm:num_requests_running") == 0
+
+
+def _broken_off():
+    yield b'{"model": "tiny", "messages": [{"role": "user", "content": '
+    raise httpx.WriteError("gone")
+
+
+# -- what must be refused -----------------------------------------------------------------------
+
+
+def refuse(server: Server, body: Any, *words: str, path: str = CHAT, status: int = 400) -> str:
+    """Send it, check the refusal, and return its message."""
+    answer = httpx.post(server.url + path, json=body, timeout=60)
+    assert answer.status_code == status, answer.text[:300]
+    message = answer.json()["error"]["message"]
+    for word in words:
+        assert word in message, message
+    return message
+
+
+def test_malformed_requests_harm_nobody(server, checkpoint):
+    """Each gets a 4xx, memory stays flat, and a client that sends good ones notices nothing."""
+    requests = malformed()
+    assert len(requests) >= 500
+    good = Conversation().user("a good one ", rows("m1", 3))
+    failures: list[BaseException] = []
+    done = threading.Event()
+
+    def neighbour() -> None:
+        own = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+        while not done.is_set():
+            try:
+                good.check(own, checkpoint)
+            except BaseException as error:
+                failures.append(error)
+                return
+            time.sleep(0.2)
+
+    thread = threading.Thread(target=neighbour)
+    thread.start()
+    try:
+        wrong, before = [], 0
+        with httpx.Client(base_url=server.url, timeout=60) as web:
+            for index, bad in enumerate(requests):
+                if index == 100:
+                    before = server.resident()
+                answer = web.post(
+                    bad.path, content=bad.body, headers={"content-type": "application/json"}
+                )
+                if not 400 <= answer.status_code < 500:
+                    wrong.append((bad.name, answer.status_code, answer.text[:100]))
+                elif len(answer.content) > 20_000:
+                    wrong.append((bad.name, "long answer", len(answer.content)))
+            grown = server.resident() - before
+    finally:
+        done.set()
+        thread.join()
+    print(f"{len(requests)} malformed requests, {grown / 2**20:.1f} MiB grown")
+    assert not wrong
+    assert not failures
+    assert grown < MEMORY_GROWTH
+
+
+def test_refusals_are_logged_without_the_payload(server):
+    secret = base64.b64encode(b"a secret that no log may hold " * 10).decode()
+    part = good_part()
+    part["m1_embeds"]["data"] = secret
+    before = len(server.log.read_bytes())
+    refuse(server, chat(part), "characters of data")
+    log = server.log.read_bytes()[before:].decode()
+    assert "Refused a request: modality 'm1', item 0: got" in log
+    assert secret[:40] not in log
+
+
+def test_bytes_of_an_item_are_limited(server):
+    width = 40
+    rows_that_fit = ITEM_BYTES // (4 * width)
+    big = np.zeros((rows_that_fit + 1, width), np.float32)
+    refuse(server, chat(embeds_part("m2", big)), "m2", "20160 bytes", f"at most {ITEM_BYTES}")
+
+
+def test_bytes_of_a_request_are_limited(server):
+    item = embeds_part("m2", np.zeros((120, 40), np.float32))
+    refuse(server, chat(item, item, item), "item 2", "40000 bytes", "those before this one")
+
+
+def test_body_is_limited(server):
+    refuse(server, chat(text("a" * BODY_BYTES)), "body is longer", "--max-request-bytes")
+
+
+def test_body_without_a_declared_length_is_limited(server):
+    def chunks():
+        yield b'{"model": "tiny", "prompt": "'
+        for _ in range(BODY_BYTES // 2**20 + 1):
+            yield b"a" * 2**20
+        yield b'"}'
+
+    answer = httpx.post(
+        server.url + COMPLETIONS, content=chunks(), headers={"content-type": "application/json"},
+        timeout=60,
+    )  # fmt: skip
+    assert answer.status_code == 400
+    assert "body is longer" in answer.text
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/inference/v1/generate", "/inference/v1/abort_requests", "/v1/chat/completions/render",
+        "/v1/completions/render", "/v1/messages/render", "/v1/chat/completions/derender",
+        "/v1/completions/derender", "/abort_requests", "/inference/v1/generate/",
+        "/inference%2Fv1/generate",
+    ],
+)  # fmt: skip
+def test_token_api_is_closed(server, path):
+    refuse(server, {}, "is closed", path=path, status=403)
+
+
+# -- the cases of facts/serving.md, by name ------------------------------------------------------
+
+
+@dataclass
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    path: str
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_pickle_over_the_wire(server, tmp_path):
+    mark = tmp_path / "pwned"
+    bomb = base64.b64encode(pickle.dumps(Bomb(str(mark)))).decode()
+    part = good_part()
+    part["m1_embeds"]["data"] = bomb
+    refuse(server, chat(part), "characters of data")
+    for kind in ("prompt_embeds", "image_embeds", "audio_embeds"):
+        refuse(server, chat({"type": kind, kind: bomb}, text("hi")), kind)
+        refuse(server, chat({"type": kind, kind: bomb, "data": bomb}), kind)
+    body = {"model": "tiny", "prompt": "", "prompt_embeds": bomb, "max_tokens": 1}
+    refuse(server, body, "enable-prompt-embeds", path=COMPLETIONS)
+    assert not mark.exists()
+
+
+def _torch_saved(tensor: torch.Tensor) -> str:
+    import io
+
+    out = io.BytesIO()
+    torch.save(tensor, out)
+    return base64.b64encode(out.getvalue()).decode()
+
+
+def test_cve_2025_62164_sparse_tensor_through_torch_load(server):
+    """Indices out of bounds in a sparse tensor wrote out of bounds when it was made dense."""
+    sparse = torch.sparse_coo_tensor(
+        torch.tensor([[2**40]]), torch.tensor([1.0]), (2**41,), check_invariants=False
+    )
+    data = _torch_saved(sparse)
+    part = good_part()
+    part["m1_embeds"]["data"] = data
+    refuse(server, chat(part), "characters of data")
+    body = {"model": "tiny", "prompt": "", "prompt_embeds": data, "max_tokens": 1}
+    refuse(server, body, path=COMPLETIONS)
+
+
+def test_sparse_tensor_that_densifies_to_terabytes(server):
+    """1.5 KB on the wire, 4 TiB in memory: the declared size is checked before anything else."""
+    before = server.resident()
+    for shape in ([2**37, 8], [2**40, 24], [2**62, 24]):
+        part = good_part()
+        part["m1_embeds"]["shape"] = shape
+        refuse(server, chat(part), "m1")
+    assert server.resident() - before < 32 * 2**20
+
+
+def test_cve_2025_62372_right_dimensions_wrong_width(server):
+    for name, width in (("m1", 25), ("m1", 40), ("m2", 24), ("m2", 64)):
+        part = embeds_part(name, np.ones((2, width), np.float32))
+        refuse(server, chat(part, text("hi")), name, f"width {width}")
+
+
+def test_cve_2025_46722_unframed_hash(client, checkpoint):
+    """Rows that are the same bytes in other shapes, orders, dtypes or items never share a cache."""
+    values = np.random.default_rng(7).standard_normal((50, 24)).astype(np.float32)
+    swapped = values[::-1].copy()
+    halves = (("m1", values[:25]), ("m1", values[25:]))
+    narrow = values.reshape(30, 40)
+    for pieces in (
+        [("m1", values)], [("m1", swapped)], list(halves), [*halves[::-1]], [("m2", narrow)],
+        [halves[0], " ", halves[1]], [("m1", values), "?"],
+    ):  # fmt: skip
+        Conversation().user(*pieces, "same bytes").check(client, checkpoint)
+
+
+def test_cve_2026_44222_placeholder_spelled_in_text(server, checkpoint):
+    """In every field of every door that ends up in a prompt."""
+    word = "see <|m1|>"
+    refuse(server, chat(text(word)), "<|m1|>", "placeholder")
+    refuse(server, chat(text(word), good_part()), "<|m1|>", "placeholder")
+    refuse(server, {"model": "tiny", "messages": [{"role": "user", "content": word}]}, "<|m1|>")
+    refuse(server, {"model": "tiny", "messages": [{"role": word, "content": "hi"}]}, "<|m1|>")
+    refuse(server, {"model": "tiny", "prompt": word}, "<|m1|>", path=COMPLETIONS)
+    refuse(server, {"model": "tiny", "prompt": ["hi", word]}, "<|m1|>", path=COMPLETIONS)
+    token = reference(str(checkpoint)).specs["m1"].token_id
+    refuse(server, {"model": "tiny", "prompt": [5, token, 6]}, "<|m1|>", path=COMPLETIONS)
+    refuse(server, {"model": "tiny", "prompt": word}, "<|m1|>", path="/tokenize")
+    refuse(server, {"model": "tiny", "input": word}, "<|m1|>", path="/v1/responses")
+    anthropic = {"model": "tiny", "max_tokens": 2, "messages": [{"role": "user", "content": word}]}
+    refuse(server, anthropic, "<|m1|>", path="/v1/messages")
+    refuse(server, chat(text(word)), "<|m1|>", path="/invocations")
+
+
+def test_placeholder_is_never_sampled(client, checkpoint):
+    """Not even where the client allows nothing else."""
+    token = reference(str(checkpoint)).specs["m1"].token_id
+    for extra in ({"allowed_token_ids": [token]}, {"logit_bias": {str(token): 100}}):
+        for temperature in (0, 1):
+            request = Conversation().user(rows("m1", 2), "hi").request(extra_body=extra)
+            request["temperature"] = temperature
+            answer = client.chat.completions.create(**request)
+            assert token not in answer.choices[0].token_ids
+
+
+def test_cve_2026_105754_hash_supplied_by_the_caller(server, client, checkpoint):
+    """Two clients that give different rows one `uuid` each get the answer to their own."""
+    for seed in (1, 2, 1):
+        conversation = Conversation().user(rows("m1", 40, seed=seed), "mine?")
+        for part in conversation.messages[0]["content"]:
+            part["uuid"] = "the same"
+        extra = {"multi_modal_uuids": {"m1": ["the same"], "mmqwen_pack": ["the same"]}}
+        conversation.check(client, checkpoint, extra_body=extra)
+
+
+def test_nan_rows_are_not_cached_for_others(server, client, checkpoint):
+    name, values = rows("m1", 40, seed=77)
+    bad = values.copy()
+    bad[39, 3] = np.nan
+    raw = {"data": base64.b64encode(bad.tobytes()).decode(), "dtype": "float32", "shape": [40, 24]}
+    part = {"type": "m1_embeds", "m1_embeds": raw}
+    refuse(server, chat(part, text("what?")), "m1", "NaN")
+    Conversation().user((name, values), "what?").check(client, checkpoint)
+
+
+def test_media_are_neither_fetched_nor_decoded(server):
+    """No such model takes them; vLLM would fetch a URL before it noticed."""
+    hits = []
+
+    async def serve_and_ask():
+        async def hit(reader, writer):
+            hits.append(await reader.read(100))
+            writer.close()
+
+        listener = await asyncio.start_server(hit, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/x"
+        parts = [
+            {"type": "image_url", "image_url": {"url": url}},
+            {"image_url": url},
+            {"type": "text", "text": "hi", "uuid": "u", "image_url": url},
+            {"type": "video_url", "video_url": {"url": url}},
+            {"type": "audio_url", "audio_url": {"url": url}},
+        ]
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as web, listener:
+            return [(await web.post(CHAT, json=chat(part))).status_code for part in parts]
+
+    statuses = asyncio.run(serve_and_ask())
+    assert statuses == [400, 400, 200, 400, 400]  # the third is text with fields that are dropped
+    assert not hits
+
+
+# -- what an operator sees -----------------------------------------------------------------------
+
+
+def test_metrics_count(server, client, checkpoint):
+    names = (
+        "mmqwen_requests_total", 'mmqwen_items_total{modality="m1"}',
+        'mmqwen_rows_total{modality="m1"}', 'mmqwen_bytes_total{modality="m1"}',
+        'mmqwen_items_total{modality="m2"}', 'mmqwen_refusals_total{reason="width"}',
+        'mmqwen_refusals_total{reason="typed_marker"}',
+        'mmqwen_refusals_total{reason="closed_endpoint"}', "vllm:request_success_total",
+    )  # fmt: skip
+    before = [server.metric(name) for name in names]
+    Conversation().user(rows("m1", 3), rows("m1", 2), dtype="float16").check(client, checkpoint)
+    Conversation().user(rows("m2", 1), "one").check(client, checkpoint)
+    Conversation().user("text alone").check(client, checkpoint)
+    refuse(server, chat(embeds_part("m1", np.ones((2, 7), np.float32))), "width")
+    refuse(server, chat(text("<|m1|>")))
+    refuse(server, {}, path="/inference/v1/generate", status=403)
+    counted = [server.metric(name) - was for name, was in zip(names, before, strict=True)]
+    assert counted == [2, 2, 5, 5 * 24 * 2, 1, 1, 1, 1, 3]
+
+
+# -- life and death -----------------------------------------------------------------------------
+
+
+def test_stock_server_takes_embeddings_and_sigterm_under_load_is_clean(checkpoint, tmp_path):
+    """vLLM's own command without any flag of ours; then SIGTERM while it answers."""
+    server = launch(checkpoint, tmp_path / "stock.log", program=STOCK)
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+    LAYOUTS["many turns"](Conversation()).check(client, checkpoint)
+    refuse(server, chat(text("<|m1|>")), "placeholder")
+    ends: list[str] = []
+
+    def stream(index: int) -> None:
+        body = chat(good_part(index, 8), text("tell"), max_tokens=400, stream=True, ignore_eos=True)
+        try:
+            with httpx.stream("POST", server.url + CHAT, json=body, timeout=60) as response:
+                last = [line for line in response.iter_lines() if line][-1]
+            ends.append("done" if "[DONE]" in last else "ended")
+        except httpx.HTTPError as error:
+            ends.append(type(error).__name__)
+
+    threads = [threading.Thread(target=stream, args=(index,)) for index in range(16)]
+    for thread in threads:
+        thread.start()
+    end = time.monotonic() + 30
+    while server.metric("vllm:num_requests_running") < 8 and time.monotonic() < end:
+        time.sleep(0.05)
+    started = time.monotonic()
+    status = server.stop()
+    took = time.monotonic() - started
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+    assert len(ends) == 16
+    assert status in (0, -signal.SIGTERM), server.log.read_text(errors="replace")[-2000:]
+    assert took < 20
+    print(f"SIGTERM: exit {status} after {took:.1f} s, streams {sorted(ends)}")
+
+
+def test_mmqwen_serve_ends_cleanly(checkpoint, tmp_path):
+    pytest.skip("placeholder")
