@@ -1,26 +1,33 @@
 # Each target works alone on a fresh clone: it makes .venv first, and only once.
-PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3,$(shell command -v $(p) 2>/dev/null)))
-BIN := .venv/bin
-STAMP := .venv/installed
+# The first of these that runs, is 3.11 to 3.13 and can make an environment. (A pyenv shim is on
+# the path even where it runs nothing, so each is tried.) Choose another with `make PYTHON=...`.
+CANDIDATES := python3 python3.13 python3.12 python3.11
+USABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c '$(USABLE)' >/dev/null 2>&1 && echo $$p && break; done)
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
-REQUIREMENTS := requirements/$(if $(GPU),gpu,cpu).txt
+CLOSURE := requirements/$(if $(GPU),gpu,cpu).txt
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := .venv/installed
 
 .PHONY: demo test test-gpu lint bench fuzz clean install
 .DEFAULT_GOAL := test
 
 install: $(STAMP)
 
+# An environment that is out of date is made anew: pins that went would stay in it otherwise.
 $(STAMP): setup.py pyproject.toml requirements/cpu.txt requirements/gpu.txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
-		|| { echo "Python 3.11, 3.12 or 3.13 is needed; set PYTHON=..."; exit 1; }
-	$(PYTHON) -m venv .venv
+	@test -n "$(PYTHON)" || { echo "mmqwen needs Python 3.11, 3.12 or 3.13 with venv;" \
+		"install one, or name it: make PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	$(PIP) install --quiet pip==26.3
 ifeq ($(GPU),yes)
-	$(BIN)/pip install --quiet -r $(REQUIREMENTS)
+	$(PIP) install --quiet -r $(CLOSURE)
 else
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --no-deps -r $(REQUIREMENTS)
+	$(PIP) install --quiet torch==2.13.0
+	$(PIP) install --quiet --no-deps -r $(CLOSURE)
 endif
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	$(PIP) install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
 demo: $(STAMP)
@@ -44,4 +51,4 @@ fuzz: $(STAMP)
 	$(BIN)/python -m pytest -m fuzz
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

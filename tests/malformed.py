@@ -26,7 +26,8 @@ WEIRD: list[Any] = [
 ]  # fmt: skip
 
 SHAPES: list[Any] = [
-    [], [WIDTH - 1], [WIDTH + 1], [0, WIDTH], [-1, WIDTH], [1, 0], [WIDTH, 1], [1, 1, WIDTH], [1, -WIDTH],
+    [], [WIDTH - 1], [WIDTH + 1], [0, WIDTH], [-1, WIDTH], [1, 0], [WIDTH, 1], [1, 1, WIDTH],
+    [1, -WIDTH],
     [2**31, WIDTH], [2**40, WIDTH], [2**63, WIDTH], [10**30, WIDTH], [1, 2**62], [-(2**62), -4],
     ["1", WIDTH], [1.0, WIDTH], [True, WIDTH], [1, "24"], [None, WIDTH], [[1], WIDTH], [3, WIDTH],
     [1, WIDTH, 1], [1] * 1000, [65, WIDTH], [10**9, 10**9], {"0": 1, "1": WIDTH}, f"[1, {WIDTH}]",
@@ -160,8 +161,8 @@ def _bodies() -> Iterator[tuple[str, str, Any]]:
         del part["m1_embeds"][missing]
         yield f"no {missing}", CHAT, chat(part)
     for dtype in (
-        "float64", "int8", "uint8", "complex64", "bool", "object", "torch.float32", "<f4", "FLOAT32",
-        "float8_e4m3fn", "pickle", "O", "float32 ", "f4",
+        "float64", "int8", "uint8", "complex64", "bool", "object", "torch.float32", "<f4",
+        "FLOAT32", "float8_e4m3fn", "pickle", "O", "float32 ", "f4",
     ):  # fmt: skip
         yield f"dtype {dtype}", CHAT, chat(_with(dtype=dtype))
     for words in ("<|m1|>", "a <|m2|> b", "<|m1|>" * 200, "\n<|m1|>\n"):

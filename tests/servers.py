@@ -91,7 +91,7 @@ def launch(
     command = [sys.executable, *program, *model, "--host", "127.0.0.1", "--port", str(port), *flags]
     settings = {
         **os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1",
-        "VLLM_NO_USAGE_STATS": "1", **(env or {}),
+        "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "INFO", **(env or {}),
     }  # fmt: skip
     settings.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     with log.open("wb") as out:

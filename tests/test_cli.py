@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from tiny import make_base
 
 from mmqwen.cli import main, parse_modality_flag
 from mmqwen.modalities import ModalityError
+from tiny import make_base
 
 
 def test_modality_flags():
@@ -19,7 +19,9 @@ def test_modality_flags():
     )
 
 
-@pytest.mark.parametrize("flag", ["m1", "m1=", "m1=x", "m1=-3", "m1=8:hidden", "m1=8:depth=2"])
+@pytest.mark.parametrize(
+    "flag", ["m1", "m1=\u00b2", "m1=", "m1=x", "m1=-3", "m1=8:hidden", "m1=8:depth=2"]
+)
 def test_bad_modality_flags(flag):
     with pytest.raises(ModalityError, match="--modality"):
         parse_modality_flag(flag)
@@ -28,13 +30,12 @@ def test_bad_modality_flags(flag):
 def test_build_writes_a_checkpoint_that_transformers_loads(tmp_path, capsys):
     base = make_base(tmp_path / "base")
     target = tmp_path / "out"
-    with pytest.warns(UserWarning, match="UNTRAINED"):
-        code = main(
-            ["build", "--base", str(base), "--modality", "m1=24", "--modality", "m2=8:max_rows=4"]
-            + ["-o", str(target)]
-        )
-    assert code == 0
-    assert str(target) in capsys.readouterr().out.replace("\n", "")
+    flags = ["--modality", "m1=24", "--modality", "m2=8:max_rows=4"]
+    assert main(["build", "--base", str(base), *flags, "-o", str(target)]) == 0
+    printed = capsys.readouterr()
+    assert str(target) in printed.out
+    assert "UNTRAINED" in printed.err
+    assert ".py" not in printed.err, "a warning shows where in our code it was raised"
     config = json.loads((target / "config.json").read_text())
     assert config["modalities"]["m2"]["dim"] == 8
     assert config["modalities"]["m2"]["max_rows"] == 4
@@ -68,6 +69,16 @@ def test_unwritable_output_folder(tmp_path, capsys):
     target = str(tmp_path / "file" / "out")
     assert main(["build", "--base", str(base), "--modality", "m1=8", "-o", target]) == 2
     assert "file" in capsys.readouterr().err
+
+
+def test_brackets_in_a_message_are_not_markup(tmp_path, capsys):
+    base = tmp_path / "[bold]base[/nothing]"
+    assert (
+        main(["build", "--base", str(base), "--modality", "m1=8", "-o", str(tmp_path / "o")]) == 2
+    )
+    error = capsys.readouterr().err
+    assert "[bold]base[/nothing]" in error
+    assert error.count("\n") == 1
 
 
 def test_version(capsys):

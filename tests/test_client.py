@@ -32,7 +32,8 @@ assert not heavy, heavy
 def test_part_decodes_to_the_rows(dtype):
     rows = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32)
     part = embeds_part("m1", rows, dtype)
-    assert set(part) == {"type", "m1_embeds"} and part["type"] == "m1_embeds"
+    assert set(part) == {"type", "m1_embeds"}
+    assert part["type"] == "m1_embeds"
     assert part["m1_embeds"]["shape"] == [3, 8]
     got = decode_rows(part["m1_embeds"], ModalitySpec("m1", 8))
     assert got.dtype is getattr(torch, dtype or "float32")
@@ -42,4 +43,5 @@ def test_part_decodes_to_the_rows(dtype):
 def test_a_bad_part_names_the_modality():
     with pytest.raises(EmbeddingError, match="modality 'm1': got dtype int64") as caught:
         embeds_part("m1", np.zeros(4, np.int64))
-    assert caught.value.modality == "m1" and caught.value.reason == "dtype"
+    assert caught.value.modality == "m1"
+    assert caught.value.reason == "dtype"

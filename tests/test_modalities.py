@@ -34,7 +34,8 @@ def test_parse_modalities_reads_widths_dicts_and_specs_in_order():
     )
     assert list(specs) == ["z", "m1", "s"]
     assert specs["z"] == ModalitySpec("z", 3, None, "<|z|>", None, 1024)
-    assert specs["m1"].max_rows == 7 and specs["s"].token == "<S>"
+    assert specs["m1"].max_rows == 7
+    assert specs["s"].token == "<S>"
 
 
 def test_config_form_round_trips():
@@ -176,7 +177,8 @@ def test_expand_markers_places_every_item_once_and_keeps_the_text(case):
 def test_unmarked_items_go_before_the_text_in_the_order_given():
     got = expand_markers([1, 2], SPECS, {"b": [2], "a": [1, 1]})
     assert got.token_ids == [101, 101, 100, 100, 1, 2]
-    assert got.items == [("b", 0), ("a", 0), ("a", 1)] and got.starts == [0, 2, 3]
+    assert got.items == [("b", 0), ("a", 0), ("a", 1)]
+    assert got.starts == [0, 2, 3]
 
 
 def test_marked_and_unmarked_modalities_mix():

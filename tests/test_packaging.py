@@ -1,113 +1,144 @@
-"""The wheel works outside the checkout, and shadows no other package."""
+"""The wheel that users get: built from an sdist, installed and imported away from the checkout."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+import sysconfig
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+import mmqwen
 
-PROBE = """
-import importlib.metadata, importlib.util, json, sys
-import mmqwen, mmqwen_kernels
-kernels = importlib.util.find_spec("kernels")
-print(json.dumps({
-    "mmqwen": mmqwen.__file__,
-    "kernels": mmqwen_kernels.__file__,
-    "version": mmqwen.__version__,
-    "shadow": [] if kernels is None else [str(p) for p in kernels.submodule_search_locations or []],
-    "points": sorted(p.value for p in importlib.metadata.distribution("mmqwen").entry_points),
-}))
-"""
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "mmqwen", "kernels")
+
+
+def run(*command: str, cwd: Path) -> str:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{command}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-        + ["--wheel-dir", str(folder), str(ROOT)],
-        check=True,
-        capture_output=True,
+def wheel(tmp_path_factory) -> Path:
+    """The wheel, built in a copy: a checkout's `build/` would bring in files long deleted."""
+    folder = tmp_path_factory.mktemp("source")
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+        else:
+            shutil.copyfile(ROOT / name, folder / name)
+    # Without --wheel the wheel is built from the sdist, so a file that the sdist lacks shows.
+    run(sys.executable, "-m", "build", "--no-isolation", cwd=folder)
+    (found,) = (folder / "dist").glob("*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def target(wheel, tmp_path_factory) -> Path:
+    """The folder into which the wheel was installed, without its dependencies."""
+    folder = tmp_path_factory.mktemp("target")
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index")
+    run(*pip, "--target", str(folder), str(wheel), cwd=folder)
+    return folder
+
+
+def in_target(target: Path, code: str) -> str:
+    """Run code where only `target` and the libraries are importable, never the checkout.
+
+    -I drops the working folder and PYTHONPATH; -S drops .pth files, through which an editable
+    install reaches the checkout.
+    """
+    libraries = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    start = f"import sys; sys.path[:0] = {[str(target), *libraries]!r}\n"
+    return run(sys.executable, "-I", "-S", "-c", start + code, cwd=target.parent)
+
+
+def test_imports_come_from_the_wheel(target):
+    out = in_target(
+        target,
+        "import json, mmqwen, mmqwen_kernels, mmqwen.cli, mmqwen.hf, mmqwen.checkpoint\n"
+        "print(json.dumps([mmqwen.__version__, mmqwen.__file__, mmqwen_kernels.__file__]))",
     )
-    return next(folder.glob("mmqwen-*.whl"))
+    version, package, kernels = json.loads(out.splitlines()[-1])
+    assert version == mmqwen.__version__
+    assert Path(package).parent == target / "mmqwen"
+    assert Path(kernels).parent == target / "mmqwen_kernels"
 
 
-def test_wheel_installs_and_imports_outside_the_checkout(wheel, tmp_path):
-    site = tmp_path / "site"
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site)]
-        + [str(wheel)],
-        check=True,
-        capture_output=True,
-    )
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", PROBE],
-        check=True,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(site), "PATH": ""},
-    )
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert Path(found["mmqwen"]).is_relative_to(site)
-    assert Path(found["kernels"]).is_relative_to(site)
-    assert not any(Path(path).is_relative_to(site) for path in found["shadow"])
-    assert not any(Path(path).is_relative_to(ROOT) for path in found["shadow"])
-    assert found["points"] == ["mmqwen.cli:main", "mmqwen.vllm_plugin:register"]
-
-
-def test_wheel_holds_types_entry_points_and_no_folder_named_kernels(wheel):
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-        points = archive.read(
-            next(name for name in names if name.endswith("entry_points.txt"))
-        ).decode()
-    assert "mmqwen/py.typed" in names
-    assert "mmqwen_kernels/py.typed" in names
-    assert not any(name.startswith("kernels/") for name in names)
-    assert "mmqwen = mmqwen.cli:main" in points
-    assert "mmqwen = mmqwen.vllm_plugin:register" in points
-    on_disk = {
-        str(path.relative_to(ROOT)) for path in (ROOT / "mmqwen").rglob("*.py")
-    }
-    assert on_disk <= set(names), "a subpackage is missing from the wheel"
-
-
-def test_import_mmqwen_is_light():
+def test_the_name_kernels_is_left_to_pypi(target):
+    assert not (target / "kernels").exists()
+    assert not (ROOT / "kernels" / "__init__.py").exists()
     code = (
-        "import sys, mmqwen; heavy = {'torch', 'transformers', 'vllm', 'triton', 'numpy'} "
-        "& set(sys.modules); assert not heavy, heavy; assert 'MultimodalQwen3Pipeline' in dir(mmqwen)"
+        "import importlib.util as u; s = u.find_spec('kernels')\n"
+        "print([] if s is None else [s.origin, *(s.submodule_search_locations or [])])"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    out = in_target(target, code)
+    assert str(target) not in out
+    assert str(ROOT / "kernels") not in out
 
 
-def test_every_public_name_resolves():
-    import mmqwen
+def test_every_module_is_in_the_wheel(wheel):
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "mmqwen").rglob("*.py")}
+    folder = ROOT / "kernels"
+    modules |= {path.relative_to(folder).as_posix() for path in folder.rglob("*.py")}
+    assert modules - packed == set()
+    assert {"mmqwen/py.typed", "mmqwen_kernels/py.typed"} <= packed
+    tops = {name.split("/")[0] for name in packed if ".dist-info" not in name}
+    assert tops == {"mmqwen", "mmqwen_kernels"}
 
-    pytest.importorskip("vllm")
-    for name in mmqwen.__all__:
-        assert getattr(mmqwen, name) is not None
-    with pytest.raises(AttributeError, match="nothing_such"):
-        mmqwen.nothing_such  # noqa: B018
+
+def test_metadata(target):
+    out = in_target(
+        target,
+        "import importlib.metadata as m, json\n"
+        f"d = next(iter(m.distributions(name='mmqwen', path=[{str(target)!r}])))\n"
+        "print(json.dumps({'points': [[p.group, p.name, p.value] for p in d.entry_points],\n"
+        "  'version': d.version, 'python': d.metadata['Requires-Python'],\n"
+        "  'extras': d.metadata.get_all('Provides-Extra'), 'requires': d.requires}))",
+    )
+    found = json.loads(out)
+    assert ["console_scripts", "mmqwen", "mmqwen.cli:main"] in found["points"]
+    assert ["vllm.general_plugins", "mmqwen", "mmqwen.vllm_plugin:register"] in found["points"]
+    assert found["version"] == mmqwen.__version__
+    assert sorted(found["python"].split(",")) == ["<3.14", ">=3.11"]
+    assert {"vllm", "cpu", "train", "bench", "demo", "dev"} <= set(found["extras"])
+    plain = [line for line in found["requires"] if "extra ==" not in line]
+    assert not any(line.startswith(("vllm", "pytest", "ruff")) for line in plain)
+
+
+def test_metadata_lives_in_setup_py_alone():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert set(settings) == {"build-system", "tool"}
+    assert "setuptools" not in settings["tool"]
+
+
+def test_the_cpu_closure_leaves_the_torch_family_out():
+    """PyPI's builds of these are for CUDA and break every import beside a CPU torch."""
+    lines = (ROOT / "requirements" / "cpu.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line.split(";")[0].strip() for line in lines if line and not line.startswith("#")]
+    assert all("==" in pin for pin in pins)
+    names = {pin.split("==")[0].lower() for pin in pins}
+    assert not names & {"torch", "torchvision", "torchaudio", "torchcodec", "vllm"}
 
 
 def test_register_is_cheap_and_reentrant_in_a_fresh_process():
     pytest.importorskip("vllm")
     code = (
         "import sys; from mmqwen.vllm_plugin import register, ARCHITECTURE; register(); register();"
-        "from vllm import ModelRegistry; assert ARCHITECTURE in ModelRegistry.get_supported_archs();"
+        "from vllm import ModelRegistry as R; assert ARCHITECTURE in R.get_supported_archs();"
         "assert 'mmqwen.vllm_plugin.model' not in sys.modules;"
         "from transformers import AutoConfig;"
         "assert AutoConfig.for_model('multimodal_qwen3').model_type == 'multimodal_qwen3'"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "already registered" not in done.stderr

@@ -7,7 +7,6 @@ import base64
 import json
 import os
 import pickle
-import signal
 import threading
 import time
 from dataclasses import dataclass
@@ -17,12 +16,12 @@ import httpx
 import numpy as np
 import pytest
 import torch
+
 from engines import reference, rows_of
 from malformed import CHAT, COMPLETIONS, chat, good_part, malformed, text
+from mmqwen.client import embeds_part
 from servers import STOCK, TINY_FLAGS, Server, launch, running
 from tiny import make_composite
-
-from mmqwen.client import embeds_part
 
 pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
@@ -51,6 +50,8 @@ def checkpoint(tmp_path_factory):
 def server(checkpoint, tmp_path_factory):
     flags = [
         *TINY_FLAGS, "--max-item-bytes", str(ITEM_BYTES), "--max-request-bytes", str(REQUEST_BYTES),
+        "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
+        "--structured-outputs-config", '{"disable_any_whitespace": true, "backend": "xgrammar"}',
     ]  # fmt: skip
     with running(checkpoint, tmp_path_factory.mktemp("log") / "server.log", flags) as found:
         yield found
@@ -64,13 +65,13 @@ def client(server):
 @pytest.fixture(autouse=True)
 def _alive(request):
     """After each test, a good request still gets the right answer."""
+    if not {"server", "client"} & set(request.fixturenames):
+        yield
+        return
+    server, client, checkpoint = map(request.getfixturevalue, ("server", "client", "checkpoint"))
     yield
-    if {"server", "client"} & set(request.fixturenames):
-        server = request.getfixturevalue("server")
-        Conversation().user(rows("m1", 3), "still there?").check(
-            request.getfixturevalue("client"), request.getfixturevalue("checkpoint")
-        )
-        assert server.process.poll() is None
+    Conversation().user(rows("m1", 3), "still there?").check(client, checkpoint)
+    assert server.process.poll() is None
 
 
 # -- conversations and their reference ---------------------------------------------------------
@@ -194,7 +195,8 @@ def test_equals_the_pipeline(client, checkpoint):
     with MultimodalQwen3Pipeline(checkpoint, engine="transformers", dtype="float32") as pipeline:
         offline = pipeline.chat(messages, max_tokens=5)
     online = conversation.check(client, checkpoint).choices[0]
-    assert online.message.content == offline
+    # vLLM keeps back a character that the last token leaves unfinished.
+    assert online.message.content.rstrip("\ufffd") == offline.rstrip("\ufffd")
 
 
 # -- what vLLM gives every model ----------------------------------------------------------------
@@ -247,7 +249,6 @@ def test_choice_and_json_schema(client, checkpoint):
                 "type": "json_schema",
                 "json_schema": {"name": "answers", "schema": schema, "strict": True},
             },
-            extra_body={"structured_outputs": {"json": schema, "disable_any_whitespace": True}},
         )
     )
     assert set(json.loads(written.choices[0].message.content)) <= {"yes", "no"}
@@ -428,7 +429,10 @@ def test_refusals_are_logged_without_the_payload(server):
     part["m1_embeds"]["data"] = secret
     before = len(server.log.read_bytes())
     refuse(server, chat(part), "characters of data")
-    log = server.log.read_bytes()[before:].decode()
+    log, end = "", time.monotonic() + 10
+    while "Refused" not in log and time.monotonic() < end:
+        time.sleep(0.1)
+        log = server.log.read_bytes()[before:].decode()
     assert "Refused a request: modality 'm1', item 0: got" in log
     assert secret[:40] not in log
 
@@ -654,24 +658,38 @@ def test_metrics_count(server, client, checkpoint):
 # -- life and death -----------------------------------------------------------------------------
 
 
-def test_stock_server_takes_embeddings_and_sigterm_under_load_is_clean(checkpoint, tmp_path):
-    """vLLM's own command without any flag of ours; then SIGTERM while it answers."""
-    server = launch(checkpoint, tmp_path / "stock.log", program=STOCK)
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
-    LAYOUTS["many turns"](Conversation()).check(client, checkpoint)
-    refuse(server, chat(text("<|m1|>")), "placeholder")
+def test_stock_server_takes_embeddings(checkpoint, tmp_path):
+    """vLLM's own command without any flag of ours."""
+    with running(checkpoint, tmp_path / "stock.log", program=STOCK) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        LAYOUTS["many turns"](Conversation()).check(client, checkpoint)
+        refuse(server, chat(text("<|m1|>")), "placeholder")
+        assert server.metric("mmqwen_requests_total") == 1
+        refuse(server, {}, path="/inference/v1/generate", status=403)  # 0.32: closed by vLLM
+        assert server.stop() == 0
+
+
+def test_sigterm_under_load(checkpoint, tmp_path):
+    """It ends in time, and each answer is whole, ended with an error, or refused."""
+    server = launch(checkpoint, tmp_path / "sigterm.log")
     ends: list[str] = []
 
-    def stream(index: int) -> None:
-        body = chat(good_part(index, 8), text("tell"), max_tokens=400, stream=True, ignore_eos=True)
+    def ask(index: int) -> None:
+        streamed = index % 2 == 0
+        body = chat(good_part(index, 8), text("tell"), max_tokens=450, stream=streamed)
+        body["ignore_eos"] = True
         try:
             with httpx.stream("POST", server.url + CHAT, json=body, timeout=60) as response:
-                last = [line for line in response.iter_lines() if line][-1]
-            ends.append("done" if "[DONE]" in last else "ended")
+                lines = [line for line in response.iter_lines() if line]
+            if not streamed:
+                ends.append(f"status {response.status_code}")
+            else:
+                assert lines[-1] == "data: [DONE]"
+                ends.append("error" if "shutting down" in lines[-2] else "whole")
         except httpx.HTTPError as error:
             ends.append(type(error).__name__)
 
-    threads = [threading.Thread(target=stream, args=(index,)) for index in range(16)]
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(16)]
     for thread in threads:
         thread.start()
     end = time.monotonic() + 30
@@ -682,12 +700,10 @@ def test_stock_server_takes_embeddings_and_sigterm_under_load_is_clean(checkpoin
     took = time.monotonic() - started
     for thread in threads:
         thread.join(30)
-    assert not any(thread.is_alive() for thread in threads)
+    print(f"SIGTERM: exit status {status} after {took:.1f} s, answers {sorted(ends)}")
+    assert status == 0
+    assert took < 15
     assert len(ends) == 16
-    assert status in (0, -signal.SIGTERM), server.log.read_text(errors="replace")[-2000:]
-    assert took < 20
-    print(f"SIGTERM: exit {status} after {took:.1f} s, streams {sorted(ends)}")
-
-
-def test_mmqwen_serve_ends_cleanly(checkpoint, tmp_path):
-    pytest.skip("placeholder")
+    # A request that was not accepted yet finds the connection closed.
+    allowed = {"whole", "error", "status 200", "status 503", "ConnectError", "RemoteProtocolError"}
+    assert set(ends) <= allowed

@@ -102,8 +102,11 @@ def test_check_item_takes_every_dense_float(name, dtype):
     else:
         expected = torch.tensor(np.array(value, dtype=np.float64)).float()
     got = check_item(value, SPEC, index=0, dtype=dtype)
-    assert got.dtype is dtype and got.is_contiguous() and got.shape == (2, DIM)
-    assert not got.requires_grad and not got.is_neg()
+    assert got.dtype is dtype
+    assert got.is_contiguous()
+    assert got.shape == (2, DIM)
+    assert not got.requires_grad
+    assert not got.is_neg()
     assert torch.equal(got, expected.to(dtype))
 
 
@@ -157,7 +160,8 @@ def test_concat_items_equals_item_by_item(drawn, dtype):
     joined, counts = concat_items(items, SPEC, dtype)
     single = [check_item(item, SPEC, index=i, dtype=dtype) for i, item in enumerate(items)]
     assert counts == [len(rows) for rows in single]
-    assert joined.shape == (sum(counts), DIM) and joined.is_contiguous()
+    assert joined.shape == (sum(counts), DIM)
+    assert joined.is_contiguous()
     assert torch.equal(joined, torch.cat([torch.empty(0, DIM, dtype=dtype), *single]))
 
 
@@ -226,7 +230,9 @@ REFUSED = {
 def test_check_item_refuses(name):
     value, reason = REFUSED[name]
     error = refusal(check_item, value, SPEC, index=3, dtype=torch.bfloat16)
-    assert error.reason == reason and error.modality == "m1" and error.index == 3
+    assert error.reason == reason
+    assert error.modality == "m1"
+    assert error.index == 3
     for word in ("modality 'm1'", "item 3", "got ", "expected "):
         assert word in str(error)
     assert len(str(error)) < 400
@@ -240,13 +246,14 @@ def test_sparse_tensor_is_refused_before_it_is_densified():
     assert refusal(check_item, bomb, spec, index=0, dtype=torch.float32).reason == "sparse"
 
 
-@pytest.mark.parametrize("dtype, value", [(torch.float16, 1e30), (torch.bfloat16, 3.4e38)])
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float16, 1e30), (torch.bfloat16, 3.4e38)])
 def test_overflow_of_the_conversion_is_refused_and_said(dtype, value):
     rows = torch.zeros(3, DIM)
     rows[2, 1] = value
     assert check_item(rows, SPEC, index=0, dtype=torch.float32) is not None
     error = refusal(check_item, rows, SPEC, index=0, dtype=dtype)
-    assert error.reason == "non_finite" and "row 2" in str(error)
+    assert error.reason == "non_finite"
+    assert "row 2" in str(error)
     assert f"beyond the range of {dtype}".replace("torch.", "") in str(error)
 
 
@@ -254,7 +261,9 @@ def test_the_offender_is_named_among_many_items():
     items = [item_with((n, DIM)) for n in (1, 3, 2, 5)]
     items[2][1, 4] = float("nan")
     error = refusal(check_items, {"m1": items}, SPECS, dtype=torch.bfloat16)
-    assert error.index == 2 and "item 2" in str(error) and "row 1" in str(error)
+    assert error.index == 2
+    assert "item 2" in str(error)
+    assert "row 1" in str(error)
     items[2] = torch.zeros(DIM + 1)
     assert refusal(concat_items, items, SPEC, torch.float32).index == 2
 
@@ -273,7 +282,8 @@ def test_check_items_refuses_what_is_no_dict_of_lists():
         ([BASE], "type"),
     ]:
         error = refusal(check_items, data, SPECS, dtype=torch.float32)
-        assert error.reason == reason and len(str(error)) < 400
+        assert error.reason == reason
+        assert len(str(error)) < 400
     assert "m1" in str(refusal(check_items, {"nope": []}, SPECS, dtype=torch.float32))
 
 
@@ -297,7 +307,8 @@ def test_round_trip_is_exact(rows, dtype, library):
     payload = json.loads(json.dumps(encode_rows(sent, dtype)))
     assert payload["dtype"] == str(dtype).removeprefix("torch.")
     got = decode_rows(payload, SPEC)
-    assert got.dtype is dtype and torch.equal(got, tensor)
+    assert got.dtype is dtype
+    assert torch.equal(got, tensor)
     got.add_(1)  # its memory is its own and writable
 
 
@@ -353,7 +364,8 @@ def test_encode_rows_refuses():
         ("abc", None, "type"),
     ]:
         error = refusal(encode_rows, rows, dtype, modality="m1")
-        assert error.reason == reason and "'m1'" in str(error)
+        assert error.reason == reason
+        assert "'m1'" in str(error)
 
 
 # -- the wire: hostile payloads ----------------------------------------------------------------
@@ -415,8 +427,11 @@ HOSTILE = {
 def test_decode_rows_refuses(name, base64_backend):
     payload, reason = HOSTILE[name]
     error = refusal(decode_rows, payload, SPEC, index=1)
-    assert error.reason == reason and error.modality == "m1" and error.index == 1
-    assert "modality 'm1', item 1: got " in str(error) and len(str(error)) < 500
+    assert error.reason == reason
+    assert error.modality == "m1"
+    assert error.index == 1
+    assert "modality 'm1', item 1: got " in str(error)
+    assert len(str(error)) < 500
 
 
 def test_decode_rows_takes_a_vector(base64_backend):
@@ -480,9 +495,12 @@ def decode_or_refuse(payload) -> None:
     try:
         rows = decode_rows(payload, SPEC, max_bytes=4096)
     except EmbeddingError as error:
-        assert error.modality == "m1" and len(str(error)) < 600
+        assert error.modality == "m1"
+        assert len(str(error)) < 600
     else:
-        assert rows.dim() == 2 and rows.shape[1] == DIM and 1 <= len(rows) <= SPEC.max_rows
+        assert rows.dim() == 2
+        assert rows.shape[1] == DIM
+        assert 1 <= len(rows) <= SPEC.max_rows
         assert bool(rows.isfinite().all())
 
 

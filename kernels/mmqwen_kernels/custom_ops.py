@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from mmqwen_kernels.launch import LaunchConfig, Mode
+from mmqwen_kernels.ops import select_backend
 from mmqwen_kernels.plan import RowPlan, RowTables
 from mmqwen_kernels.reference import Projector
 
@@ -30,6 +31,7 @@ def _run(
     launch: str,
     out: torch.Tensor | None,
 ) -> torch.Tensor:
+    select_backend(token_table.device, token_table.dtype, "triton")
     from mmqwen_kernels.triton_backend import triton_backend
 
     left = iter(weights)
@@ -148,6 +150,7 @@ def project_rows_op(
     b2: torch.Tensor | None,
 ) -> torch.Tensor:
     """`project_rows`."""
+    select_backend(rows.device, rows.dtype, "triton")
     from mmqwen_kernels.triton_backend import triton_backend
 
     return triton_backend(rows.device).project(rows, Projector(w1, b1, w2, b2))
@@ -167,6 +170,7 @@ def _(
 @torch.library.custom_op("mmqwen::scatter_rows", mutates_args=("out",))
 def scatter_rows_op(out: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
     """`scatter_rows`, in place."""
+    select_backend(rows.device, rows.dtype, "triton")
     from mmqwen_kernels.triton_backend import triton_backend
 
     triton_backend(rows.device).scatter(out, slots, rows)

@@ -108,9 +108,13 @@ UNALIGNED_16 = TileConfig(16, 64, 64, num_warps=4, num_stages=2, swap=True)
 UNALIGNED_MIDDLE = TileConfig(64, 64, 32, num_warps=4, num_stages=2)
 
 EFFICIENCY = {LARGE_WIDE: 0.97, LARGE: 0.75, MIDDLE_WIDE: 0.55, MIDDLE_NARROW: 0.42}
-"""Share of the tensor cores' peak that a tile keeps busy once there are many. LARGE_WIDE: 770 of 790
-TFLOP/s. LARGE: between its 505 of 790 with gathered rows and what contiguous rows should give. The
-middle ones: not measured, in proportion to the shared-memory traffic of a tile."""
+"""Share of the tensor cores' peak that a tile keeps busy once there are many. LARGE_WIDE: 770 of
+790 TFLOP/s. LARGE: between its 505 of 790 with gathered rows and what contiguous rows should give.
+The middle ones: not measured, in proportion to the shared-memory traffic of a tile."""
+
+
+UP_LARGE = (LARGE, MIDDLE_WIDE, MIDDLE_NARROW)
+DOWN_LARGE = (LARGE_WIDE, LARGE, MIDDLE_WIDE, MIDDLE_NARROW)
 
 
 def shared_limit(capability: tuple[int, int]) -> int:
@@ -167,9 +171,13 @@ def choose_config(
             most, mode, UNALIGNED_16, UNALIGNED_MIDDLE, "rows not 16-byte aligned"
         )
     elif capability in ((9, 0), (10, 0)):
-        up, down, reason = _pick_hopper(counts, hidden, columns, num_sms, mode)
-        if capability == (10, 0):
-            # Four warps hold a 128x128 accumulator with 80 bytes of spills on sm_100, eight none.
+        hopper = capability == (9, 0)
+        up, down, reason = _pick_hopper(
+            counts, hidden, columns, num_sms, mode, DOWN_LARGE if hopper else DOWN_LARGE[1:]
+        )
+        if not hopper:
+            # On sm_100 a 128x128 accumulator in four warps spills 80 bytes, in eight none; a
+            # 128x256 one spills 160 bytes with triton 3.6 (3.9: none), so it is left out.
             up, down = (replace(t, num_warps=8) if t is LARGE else t for t in (up, down))
             reason += " (Hopper's tiles, not measured here)"
     elif mode == "batch_invariant":
@@ -199,7 +207,12 @@ def _pick_plain(
 
 
 def _pick_hopper(
-    counts: Sequence[int], hidden: Sequence[int], columns: int, num_sms: int, mode: Mode
+    counts: Sequence[int],
+    hidden: Sequence[int],
+    columns: int,
+    num_sms: int,
+    mode: Mode,
+    down_large: Sequence[TileConfig],
 ) -> tuple[TileConfig, TileConfig, str]:
     if mode == "batch_invariant":
         return MIDDLE_WIDE, MIDDLE_WIDE, "same tiles for every batch"
@@ -211,17 +224,13 @@ def _pick_hopper(
     down_columns = [columns] * len(counts)
     if most <= 128:
         up, down = (
-            MIDDLE_NARROW
-            if MIDDLE_NARROW.tiles(counts, of) <= 2 * num_sms
-            else MIDDLE_WIDE
+            MIDDLE_NARROW if MIDDLE_NARROW.tiles(counts, of) <= 2 * num_sms else MIDDLE_WIDE
             for of in (hidden, down_columns)
         )
         return up, down, "33 to 128 rows"
     # K1's depth d is short, so that its wide tile's prologue would show; and 128x128 won there.
-    up = _least_waves(counts, hidden, num_sms, (LARGE, MIDDLE_WIDE, MIDDLE_NARROW))
-    down = _least_waves(
-        counts, down_columns, num_sms, (LARGE_WIDE, LARGE, MIDDLE_WIDE, MIDDLE_NARROW)
-    )
+    up = _least_waves(counts, hidden, num_sms, UP_LARGE)
+    down = _least_waves(counts, down_columns, num_sms, down_large)
     return up, down, "more than 128 rows: least predicted time by whole waves"
 
 

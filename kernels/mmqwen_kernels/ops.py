@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 BACKENDS = ("auto", "torch", "triton")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_CAPABILITY = (8, 0)
+NOT_VALIDATED = (
+    "the Triton kernels have not been validated on a GPU yet; backend='triton' runs them"
+)
 
 
 class BackendChoice(NamedTuple):
@@ -50,23 +53,17 @@ def select_backend(
         return BackendChoice("torch", "asked for")
     device = torch.device(device)
     if backend == "auto":
-        return _auto_choice(device.type)
+        if device.type != "cuda":
+            return BackendChoice("torch", f"no kernels for {device.type} devices")
+        return BackendChoice("torch", NOT_VALIDATED)
+    if torch.compiler.is_compiling():  # the custom op asks again when it runs
+        return BackendChoice("triton", "asked for; checked when it runs")
     refusal = _why_not_triton(device, dtype)
     if refusal is not None:
         raise ValueError(f"backend 'triton' cannot run: {refusal}")
     if device.type == "cpu":
         return BackendChoice("triton", "asked for; under Triton's interpreter, for tests")
     return BackendChoice("triton", "asked for")
-
-
-@lru_cache(maxsize=8)
-def _auto_choice(device_type: str) -> BackendChoice:
-    if device_type != "cuda":
-        return BackendChoice("torch", f"no kernels for {device_type} devices")
-    return BackendChoice(
-        "torch",
-        "the Triton kernels have not been validated on a GPU yet; backend='triton' runs them",
-    )
 
 
 @lru_cache(maxsize=64)
@@ -234,5 +231,3 @@ def scatter_rows(
         scatter_rows_op(out, slots, rows)
         return out
     return _backend_of(rows.device).scatter(out, slots, rows)
-
-

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -64,34 +63,46 @@ class RowPlan:
     widths: tuple[int, ...]
     dtype: torch.dtype
     ready_tables: RowTables | None = None
+    # What properties have made. Not functools.cached_property: Python 3.11's takes a lock, through
+    # which torch.compile cannot see.
+    _made: dict[str, Any] = field(default_factory=dict, repr=False)
 
-    @cached_property
+    @property
     def rows(self) -> tuple[torch.Tensor | None, ...]:
         """Per modality `[R_m, d_m]`, or None where it has no rows; concatenated on first use."""
-        return tuple(
-            (part[0] if len(part) == 1 else torch.cat(part)) if part else None
-            for part in self.parts
-        )
+        if "rows" not in self._made:
+            self._made["rows"] = tuple(
+                (part[0] if len(part) == 1 else torch.cat(part)) if part else None
+                for part in self.parts
+            )
+        rows: tuple[torch.Tensor | None, ...] = self._made["rows"]
+        return rows
 
-    @cached_property
+    @property
     def slots(self) -> tuple[torch.Tensor | None, ...]:
         """Per modality int32 `[R_m]`, or None where it has no rows."""
-        return tuple(
-            part if count else None
-            for part, count in zip(self.all_slots.split(self.counts), self.counts, strict=True)
-        )
+        if "slots" not in self._made:
+            parts = self.all_slots.split(self.counts)
+            self._made["slots"] = tuple(
+                part if count else None for part, count in zip(parts, self.counts, strict=True)
+            )
+        slots: tuple[torch.Tensor | None, ...] = self._made["slots"]
+        return slots
 
-    @cached_property
+    @property
     def tables(self) -> RowTables:
         """How the kernels find rows: made with the plan for CUDA, on first use elsewhere."""
         if self.ready_tables is not None:
             return self.ready_tables
-        entries, addresses, align = _tables(self.parts, self.counts, self.widths, self.dtype)
-        return RowTables(
-            torch.from_numpy(entries),
-            None if addresses is None else torch.from_numpy(addresses),
-            align,
-        )
+        if "tables" not in self._made:
+            entries, addresses, align = _tables(self.parts, self.counts, self.widths, self.dtype)
+            self._made["tables"] = RowTables(
+                torch.from_numpy(entries),
+                None if addresses is None else torch.from_numpy(addresses),
+                align,
+            )
+        tables: RowTables = self._made["tables"]
+        return tables
 
 
 def slots_of_mask(mask: torch.Tensor | np.ndarray | Sequence[int]) -> np.ndarray:
@@ -204,8 +215,7 @@ def _refuse(modality: int, rows: torch.Tensor, widths: Sequence[int]) -> None:
     if not 0 <= modality < len(widths):
         raise ValueError(f"modality index {modality}, expected 0 to {len(widths) - 1}")
     raise ValueError(
-        f"modality index {modality}: rows are {tuple(rows.shape)}, expected "
-        f"[n, {widths[modality]}]"
+        f"modality index {modality}: rows are {tuple(rows.shape)}, expected [n, {widths[modality]}]"
     )
 
 
@@ -239,9 +249,7 @@ def _tables_of_spans(
     """Like `_tables`, of (address, row stride in elements, rows) per part."""
     active = [m for m, count in enumerate(counts) if count]
     entries = np.zeros((1 << max(len(active) - 1, 0).bit_length(), ENTRY_FIELDS), dtype=np.int64)
-    by_address = any(
-        len(spans[m]) > 1 or spans[m][0][1] >= _MAX_ROW_STRIDE for m in active
-    )
+    by_address = any(len(spans[m]) > 1 or spans[m][0][1] >= _MAX_ROW_STRIDE for m in active)
     first, align = 0, _ALIGN_BYTES
     for a, m in enumerate(active):
         address, stride, _ = spans[m][0]
@@ -261,6 +269,14 @@ def _tables_of_spans(
     return entries, addresses, math.gcd(align, lowest)
 
 
+def _on_host(rows: torch.Tensor) -> bool:
+    return rows.device.type == "cpu"
+
+
+def _staging(nbytes: int) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+
 def _finish_on_device(
     parts: list[list[torch.Tensor]],
     counts: tuple[int, ...],
@@ -272,7 +288,7 @@ def _finish_on_device(
 ) -> RowPlan:
     """One pinned buffer: [entries][row addresses][slot table][slots][rows of modality 0] ..."""
     itemsize = dtype.itemsize
-    host = [[p for p in part if p.device.type == "cpu"] for part in parts]
+    host = [[p for p in part if _on_host(p)] for part in parts]
     total, active = sum(counts), sum(count > 0 for count in counts)
     at = 0
 
@@ -284,7 +300,9 @@ def _finish_on_device(
 
     entries_at = reserve((1 << max(active - 1, 0).bit_length()) * ENTRY_FIELDS * 8)
     addresses_at = reserve(
-        total * 8 if any(len(p) > 1 and len(h) < len(p) for p, h in zip(parts, host)) else 0
+        total * 8
+        if any(len(p) > 1 and len(h) < len(p) for p, h in zip(parts, host, strict=True))
+        else 0
     )
     table_at, slots_at = reserve(table.nbytes), reserve(positions.nbytes)
     rows_at = [
@@ -292,7 +310,7 @@ def _finish_on_device(
         for part, width in zip(host, widths, strict=True)
     ]
     # The caching host allocator keeps the block until the copy that reads it has run.
-    staging = torch.empty(at, dtype=torch.uint8, pin_memory=True)
+    staging = _staging(at)
     moved = torch.empty(at, dtype=torch.uint8, device=device)
     base = moved.data_ptr()
     moved_parts: list[tuple[torch.Tensor, ...]] = []
@@ -313,15 +331,10 @@ def _finish_on_device(
             of_part = list(there.split([p.shape[0] for p in on_host]))
         # In their order: rows on the device as they lie, rows from the host from the copy.
         from_host = iter(of_part)
-        settled = tuple(
-            next(from_host) if p.device.type == "cpu" else _settle(p, dtype, device) for p in part
-        )
+        settled = tuple(next(from_host) if _on_host(p) else _settle(p, dtype, device) for p in part)
         moved_parts.append(settled)
         spans.append(
-            [
-                (p.data_ptr(), p.stride(0) if p.shape[0] > 1 else width, p.shape[0])
-                for p in settled
-            ]
+            [(p.data_ptr(), p.stride(0) if p.shape[0] > 1 else width, p.shape[0]) for p in settled]
         )
     entries, addresses, align = _tables_of_spans(spans, counts, widths, itemsize)
     staged = staging.numpy()

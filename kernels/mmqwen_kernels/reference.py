@@ -42,11 +42,11 @@ def scatter_rows_torch(out: torch.Tensor, slots: torch.Tensor, rows: torch.Tenso
 def gather_text_torch(
     input_ids: torch.Tensor, token_table: torch.Tensor, vocab_start: int = 0
 ) -> torch.Tensor:
-    """`token_table[input_ids - vocab_start]`, zero where the id lies outside the (shard's) table."""
-    local = input_ids.long() - vocab_start
-    inside = (local >= 0) & (local < token_table.shape[0])
-    out = F.embedding(local.where(inside, 0), token_table)
-    return out.masked_fill_(~inside.unsqueeze(-1), 0)
+    """`token_table[input_ids - vocab_start]`, zero where the id lies outside the table's shard."""
+    local = input_ids - vocab_start if vocab_start else input_ids
+    clamped = local.clamp(0, token_table.shape[0] - 1)
+    out = F.embedding(clamped, token_table)
+    return out.masked_fill_((clamped != local).unsqueeze(-1), 0)
 
 
 def fuse_embeddings_torch(

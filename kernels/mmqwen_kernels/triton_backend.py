@@ -187,7 +187,6 @@ class TritonBackend:
         if token_table.stride(1) != 1:
             raise ValueError("the token table is transposed; call .contiguous() on it once")
         dtype = token_table.dtype
-        result = out
         if out is None:
             result = torch.empty(tokens, columns, dtype=dtype, device=self._device)
         elif out.shape != (tokens, columns) or out.dtype != dtype or out.device != self._device:
@@ -197,7 +196,8 @@ class TritonBackend:
             )
         elif out.stride(1) != 1:
             result = torch.empty(tokens, columns, dtype=dtype, device=self._device)
-        assert result is not None
+        else:
+            result = out
         if tokens:
             self._run(
                 input_ids if input_ids.is_contiguous() else input_ids.contiguous(),
@@ -226,9 +226,7 @@ class TritonBackend:
             ValueError: rows and projector differ in dtype, device or width.
         """
         if rows.ndim != 2 or rows.shape[1] != projector.w1.shape[1]:
-            raise ValueError(
-                f"rows are {tuple(rows.shape)}, expected [R, {projector.w1.shape[1]}]"
-            )
+            raise ValueError(f"rows are {tuple(rows.shape)}, expected [R, {projector.w1.shape[1]}]")
         count, columns = rows.shape[0], projector.w2.shape[0]
         out = torch.empty(count, columns, dtype=rows.dtype, device=self._device)
         if count:
@@ -240,9 +238,7 @@ class TritonBackend:
                 dtype=rows.dtype,
                 device=self._device,
             )
-            self._run(
-                None, None, None, None, plan.tables, plan.counts, [projector], 0, out, launch
-            )
+            self._run(None, None, None, None, plan.tables, plan.counts, [projector], 0, out, launch)
         return out
 
     def scatter(self, out: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -299,9 +295,7 @@ class TritonBackend:
         with self._on_device():
             if not total:
                 if has_text:
-                    self._gather_text(
-                        input_ids, slot_table, token_table, vocab_start, out, launch
-                    )
+                    self._gather_text(input_ids, slot_table, token_table, vocab_start, out, launch)
                 return
             weights = self._weights_of(projectors, dtype)
             if weights.columns != columns or len(counts) != len(projectors):
@@ -309,9 +303,7 @@ class TritonBackend:
                     f"{len(projectors)} projectors to {weights.columns} columns, expected "
                     f"{len(counts)} to {columns}"
                 )
-            align = _align_of(
-                itemsize, math.gcd(tables.align_bytes, weights.align_bytes), *tensors
-            )
+            align = _align_of(itemsize, math.gcd(tables.align_bytes, weights.align_bytes), *tensors)
             config = launch
             if not isinstance(config, LaunchConfig):
                 config = choose_config(
@@ -418,7 +410,8 @@ class TritonBackend:
         out: torch.Tensor,
         launch: Mode | LaunchConfig,
     ) -> None:
-        assert input_ids is not None and slot_table is not None and token_table is not None
+        if input_ids is None or slot_table is None or token_table is None:
+            raise AssertionError("text needs ids, a slot table and a token table")
         tokens, columns = out.shape
         align = _align_of(out.dtype.itemsize, FULL_ALIGN_BYTES, out, token_table)
         block_d = min(1024, max(64, 1 << (columns - 1).bit_length()))
@@ -497,7 +490,7 @@ def _identity(projector: Projector) -> tuple[Any, ...]:
 
 
 def _align_of(itemsize: int, align_bytes: int, *tensors: torch.Tensor) -> int:
-    """Elements to which these tensors' addresses, row strides and rows are aligned, at most 16 B."""
+    """Elements to which these tensors' addresses, row strides and rows are aligned, to 16 bytes."""
     for tensor in tensors:
         align_bytes = math.gcd(
             align_bytes,
@@ -519,4 +512,3 @@ def triton_backend(device: torch.device) -> TritonBackend:
     if backend is None:
         backend = _BACKENDS.setdefault(device, TritonBackend(device))
     return backend
-

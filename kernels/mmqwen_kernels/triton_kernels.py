@@ -25,6 +25,8 @@ the code is a constexpr, so that `triton.compile` builds exactly what a launch r
     PREFETCH     K1's last programs bring W2 into L2, an experiment (sm_90 and later)
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
 from __future__ import annotations
 
 import triton
@@ -66,7 +68,7 @@ def _find_tile(
     for a in tl.static_range(NUM_ENTRIES):
         m = tl.load(entries_ptr + a * 8).to(tl.int32)
         count = tl.load(entries_ptr + a * 8 + 2).to(tl.int32)
-        if COLUMNS_ARE_HIDDEN:
+        if COLUMNS_ARE_HIDDEN:  # noqa: SIM108  Triton reads `if` on a constexpr
             n = tl.load(weights_ptr + m * 8 + 5).to(tl.int32)
         else:
             n = columns
@@ -149,8 +151,16 @@ def _prefetch_to_l2(address, lines):
     )
 
 
-@triton.jit(do_not_specialize=["entries_ptr", "weights_ptr", "row_address_ptr", 
-                               "hidden_stride", "columns_down", "prefetch_programs"])
+@triton.jit(
+    do_not_specialize=[
+        "entries_ptr",
+        "weights_ptr",
+        "row_address_ptr",
+        "hidden_stride",
+        "columns_down",
+        "prefetch_programs",
+    ]
+)
 def _project_up_kernel(
     entries_ptr,
     weights_ptr,
@@ -224,8 +234,17 @@ def _project_up_kernel(
         if SWAP:
             acc = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
             acc = _multiply(
-                acc, x_ptr, x_offsets, w_ptr, w_offsets, offs_k, width,
-                BLOCK_K, EVEN_K, SWAP, INPUT_PRECISION,
+                acc,
+                x_ptr,
+                x_offsets,
+                w_ptr,
+                w_offsets,
+                offs_k,
+                width,
+                BLOCK_K,
+                EVEN_K,
+                SWAP,
+                INPUT_PRECISION,
             )
             acc += bias[:, None]
             acc = tl.where(acc < 0, 0.0, acc)
@@ -237,8 +256,17 @@ def _project_up_kernel(
         else:
             acc = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
             acc = _multiply(
-                acc, x_ptr, x_offsets, w_ptr, w_offsets, offs_k, width,
-                BLOCK_K, EVEN_K, SWAP, INPUT_PRECISION,
+                acc,
+                x_ptr,
+                x_offsets,
+                w_ptr,
+                w_offsets,
+                offs_k,
+                width,
+                BLOCK_K,
+                EVEN_K,
+                SWAP,
+                INPUT_PRECISION,
             )
             acc += bias[None, :]
             acc = tl.where(acc < 0, 0.0, acc)
@@ -298,10 +326,22 @@ def _gather_text_tile(
     tl.store(out_ptr + to_row + offs_d[None, :], value, mask=is_text[:, None] & mask_d)
 
 
-@triton.jit(do_not_specialize=["entries_ptr", "weights_ptr", "hidden_stride",
-                               "slots_ptr", "out_stride", "columns", "ids_ptr",
-                               "slot_table_ptr", "table_stride", "vocab_start",
-                               "vocab_rows", "num_tokens"])
+@triton.jit(
+    do_not_specialize=[
+        "entries_ptr",
+        "weights_ptr",
+        "hidden_stride",
+        "slots_ptr",
+        "out_stride",
+        "columns",
+        "ids_ptr",
+        "slot_table_ptr",
+        "table_stride",
+        "vocab_start",
+        "vocab_rows",
+        "num_tokens",
+    ]
+)
 def _project_down_kernel(
     entries_ptr,
     weights_ptr,
@@ -385,8 +425,17 @@ def _project_down_kernel(
         if SWAP:
             acc = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
             acc = _multiply(
-                acc, x_ptr, x_offsets, w_ptr, w_offsets, offs_k, units,
-                BLOCK_K, EVEN_K, SWAP, INPUT_PRECISION,
+                acc,
+                x_ptr,
+                x_offsets,
+                w_ptr,
+                w_offsets,
+                offs_k,
+                units,
+                BLOCK_K,
+                EVEN_K,
+                SWAP,
+                INPUT_PRECISION,
             )
             acc += bias[:, None]
             tl.store(
@@ -397,8 +446,17 @@ def _project_down_kernel(
         else:
             acc = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
             acc = _multiply(
-                acc, x_ptr, x_offsets, w_ptr, w_offsets, offs_k, units,
-                BLOCK_K, EVEN_K, SWAP, INPUT_PRECISION,
+                acc,
+                x_ptr,
+                x_offsets,
+                w_ptr,
+                w_offsets,
+                offs_k,
+                units,
+                BLOCK_K,
+                EVEN_K,
+                SWAP,
+                INPUT_PRECISION,
             )
             acc += bias[None, :]
             tl.store(
@@ -424,9 +482,18 @@ def _project_down_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["ids_ptr", "slot_table_ptr", "table_stride",
-                               "vocab_start", "vocab_rows", "out_stride",
-                               "num_tokens", "columns"])
+@triton.jit(
+    do_not_specialize=[
+        "ids_ptr",
+        "slot_table_ptr",
+        "table_stride",
+        "vocab_start",
+        "vocab_rows",
+        "out_stride",
+        "num_tokens",
+        "columns",
+    ]
+)
 def _gather_text_kernel(
     ids_ptr,
     slot_table_ptr,
@@ -463,8 +530,7 @@ def _gather_text_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["out_stride", "slots_ptr", "rows_stride",
-                               "num_rows", "columns"])
+@triton.jit(do_not_specialize=["out_stride", "slots_ptr", "rows_stride", "num_rows", "columns"])
 def _scatter_rows_kernel(
     out_ptr,
     out_stride,

@@ -158,13 +158,12 @@ class DatasetWriter:
         trace: TracebackType | None,
     ) -> None:
         try:
-            if kind is None:
-                self._text.flush()  # before `staged` gives the directory its name
+            self._text.flush()  # before `staged` gives the directory its name
             for stream in (*self._rows.values(), *self._ends.values()):
                 stream.close(finish=kind is None)
         except OSError as failure:
-            self._stack.__exit__(type(failure), failure, failure.__traceback__)
-            raise DatasetError(f"cannot write {self.path}: {failure}") from failure
+            if kind is None:
+                kind, error, trace = type(failure), failure, failure.__traceback__
         try:
             self._stack.__exit__(kind, error, trace)
         except CheckpointError as failure:

@@ -4,7 +4,7 @@ The images are scikit-learn's digits (8 x 8 pixels of 17 grey levels, 1797 of th
 Recognition of Handwritten Digits", Alpaydin and Kaynak 1998). An encoder would stand here in
 practice; the demo's is so simple that one can read it:
 
-- `strokes`: one row per pixel *column* that holds ink, from left to right: `[4 to 8, 16]`, the 8
+- `strokes`: one row per pixel *column* that holds ink, from left to right: `[2 to 8, 16]`, the 8
   pixels and the column's position as one-hot. Digits are of different width, so items are ragged.
 - `profile`: the ink of each image row and of each image column: `[2, 10]`, 8 sums and a one-hot
   of which of the two it is.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -110,7 +112,7 @@ def run(
     console.print(
         "[bold]1. Train[/] a Qwen3 of 3 layers and two projectors, from scratch, on handwritten "
         "digits.\n   Each image is ragged rows of two modalities: "
-        f"strokes (4 to 8 rows of {digits.STROKES_DIM}) and profile (2 rows of "
+        f"strokes (2 to 8 rows of {digits.STROKES_DIM}) and profile (2 rows of "
         f"{digits.PROFILE_DIM})."
     )
     trained = train(output, steps=steps, seed=seed, console=console)
@@ -188,14 +190,22 @@ def read_by_transformers(
 
 def serve_by_vllm(checkpoint: Path, samples: Sequence[Sample], dtype: str) -> Served:
     """The answers of vLLM's offline engine, all prompts in one call."""
+    if os.environ.get("VLLM_LOGGING_LEVEL") == "ERROR":
+        logging.getLogger("vllm").setLevel(logging.ERROR)  # some speak before vLLM reads it
+        warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     from vllm import LLM, SamplingParams
 
     from mmqwen.vllm_plugin import register
 
     register()  # vLLM's plugin loader does the same where the package is installed
-    options: dict[str, Any] = {"gpu_memory_utilization": 0.3} if torch.cuda.is_available() else {}
+    # A CPU engine spends half a minute compiling, more than the whole demo needs to run eagerly.
+    options: dict[str, Any] = (
+        {"gpu_memory_utilization": 0.3} if torch.cuda.is_available() else {"enforce_eager": True}
+    )
     begin = time.perf_counter()
-    llm = LLM(model=str(checkpoint), dtype=dtype, max_model_len=512, seed=0, **options)
+    llm = LLM(
+        model=str(checkpoint), dtype=dtype, max_model_len=512, use_tqdm_on_load=False, **options
+    )
     started = time.perf_counter()
     params = SamplingParams(temperature=0.0, max_tokens=2, logprobs=1)
     outputs = llm.generate([sample.prompt for sample in samples], params, use_tqdm=False)

@@ -3,10 +3,31 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from mmqwen.inputs import MessageError, listed
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Run torch's CPU operations on the calling thread.
+
+    Rows of one request are small, and from 32,768 elements on torch would wake its thread pool: on
+    a 16-core virtual machine that took 10 ms a request (2026-11-23, docs/serving-cost.md).
+    """
+    before = torch.get_num_threads()
+    if before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def prompt_token_ids(inputs: Any, info: Any) -> list[int]:

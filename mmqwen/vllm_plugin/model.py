@@ -26,6 +26,7 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from mmqwen.vllm_plugin import compat
 from mmqwen.vllm_plugin.modality_table import modality_table, text_config_of
 from mmqwen.vllm_plugin.processing import DummyInputs, PackingProcessor, ProcessingInfo
 from mmqwen.vllm_plugin.projector import ShardedProjector
@@ -191,14 +192,15 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         if not multimodal_embeddings or is_multimodal is None:
             return self.language_model.embed_input_ids(input_ids)
         projectors = [self.projectors[spec.name].weights() for spec in self._spec_list]
-        plan = plan_rows(
-            [self._source(part) for part in multimodal_embeddings],
-            is_multimodal.cpu(),
-            input_ids.shape[0],
-            self._widths,
-            dtype=projectors[0].w1.dtype,
-            device=input_ids.device,
-        )
+        with compat.single_threaded():
+            plan = plan_rows(
+                [self._source(part) for part in multimodal_embeddings],
+                is_multimodal.cpu(),
+                input_ids.shape[0],
+                self._widths,
+                dtype=projectors[0].w1.dtype,
+                device=input_ids.device,
+            )
         table = self._token_table()
         if table is not None:
             weight, vocab_start = table

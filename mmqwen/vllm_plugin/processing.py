@@ -82,14 +82,15 @@ class RowsParser(MultiModalDataParser):
             EmbeddingError: an unknown modality, or an item that cannot be served.
         """
         items = MultiModalDataItems()
-        for name, value in mm_data.items():
-            spec = self._specs.get(name)
-            if spec is None:
-                transport.refuse_unknown(name, self._specs)
-            rows, counts = transport.concat_items(
-                transport.as_items(value, name), spec, self._dtype
-            )
-            items[name] = ModalityItems(rows, counts, name)
+        with compat.single_threaded():
+            for name, value in mm_data.items():
+                spec = self._specs.get(name)
+                if spec is None:
+                    transport.refuse_unknown(name, self._specs)
+                rows, counts = transport.concat_items(
+                    transport.as_items(value, name), spec, self._dtype
+                )
+                items[name] = ModalityItems(rows, counts, name)
         return items
 
 

@@ -167,7 +167,8 @@ def tiles_of(capability: int) -> Iterator[tuple[str, str]]:
     """(kernel, tile name) that `choose_config` can give for 16-bit rows."""
     if capability in (90, 100):
         yield from (("up", name) for name in HOPPER_UP)
-        yield from (("down", name) for name in HOPPER_DOWN)
+        # sm_100 goes without the widest tile: it spills there with triton 3.6.
+        yield from (("down", name) for name in HOPPER_DOWN[: 6 if capability == 90 else 5])
     else:
         yield from ((kernel, name) for kernel in ("up", "down") for name in DEFAULTS)
 
@@ -176,7 +177,7 @@ def short_list() -> list[Variant]:
     """What the normal suite compiles: every Hopper tile in its most general form, and samples."""
     found = [Variant(kernel, 90, tile) for kernel, tile in tiles_of(90)]
     found += [Variant("down", 80, name) for name in DEFAULTS]
-    found += [Variant("down", 100, name) for name in ("DOWN_16", "LARGE", "LARGE_WIDE")]
+    found += [Variant("down", 100, name) for name in ("DOWN_16", "LARGE", "MIDDLE_WIDE")]
     found += [
         Variant("up", 80, "DEFAULT_LARGE"),
         Variant("up", 100, "LARGE"),
@@ -212,8 +213,10 @@ def full_list() -> list[Variant]:
 
 
 def main() -> None:
-    print("| kernel | GPU | tile (rows x columns x K, warps, stages) | form | registers | spilled "
-          "| shared KiB | multiplies by |\n|-|-|-|-|-|-|-|-|")
+    print(
+        "| kernel | GPU | tile (rows x columns x K, warps, stages) | form | registers | spilled "
+        "| shared KiB | multiplies by |\n|-|-|-|-|-|-|-|-|"
+    )
     for capability in (90, 100, 80):
         for kernel, name in tiles_of(capability):
             v = Variant(kernel, capability, name)

@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -179,7 +180,8 @@ def test_project_rows_and_scatter_rows() -> None:
     out = torch.full((100, 1024), NAN, device="cuda", dtype=torch.bfloat16)
     slots = torch.randperm(100, device="cuda")[:70]
     scatter_rows(out, slots, got, backend="triton")
-    assert torch.equal(out[slots], got) and out.isnan().all(dim=1).sum() == 30
+    assert torch.equal(out[slots], got)
+    assert out.isnan().all(dim=1).sum() == 30
 
 
 # -- bits ----------------------------------------------------------------------------------------
@@ -213,9 +215,7 @@ def batch_dependence(mode: str, batches: int) -> int:
             launch=mode,  # type: ignore[arg-type]
         )
 
-    alone = [
-        torch.cat([run([(m, r)]) for r in range(64)]) for m in range(2)
-    ]
+    alone = [torch.cat([run([(m, r)]) for r in range(64)]) for m in range(2)]
     different = 0
     for _ in range(batches):
         size = int(2 ** rng.uniform(0, 11))
@@ -224,9 +224,7 @@ def batch_dependence(mode: str, batches: int) -> int:
         picks = probes + others
         rng.shuffle(picks)
         out = run(picks)
-        different += any(
-            not torch.equal(out[picks.index((m, r))], alone[m][r]) for m, r in probes
-        )
+        different += any(not torch.equal(out[picks.index((m, r))], alone[m][r]) for m, r in probes)
     return different
 
 
@@ -235,7 +233,9 @@ def test_batch_invariance() -> None:
     assert batch_dependence("batch_invariant", 1000) == 0
 
 
-def test_batch_invariance_of_the_fastest_mode_is_recorded(record_property) -> None:  # noqa: ANN001
+def test_batch_invariance_of_the_fastest_mode_is_recorded(
+    record_property: Callable[[str, object], None],
+) -> None:
     """Expected to hold (no split-K, one order of K), not promised: a figure for docs/kernels.md."""
     different = batch_dependence("fastest", 1000)
     record_property("batches_with_different_bits", different)
@@ -297,9 +297,7 @@ def test_two_kernels_and_one_copy(rows: int, from_host: bool) -> None:
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
         step()
         torch.cuda.synchronize()
-    on_device = [
-        e.name for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA
-    ]
+    on_device = [e.name for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     copies = [name for name in on_device if "memcpy" in name.lower()]
     kernels = [name for name in on_device if name not in copies]
     assert len(copies) <= 1, copies

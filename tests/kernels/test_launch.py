@@ -47,11 +47,15 @@ def test_every_choice_fits_the_gpu(capability: tuple[int, int]) -> None:
 
 
 def test_hopper_thresholds_follow_the_measured_winners() -> None:
-    assert choose([1]).up == launch.UP_16 and choose([16]).down == launch.DOWN_16
-    assert choose([17]).down == launch.DOWN_32 and choose([32]).up == launch.UP_32
+    assert choose([1]).up == launch.UP_16
+    assert choose([16]).down == launch.DOWN_16
+    assert choose([17]).down == launch.DOWN_32
+    assert choose([32]).up == launch.UP_32
     assert choose([33]).up == choose([128]).up == launch.MIDDLE_NARROW
-    assert choose([8192]).up == launch.LARGE and choose([8192]).down == launch.LARGE_WIDE
-    assert choose([1]).up.swap and not choose([64]).up.swap
+    assert choose([8192]).up == launch.LARGE
+    assert choose([8192]).down == launch.LARGE_WIDE
+    assert choose([1]).up.swap
+    assert not choose([64]).up.swap
     # The largest modality decides, rows of others ride along.
     assert choose([1, 1, 1, 64]).down == launch.MIDDLE_NARROW
 
@@ -65,15 +69,15 @@ def test_wgmma_needs_64_rows_of_one_operand() -> None:
 
 def test_mid_sizes_avoid_an_almost_empty_last_wave() -> None:
     """Four modalities of 128 to 1024 rows: never worse than always taking the widest tile."""
+    columns = [4096] * 4
+
+    def cost(tile: TileConfig, counts: list[int]) -> float:
+        waves = -(-tile.tiles(counts, columns) // 132)
+        return waves * tile.block_r * tile.block_n / launch.EFFICIENCY[tile]
+
     for rows in range(130, 1025, 37):
-        counts, columns = [rows] * 4, [4096] * 4
-        chosen = choose(counts).down
-
-        def cost(tile: TileConfig, counts: list[int] = counts) -> float:
-            waves = -(-tile.tiles(counts, columns) // 132)  # noqa: B023
-            return waves * tile.block_r * tile.block_n / launch.EFFICIENCY[tile]
-
-        assert cost(chosen) <= cost(launch.LARGE_WIDE)
+        counts = [rows] * 4
+        assert cost(choose(counts).down, counts) <= cost(launch.LARGE_WIDE, counts)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -93,12 +97,14 @@ def test_batch_invariant_does_not_look_at_the_batch(
 
 
 def test_dependent_launch_on_hopper_with_few_rows_only() -> None:
-    assert choose([1]).dependent and not choose([8192]).dependent
+    assert choose([1]).dependent
+    assert not choose([8192]).dependent
     assert not choose([1], capability=(8, 0)).dependent
 
 
 def test_same_in_same_out() -> None:
-    assert choose([3, 900]) == choose([3, 900]) and hash(choose([3])) == hash(choose([3]))
+    assert choose([3, 900]) == choose([3, 900])
+    assert hash(choose([3])) == hash(choose([3]))
 
 
 def test_refusals() -> None:

@@ -35,7 +35,8 @@ def test_auto_is_torch_on_the_cpu_and_says_why() -> None:
 
 def test_auto_is_torch_on_cuda_until_validated() -> None:
     choice = select_backend("cuda", torch.bfloat16)
-    assert choice.name == "torch" and "not been validated on a GPU" in choice.reason
+    assert choice.name == "torch"
+    assert "not been validated on a GPU" in choice.reason
 
 
 def test_torch_is_always_there() -> None:

@@ -14,9 +14,7 @@ from mmqwen_kernels.packing import read_slice
 WIDTHS = (3, 8, 5)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-items_of_pack = st.lists(
-    st.tuples(st.integers(0, 2), st.integers(1, 4)), min_size=1, max_size=12
-)
+items_of_pack = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 4)), min_size=1, max_size=12)
 
 
 def make_items(shape: list[tuple[int, int]], dtype: torch.dtype) -> list[tuple[int, torch.Tensor]]:

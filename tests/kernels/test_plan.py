@@ -105,7 +105,8 @@ def test_tables_lead_the_kernels_to_every_row(
     for modality, first, count, base, stride, *_ in entries.tolist():
         if count == 0:
             continue
-        assert first == at and count == counts[modality]
+        assert first == at
+        assert count == counts[modality]
         rows = made.rows[modality]
         assert rows is not None
         for r in range(count):
@@ -125,13 +126,15 @@ def test_rows_are_converted() -> None:
 def test_a_single_item_is_not_copied() -> None:
     rows = torch.randn(2, 3)
     made = plan([(0, rows)], [1, 0], 2)
-    assert made.rows[0] is not None and made.rows[0].data_ptr() == rows.data_ptr()
+    assert made.rows[0] is not None
+    assert made.rows[0].data_ptr() == rows.data_ptr()
 
 
 def test_columns_that_are_not_adjacent_are_made_so() -> None:
     rows = torch.randn(3, 2).t()
     made = plan([(0, rows)], [1, 0], 2)
-    assert made.parts[0][0].stride(1) == 1 and torch.equal(made.rows[0], rows)
+    assert made.parts[0][0].stride(1) == 1
+    assert torch.equal(made.rows[0], rows)
 
 
 @pytest.mark.parametrize("slots", [torch.tensor([True, False, True]), [0, 2], np.array([0, 2])])
@@ -141,8 +144,10 @@ def test_slots_of_mask(slots: object) -> None:
 
 def test_no_rows() -> None:
     made = plan([], torch.zeros(4, dtype=torch.bool), 4)
-    assert made.counts == (0, 0, 0) and made.rows == (None, None, None)
-    assert made.slot_table.tolist() == [-1] * 4 and made.all_slots.numel() == 0
+    assert made.counts == (0, 0, 0)
+    assert made.rows == (None, None, None)
+    assert made.slot_table.tolist() == [-1] * 4
+    assert made.all_slots.numel() == 0
 
 
 @pytest.mark.parametrize(

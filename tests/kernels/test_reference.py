@@ -71,4 +71,6 @@ def test_gradients_reach_weights_and_rows() -> None:
     w1 = case.projectors[0].w1.requires_grad_()
     rows = case.items[0][1].requires_grad_()  # type: ignore[index]
     case.run("torch").sum().backward()
-    assert w1.grad is not None and rows.grad is not None and rows.grad.abs().sum() > 0
+    assert w1.grad is not None
+    assert rows.grad is not None
+    assert rows.grad.abs().sum() > 0

@@ -1,0 +1,279 @@
+"""Projection and placement with gradients: forward as in serving, hidden activations recomputed.
+
+What is kept from forward to backward, for R rows of width d, H hidden units, D outputs, T tokens,
+b bytes an element:
+
+    tensor                       this module      torch's autograd over the same ops
+    hidden activations [R, H]    recomputed       b H a row, saved
+    rows x [R, d]                a reference to the caller's
+    slots, ids                   references       references, and a copy of all slots
+    mask of the ReLU             recomputed with the hidden activations
+    weights                      references
+    projected rows [R, D]        never made by the kernels; by torch freed once placed
+
+So 0 bytes a row are saved, where torch saves b H (8 KiB for H = 4096 in bf16). The price is one
+more product x W1ᵀ in backward: 2 d H of the 4 (d H + H D) + 2 H (d + D) that both directions need
+without it, 5% for d = 768 and H = D = 4096. In backward, 2 b H + b D a row are alive for a while,
+when the activations of the layers above have been freed already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from mmqwen_kernels.ops import BackendChoice, select_backend
+from mmqwen_kernels.plan import RowPlan, RowTables, _tables
+from mmqwen_kernels.reference import Projector
+
+_PER_MODALITY = 6
+"""Tensors that each modality passes to the function: rows, slots, W1, b1, W2, b2."""
+
+
+def select_training_path(
+    device: torch.device | str, dtype: torch.dtype, path: str = "auto"
+) -> BackendChoice:
+    """Say whether a model's `fuse` runs as `fused_embed` or as plain torch ops, and why.
+
+    "auto" is `fused` exactly where `select_backend` picks the kernels: there forward is the op that
+    serves. Elsewhere torch's own autograd is as fast, and saving the hidden activations costs a CPU
+    less than recomputing them (docs/training.md).
+
+    Args:
+        device: of the model.
+        dtype: of the token table.
+        path: "auto", "fused" or "torch".
+
+    Raises:
+        ValueError: `path` is none of these.
+    """
+    if path not in ("auto", "fused", "torch"):
+        raise ValueError(f"path {path!r}, expected 'auto', 'fused' or 'torch'")
+    if path != "auto":
+        return BackendChoice(path, "asked for")
+    backend = select_backend(device, dtype)
+    if backend.name == "triton":
+        return BackendChoice("fused", backend.reason)
+    return BackendChoice("torch", backend.reason)
+
+
+def fused_embed(
+    input_ids: torch.Tensor,
+    token_table: torch.Tensor,
+    rows: Sequence[torch.Tensor | None],
+    slots: Sequence[torch.Tensor | None],
+    projectors: Sequence[Projector],
+    *,
+    padding_idx: int | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Token embeddings `[T, D]` with projected rows at their slots; differentiable.
+
+    Gradients flow to the rows, to the weights and to the token table, each only where it is asked
+    for; a modality without rows gets gradients of zeros, as DistributedDataParallel wants it. Under
+    autocast, rows are projected in autocast's dtype, as torch's own linear layers would.
+
+    Args:
+        input_ids: `[T]` integers within the table; those at slots do not matter.
+        token_table: `[V, D]`.
+        rows: per modality `[R_m, d_m]`, or None. An item that stands in two places is there twice.
+        slots: per modality `[R_m]` integer positions in `[0, T)`, distinct over all modalities.
+        projectors: per modality; all of one dtype.
+        padding_idx: id whose row of the table gets no gradient, as in `torch.nn.Embedding`.
+        backend: for the forward: one of `mmqwen_kernels.ops.BACKENDS`. The kernels need rows,
+            weights and table of one dtype; "auto" takes torch where they differ.
+
+    Returns:
+        `[T, D]` in the table's dtype.
+
+    Raises:
+        ValueError: the tensors do not fit together, or the backend cannot run.
+    """
+    if not len(rows) == len(slots) == len(projectors):
+        raise ValueError(
+            f"{len(rows)} rows, {len(slots)} slots and {len(projectors)} projectors; expected one "
+            "of each per modality"
+        )
+    compute = projectors[0].w1.dtype if projectors else token_table.dtype
+    kind = token_table.device.type
+    if torch.is_autocast_enabled(kind) and compute != torch.float64:
+        compute = torch.get_autocast_dtype(kind)
+    flat: list[torch.Tensor | None] = []
+    for index, (x, at, projector) in enumerate(zip(rows, slots, projectors, strict=True)):
+        width = projector.w1.shape[1]
+        if x is None or at is None:
+            if x is not at:
+                raise ValueError(f"modality index {index}: rows without slots, or the reverse")
+            x = projector.w1.new_empty(0, width)
+            at = torch.empty(0, dtype=torch.long, device=input_ids.device)
+        if x.ndim != 2 or x.shape[1] != width or at.shape != x.shape[:1]:
+            raise ValueError(
+                f"modality index {index}: rows {tuple(x.shape)} and slots {tuple(at.shape)}, "
+                f"expected [R, {width}] and [R]"
+            )
+        flat += [x, at, *projector]
+    if backend == "auto" and compute != token_table.dtype:
+        backend = "torch"
+    name = select_backend(token_table.device, token_table.dtype, backend).name
+    if name == "triton" and compute != token_table.dtype:
+        raise ValueError(
+            f"backend 'triton': rows are projected in {compute}, the table is {token_table.dtype}; "
+            "use backend='torch', or one dtype"
+        )
+    return FusedProjectorFunction.apply(input_ids, token_table, padding_idx, compute, name, *flat)
+
+
+class FusedProjectorFunction(torch.autograd.Function):
+    """`fused_embed` as autograd sees it; see the head of the module for what is saved."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input_ids: torch.Tensor,
+        token_table: torch.Tensor,
+        padding_idx: int | None,
+        compute: torch.dtype,
+        backend: str,
+        *flat: torch.Tensor,
+    ) -> torch.Tensor:
+        """Gather and project; `flat` holds rows, slots, W1, b1, W2, b2 of each modality."""
+        ctx.padding_idx, ctx.compute, ctx.table_shape = padding_idx, compute, token_table.shape
+        ctx.save_for_backward(input_ids, *flat)
+        if backend == "triton":
+            return _forward_triton(input_ids, token_table, flat)
+        out = F.embedding(input_ids, token_table)
+        for x, at, w1, b1, w2, b2 in _modalities(flat):
+            if x.shape[0]:
+                hidden = F.linear(x.to(compute), w1.to(compute), b1.to(compute)).relu_()
+                bias = None if b2 is None else b2.to(compute)
+                placed = F.linear(hidden, w2.to(compute), bias)
+                out.index_copy_(0, at.long(), placed.to(out.dtype))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of the table and, per modality, of x, W1, b1, W2, b2; frozen ones are None."""
+        input_ids, *flat = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        of_table = None
+        if needs[1]:
+            of_table = _table_gradient(
+                grad, input_ids, [at for _, at, *_ in _modalities(flat)], ctx.table_shape,
+                ctx.padding_idx,
+            )  # fmt: skip
+        result: list[torch.Tensor | None] = [None, of_table, None, None, None]
+        for index, tensors in enumerate(_modalities(flat)):
+            begin = 5 + index * _PER_MODALITY
+            result += _modality_gradients(
+                grad, tensors, needs[begin : begin + _PER_MODALITY], ctx.compute
+            )
+        return tuple(result)
+
+
+def _modalities(flat: Sequence[Any]) -> list[Sequence[Any]]:
+    return [flat[i : i + _PER_MODALITY] for i in range(0, len(flat), _PER_MODALITY)]
+
+
+def _table_gradient(
+    grad: torch.Tensor,
+    input_ids: torch.Tensor,
+    slots: Sequence[torch.Tensor],
+    shape: torch.Size,
+    padding_idx: int | None,
+) -> torch.Tensor:
+    """`[V, D]`: the gradients of all text slots, summed by id; slots of rows give none.
+
+    Rows are sent to an id past the table, which the embedding's own backward leaves out.
+    """
+    nowhere = shape[0]
+    ids = input_ids.long()
+    if padding_idx is not None:
+        ids = ids.masked_fill(ids == padding_idx, nowhere)
+    if slots:
+        ids = ids.index_fill(0, torch.cat([at.long() for at in slots]), nowhere)
+    dense = torch.ops.aten.embedding_dense_backward(grad, ids, nowhere + 1, nowhere, False)
+    return dense[:nowhere]
+
+
+def _modality_gradients(
+    grad: torch.Tensor, tensors: Sequence[Any], needs: Sequence[bool], compute: torch.dtype
+) -> list[torch.Tensor | None]:
+    """Gradients of x, slots (none), W1, b1, W2 and b2, in the dtype of each."""
+    x, at, w1, b1, w2, b2 = tensors
+    need_x, _, need_w1, need_b1, need_w2, need_b2 = needs
+    if not any(needs):
+        return [None] * _PER_MODALITY
+    if not x.shape[0]:
+        return [torch.zeros_like(t) if n else None for t, n in zip(tensors, needs, strict=True)]
+    g = grad.index_select(0, at.long()).to(compute)
+    below = need_x or need_w1 or need_b1
+    of_x = of_w1 = of_b1 = of_w2 = of_b2 = None
+    if need_b2:
+        of_b2 = g.sum(0).to(b2.dtype)
+    if below or need_w2:
+        rows = x.to(compute)
+        first = w1.to(compute)
+        hidden = F.linear(rows, first, b1.to(compute)).relu()
+        if need_w2:
+            of_w2 = (g.t() @ hidden).to(w2.dtype)
+        if below:
+            of_hidden = (g @ w2.to(compute)).masked_fill(hidden <= 0, 0)
+            del hidden
+            if need_w1:
+                of_w1 = (of_hidden.t() @ rows).to(w1.dtype)
+            if need_b1:
+                of_b1 = of_hidden.sum(0).to(b1.dtype)
+            if need_x:
+                of_x = (of_hidden @ first).to(x.dtype)
+    return [of_x, None, of_w1, of_b1, of_w2, of_b2]
+
+
+def _forward_triton(
+    input_ids: torch.Tensor, token_table: torch.Tensor, flat: Sequence[Any]
+) -> torch.Tensor:
+    """The serving op on rows that lie on the device."""
+    from mmqwen_kernels.triton_backend import triton_backend
+
+    groups = _modalities(flat)
+    dtype = token_table.dtype
+    projectors = [Projector(*tensors[2:]) for tensors in groups]
+    plan = _plan_on_device(
+        [t[0].to(dtype).contiguous() for t in groups], [t[1] for t in groups], input_ids.shape[0]
+    )
+    return triton_backend(token_table.device).fuse(
+        input_ids,
+        token_table,
+        plan.slot_table,
+        plan.all_slots,
+        plan.tables,
+        plan.counts,
+        projectors,
+        vocab_start=0,
+        out=None,
+        launch="fastest",
+    )
+
+
+def _plan_on_device(
+    rows: Sequence[torch.Tensor], slots: Sequence[torch.Tensor], num_tokens: int
+) -> RowPlan:
+    """A `RowPlan` of rows and slots that are on the device already, without a synchronisation."""
+    device, dtype = rows[0].device, rows[0].dtype
+    counts = tuple(x.shape[0] for x in rows)
+    widths = tuple(x.shape[1] for x in rows)
+    all_slots = torch.cat([at.to(torch.int32) for at in slots])
+    table = torch.full((num_tokens,), -1, dtype=torch.int32, device=device)
+    table[all_slots.long()] = torch.arange(sum(counts), dtype=torch.int32, device=device)
+    parts = tuple((x,) if x.shape[0] else () for x in rows)
+    entries, addresses, align = _tables(parts, counts, widths, dtype)
+    tables = RowTables(
+        torch.from_numpy(entries).to(device, non_blocking=True),
+        None if addresses is None else torch.from_numpy(addresses).to(device, non_blocking=True),
+        align,
+    )
+    return RowPlan(parts, counts, table, all_slots, widths, dtype, tables)

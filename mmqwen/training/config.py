@@ -1,0 +1,172 @@
+"""What a training run is told, and the folder where it keeps what it needs to go on."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+STAGES = ("projector", "lora", "full")
+LEARNING_RATES = {"projector": 1e-3, "lora": 2e-4, "full": 1e-5}
+"""Peak learning rate of each stage unless told. LLaVA 1.5 (arXiv:2310.03744, table 9) takes 1e-3 for
+the projector alone, 2e-4 for LoRA, and 2e-5 for all weights."""
+
+LORA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+RUN_FILE = "settings.json"
+
+
+class TrainingError(ValueError):
+    """Training cannot start or go on, with the reason and the remedy."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """One training run.
+
+    Attributes:
+        model: composite checkpoint to start from (`mmqwen build` makes one).
+        data: dataset of `mmqwen.data`.
+        output: checkpoint to write. Beside it, `<output>.run` keeps checkpoints and logs.
+        stage: "projector" (the language model is frozen), "lora" (LoRA on the language model, and
+            the projectors) or "full" (everything).
+        eval_data: dataset for evaluation; the checkpoint with its lowest loss becomes the output.
+        eval_share: instead, this share of `data`, drawn by `seed`.
+        epochs: passes over the data.
+        max_steps: optimizer steps; overrides `epochs` if positive.
+        lr: peak learning rate; None is the stage's own (`LEARNING_RATES`).
+        batch_size: samples per device and forward pass.
+        accumulation: forward passes per optimizer step.
+        warmup: share of the steps that the learning rate takes to rise.
+        schedule: transformers' name of the learning-rate schedule.
+        weight_decay: of AdamW.
+        max_grad_norm: gradients are clipped to this norm; 0 does not clip.
+        seed: of the order of samples, the LoRA weights and dropout.
+        bf16: compute in bfloat16. Trained weights are kept in float32 until they are written.
+        gradient_checkpointing: recompute the language model's activations in backward.
+        save_steps: steps between checkpoints (and evaluations); None: once an epoch.
+        keep: checkpoints kept, besides the best.
+        log_steps: steps between log entries.
+        max_length: most tokens of a sample, rows counted; None is the model's own limit.
+        lora_rank, lora_alpha, lora_dropout: of LoRA.
+        lora_layers: names of the linear layers that LoRA adapts.
+        merge: add the LoRA weights to the base's. If False, the output keeps the base as it is,
+            and `<output>/adapter` holds the LoRA weights, as peft and vLLM read them.
+        workers: processes that read data.
+        fsdp: FSDP options of transformers ("full_shard auto_wrap"); None is DDP.
+        validate: read and check the whole dataset first.
+        cpu: train on the CPU even where there is a GPU.
+        progress: show a progress bar.
+    """
+
+    model: str
+    data: str
+    output: str
+    stage: str = "projector"
+    eval_data: str | None = None
+    eval_share: float = 0.0
+    epochs: float = 1.0
+    max_steps: int = -1
+    lr: float | None = None
+    batch_size: int = 8
+    accumulation: int = 1
+    warmup: float = 0.03
+    schedule: str = "cosine"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    save_steps: int | None = None
+    keep: int = 2
+    log_steps: int = 10
+    max_length: int | None = None
+    lora_rank: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    lora_layers: tuple[str, ...] = LORA_LAYERS
+    merge: bool = True
+    workers: int = 0
+    fsdp: str | None = None
+    validate: bool = True
+    cpu: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("model", "data", "output"):
+            object.__setattr__(self, name, str(getattr(self, name)))
+        if self.eval_data is not None:
+            object.__setattr__(self, "eval_data", str(self.eval_data))
+        object.__setattr__(self, "lora_layers", tuple(self.lora_layers))
+        if self.stage not in STAGES:
+            raise TrainingError(f"stage {self.stage!r}, expected one of {STAGES}")
+        for name in ("batch_size", "accumulation", "keep", "log_steps", "lora_rank"):
+            if getattr(self, name) < 1:
+                raise TrainingError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.save_steps is not None and self.save_steps < 1:
+            raise TrainingError(f"save_steps is {self.save_steps}, expected at least 1")
+        if not 0 <= self.eval_share < 1:
+            raise TrainingError(f"eval_share is {self.eval_share}, expected 0 to 1")
+        if self.eval_data is not None and self.eval_share:
+            raise TrainingError("give eval_data or eval_share, not both")
+        if self.epochs <= 0 and self.max_steps <= 0:
+            raise TrainingError(f"epochs is {self.epochs}, expected more than 0")
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate."""
+        return LEARNING_RATES[self.stage] if self.lr is None else self.lr
+
+    @property
+    def run_folder(self) -> Path:
+        """Where checkpoints and logs go: beside the output, so that both are on one disk."""
+        output = Path(self.output)
+        return output.with_name(output.name + ".run")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON has them."""
+        return json.loads(json.dumps(asdict(self)))
+
+
+_FREE = {"output", "keep", "log_steps", "workers", "validate", "progress", "save_steps", "merge"}
+"""Settings that may differ when a run goes on: they do not change the loss curve."""
+
+
+def read_settings(folder: Path) -> TrainSettings:
+    """The settings of the run that made a folder.
+
+    Raises:
+        TrainingError: it is not a run's folder.
+    """
+    try:
+        raw = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        return TrainSettings(**{f.name: raw[f.name] for f in fields(TrainSettings) if f.name in raw})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(f"{folder}: not the folder of a training run ({error})") from error
+
+
+def claim_run_folder(settings: TrainSettings) -> None:
+    """Make the run's folder, or check that it is of a run with the same settings.
+
+    Raises:
+        TrainingError: it is of another run, or cannot be written.
+    """
+    folder = settings.run_folder
+    if (folder / RUN_FILE).exists():
+        old, new = read_settings(folder).to_dict(), settings.to_dict()
+        changed = [k for k in new if k not in _FREE and old[k] != new[k]]
+        if changed:
+            was = ", ".join(f"{key}={old[key]!r}" for key in changed)
+            raise TrainingError(
+                f"{folder} holds a run with other settings ({was}); remove it, name another "
+                "output, or give the same settings to go on with it"
+            )
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f".{RUN_FILE}.part"
+        part.write_text(json.dumps(settings.to_dict(), indent=2) + "\n", encoding="utf-8")
+        os.replace(part, folder / RUN_FILE)
+    except OSError as error:
+        raise TrainingError(f"cannot write {folder}: {error}") from error

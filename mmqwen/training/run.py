@@ -1,0 +1,255 @@
+"""`train`: a dataset and a composite checkpoint in, a trained composite checkpoint out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Subset
+
+from mmqwen._version import __version__
+from mmqwen.checkpoint import read_config
+from mmqwen.data import Example, RowsDataset, validate
+from mmqwen.hf import MultimodalQwen3Config, MultimodalQwen3ForConditionalGeneration
+from mmqwen.shards import CheckpointError, check_output, staged
+from mmqwen.tokens import add_placeholder_tokens
+from mmqwen.training.collator import Collator
+from mmqwen.training.config import TrainingError, TrainSettings, claim_run_folder, read_settings
+from mmqwen.training.lora import ADAPTER_FOLDER, add_lora, merge_lora, save_adapter
+from mmqwen.training.output import PREFIX, write_linked, write_whole
+
+REPORT_FILE = "training.json"
+
+
+def train(settings: TrainSettings, *, callbacks: Sequence[Any] = ()) -> Path:
+    """Train, or go on with a run that was interrupted, and write the output.
+
+    The dataset is checked first. Checkpoints and TensorBoard logs go to `settings.run_folder`; a run
+    found there with the same settings is resumed from its last checkpoint with the same loss curve.
+    Under `torchrun` or `accelerate launch`, every process calls this.
+
+    Args:
+        settings: what to train, on what, and how.
+        callbacks: further `transformers.TrainerCallback`s.
+
+    Returns:
+        The output's directory, a checkpoint that `LLM(model=...)` serves.
+
+    Raises:
+        DatasetError: with file and line, before training starts.
+        TrainingError: settings that do not fit together or to the run found there, a loss that is
+            no number, or a checkpoint that cannot be written (the last good one is kept).
+        CheckpointError: the model cannot be read, or the output exists or cannot be written.
+    """
+    from mmqwen.training.trainer import RowsTrainer, StopOnNaN, last_checkpoint
+
+    config = read_config(settings.model)
+    arguments = _arguments(settings)
+    main = arguments.process_index == 0
+    tokenizer = _load_tokenizer(settings, config)
+    limit = settings.max_length or getattr(config.text_config, "max_position_embeddings", None)
+    with arguments.main_process_first(local=False, desc="checking"):
+        if main:
+            check_output(Path(settings.output))
+            for path in (settings.data, settings.eval_data):
+                if path is not None and settings.validate:
+                    specs = config.modality_specs
+                    validate(path, specs, tokenizer=tokenizer, max_length=limit)
+            claim_run_folder(settings)
+    train_set, eval_set = _open_data(settings)
+    model, tuner = _load_model(settings, config)
+    trainer = RowsTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        data_collator=Collator(tokenizer, config.modality_specs, limit),
+        callbacks=[StopOnNaN(), *callbacks],
+    )
+    checkpoint = last_checkpoint(settings.run_folder)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if settings.fsdp:
+        _gather(trainer, model)
+    if main:
+        report = {
+            "steps": trainer.state.global_step,
+            "best_step": trainer.state.best_global_step,
+            "best_eval_loss": trainer.state.best_metric,
+            "log": trainer.state.log_history,
+        }
+        _write_output(settings, model, tuner, Path(settings.output), report)
+    trainer.accelerator.wait_for_everyone()
+    return Path(settings.output)
+
+
+def export(checkpoint: str | Path, output: str | Path) -> Path:
+    """Make the output of a run that was not finished from one of its checkpoints.
+
+    Args:
+        checkpoint: `<run folder>/checkpoint-<step>`.
+        output: directory to create.
+
+    Raises:
+        TrainingError: it is not the checkpoint of a run.
+        CheckpointError: the output exists or cannot be written.
+    """
+    from mmqwen.training.trainer import load_trainable
+
+    checkpoint, output = Path(checkpoint), Path(output)
+    check_output(output)
+    settings = read_settings(checkpoint.parent)
+    model, tuner = _load_model(settings, read_config(settings.model))
+    load_trainable(model, checkpoint)
+    _write_output(settings, model, tuner, output, {"checkpoint": checkpoint.name})
+    return output
+
+
+def _arguments(settings: TrainSettings) -> Any:
+    """The Trainer's own settings."""
+    try:
+        import tensorboard  # noqa: F401
+        from transformers import TrainingArguments
+        from transformers.utils import is_accelerate_available
+    except ImportError as error:
+        raise TrainingError(f"training needs pip install 'mmqwen[train]' ({error})") from error
+    if not is_accelerate_available():
+        raise TrainingError("training needs accelerate: pip install 'mmqwen[train]'")
+    evaluates = settings.eval_data is not None or settings.eval_share > 0
+    rhythm: dict[str, Any] = {"save_strategy": "epoch", "eval_strategy": "epoch"}
+    if settings.save_steps is not None:
+        rhythm = {"save_strategy": "steps", "save_steps": settings.save_steps}
+        rhythm |= {"eval_strategy": "steps", "eval_steps": settings.save_steps}
+    if not evaluates:
+        rhythm["eval_strategy"] = "no"
+    return TrainingArguments(
+        output_dir=str(settings.run_folder.resolve()),
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps if settings.max_steps > 0 else -1,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=settings.warmup,  # a share, being below 1
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        seed=settings.seed,
+        bf16=settings.bf16,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        logging_steps=settings.log_steps,
+        logging_nan_inf_filter=False,  # StopOnNaN wants to see them
+        save_total_limit=settings.keep,
+        load_best_model_at_end=evaluates,
+        metric_for_best_model="eval_loss" if evaluates else None,
+        greater_is_better=False if evaluates else None,
+        prediction_loss_only=True,
+        report_to=["tensorboard"],
+        dataloader_num_workers=settings.workers,
+        remove_unused_columns=False,  # a batch's embeddings are no column of the dataset
+        label_names=["labels"],
+        ddp_find_unused_parameters=False,  # a projector without rows has a gradient of zeros
+        fsdp=settings.fsdp,
+        use_cpu=settings.cpu,
+        disable_tqdm=not settings.progress,
+        **rhythm,
+    )
+
+
+def _load_tokenizer(settings: TrainSettings, config: MultimodalQwen3Config) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    add_placeholder_tokens(tokenizer, config.modality_specs)
+    return tokenizer
+
+
+def _open_data(settings: TrainSettings) -> tuple[Dataset[Example], Dataset[Example] | None]:
+    whole = RowsDataset(settings.data)
+    if settings.eval_data is not None:
+        return whole, RowsDataset(settings.eval_data)
+    held_out = round(len(whole) * settings.eval_share)
+    if settings.eval_share and not 0 < held_out < len(whole):
+        raise TrainingError(
+            f"eval_share {settings.eval_share} of {len(whole)} samples leaves one side empty"
+        )
+    if not held_out:
+        return whole, None
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(settings.seed))
+    train_part, eval_part = sorted(order[held_out:].tolist()), sorted(order[:held_out].tolist())
+    return Subset(whole, train_part), Subset(whole, eval_part)
+
+
+def _stored_dtype(config: MultimodalQwen3Config) -> torch.dtype:
+    """The dtype of the checkpoint's weights, which the output keeps."""
+    dtype = config.text_config.dtype or config.dtype or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def _load_model(settings: TrainSettings, config: MultimodalQwen3Config) -> tuple[Any, Any]:
+    """The model with exactly the stage's weights trainable, in float32; and peft's tuner, if any.
+
+    Frozen weights are in bfloat16 where that loses nothing that the output keeps.
+    """
+    stored = _stored_dtype(config)
+    halved = settings.bf16 and (
+        settings.stage == "projector" or (settings.stage == "lora" and stored == torch.bfloat16)
+    )
+    model = MultimodalQwen3ForConditionalGeneration.from_pretrained(
+        settings.model, dtype=torch.bfloat16 if halved else torch.float32
+    )
+    tuner = None
+    if settings.stage != "full":
+        model.requires_grad_(False)
+    if settings.stage == "lora":
+        tuner = add_lora(
+            model,
+            rank=settings.lora_rank,
+            alpha=settings.lora_alpha,
+            dropout=settings.lora_dropout,
+            layers=settings.lora_layers,
+            seed=settings.seed,
+        )
+    model.projectors.float().requires_grad_(True)
+    return model, tuner
+
+
+def _gather(trainer: Any, model: Any) -> None:
+    """FSDP: bring the whole weights to the model of the first process."""
+    state = trainer.accelerator.get_state_dict(trainer.model)
+    if trainer.args.process_index == 0:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.data = state[name]
+
+
+def _write_output(
+    settings: TrainSettings, model: Any, tuner: Any, output: Path, report: dict[str, Any]
+) -> None:
+    """Write the composite checkpoint, whole or not at all."""
+    import transformers
+
+    source = Path(settings.model)
+    stored = _stored_dtype(read_config(source))
+    linked = settings.stage == "projector" or (tuner is not None and not settings.merge)
+    try:
+        with staged(output) as stage:
+            if linked:
+                state = {k: v for k, v in model.state_dict().items() if k.startswith(PREFIX)}
+                write_linked(source, stage, state, stored)
+                if tuner is not None:
+                    save_adapter(tuner, stage / ADAPTER_FOLDER, str(output))
+            else:
+                write_whole(merge_lora(tuner) if tuner is not None else model, source, stage, stored)
+            versions = {"mmqwen": __version__, "torch": torch.__version__}
+            versions["transformers"] = transformers.__version__
+            about = {"settings": settings.to_dict(), "versions": versions, **report}
+            (stage / REPORT_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; the trained weights are kept in {settings.run_folder}: make room and give the "
+            "same command again"
+        ) from error

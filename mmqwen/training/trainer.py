@@ -1,0 +1,151 @@
+"""transformers' Trainer, saving only what is trained, and each checkpoint whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from mmqwen.training.config import TrainingError
+
+TRAINABLE_FILE = "trainable.safetensors"
+STATE_FILE = "trainer_state.json"
+_STAGE = ".saving"
+
+
+def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights that are trained, by name, on the CPU."""
+    return {
+        name: parameter.detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def load_trainable(model: nn.Module, checkpoint: Path) -> None:
+    """Put the weights of a checkpoint into the model.
+
+    Raises:
+        TrainingError: the checkpoint is of other weights, or cannot be read.
+    """
+    file = checkpoint / TRAINABLE_FILE
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"{file} cannot be read: {error}") from error
+    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if tensors.keys() != wanted.keys():
+        odd = sorted(tensors.keys() ^ wanted.keys())[:3]
+        raise TrainingError(f"{file} is of another stage or model: {odd} are in one of them only")
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(tensors[name])
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint of a run, or None. What stands there is complete: see `RowsTrainer`."""
+    found = [
+        (int(path.name.removeprefix("checkpoint-")), path)
+        for path in run.glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdigit() and (path / STATE_FILE).is_file()
+    ]
+    return max(found)[1] if found else None
+
+
+class StopOnNaN(TrainerCallback):
+    """Ends a run whose loss is no number any more, before it overwrites good checkpoints."""
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        """Look at the loss that is logged."""
+        loss = (logs or {}).get("loss")
+        if loss is not None and not abs(float(loss)) < float("inf"):
+            raise TrainingError(
+                f"the loss is {loss} at step {state.global_step}; lower lr, or use bf16 rather than "
+                "float16 weights"
+            )
+
+
+class RowsTrainer(Trainer):
+    """Writes checkpoints aside and renames them, so that a kill or a full disk leaves the last one.
+
+    A checkpoint holds `trainable.safetensors` (in stage `projector`, the projectors alone), the
+    states of optimizer, schedule and random generators, and `trainer_state.json`.
+    """
+
+    def _get_output_dir(self, trial: Any) -> str:
+        run = super()._get_output_dir(trial)
+        return os.path.join(run, _STAGE) if getattr(self, "_staging", False) else run
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run = Path(super()._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(run / _STAGE, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # every rank saves its random state
+            if self.args.should_save:
+                self._settle(run, name)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            shutil.rmtree(run / _STAGE, ignore_errors=True)
+            good = last_checkpoint(run)
+            raise TrainingError(
+                f"cannot write {run / name}: {error}; "
+                + (f"the last good checkpoint is {good}" if good else "there is no checkpoint yet")
+                + "; make room and give the same command to go on"
+            ) from error
+        finally:
+            self._staging = False
+        self.accelerator.wait_for_everyone()
+
+    def _settle(self, run: Path, name: str) -> None:
+        """Give the complete checkpoint its name, then remove the oldest."""
+        if self.state.best_global_step:
+            best = run / f"checkpoint-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best)
+        staged = run / _STAGE / name
+        self.state.save_to_json(str(staged / STATE_FILE))
+        shutil.rmtree(run / name, ignore_errors=True)
+        staged.rename(run / name)
+        shutil.rmtree(run / _STAGE, ignore_errors=True)
+        rotate_checkpoints(
+            output_dir=str(run),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+        )
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not self.args.should_save:
+            return
+        tensors = trainable_state(self.accelerator.unwrap_model(self.model))
+        if state_dict is not None:  # FSDP's, gathered: the model's own parameters are shards
+            tensors = {name: state_dict[name].cpu().contiguous() for name in tensors}
+        save_file(tensors, folder / TRAINABLE_FILE, metadata={"format": "pt"})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_trainable(self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_best_model()
+            return
+        # By its step: the folder may have been moved since.
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        load_trainable(self.model, best)

@@ -1,0 +1,267 @@
+"""The fused function's gradients: exact in float64, and no worse than torch's own in less."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmqwen_kernels.autograd import FusedProjectorFunction, fused_embed, select_training_path
+from mmqwen_kernels.reference import Projector, fuse_embeddings_torch, project_rows_torch
+
+SHAPES = [(7, 5, 3), (24, 33, 17), (40, 64, 48)]  # d, H, D: odd ones too
+
+
+def make(counts, shape=(7, 5, 3), tokens=19, vocab=11, dtype=torch.float64, seed=0):
+    """ids, table, rows, slots, projectors; every floating tensor requires a gradient."""
+    g = torch.Generator().manual_seed(seed)
+    width, hidden, out = shape
+
+    def draw(*size, scale=1.0):
+        return (torch.randn(*size, generator=g, dtype=torch.float64) * scale).to(dtype)
+
+    ids = torch.randint(vocab, (tokens,), generator=g)
+    order = torch.randperm(tokens, generator=g)
+    rows, slots, projectors, at = [], [], [], 0
+    for m, count in enumerate(counts):
+        d = width + m
+        rows.append(draw(count, d).requires_grad_())
+        slots.append(order[at : at + count])
+        at += count
+        weights = (draw(hidden, d, scale=d**-0.5), draw(hidden), draw(out, hidden), draw(out))
+        projectors.append(Projector(*(w.requires_grad_() for w in weights)))
+    return ids, draw(vocab, out).requires_grad_(), rows, slots, projectors
+
+
+def leaves(table, rows, projectors):
+    return [table, *rows, *(w for p in projectors for w in p)]
+
+
+def eager(ids, table, rows, slots, projectors, padding_idx=None):
+    """What the HF model does, with torch's own autograd."""
+    out = torch.nn.functional.embedding(ids, table, padding_idx=padding_idx)
+    placed = [project_rows_torch(x, p).to(out.dtype) for x, p in zip(rows, projectors)]
+    return out.index_put((torch.cat(slots),), torch.cat(placed))
+
+
+def gradients(function, inputs, weight, **options):
+    out = function(*inputs, **options)
+    loss = (out.double() * weight).sum()
+    return out, torch.autograd.grad(loss, leaves(inputs[1], inputs[2], inputs[4]))
+
+
+@pytest.mark.parametrize("counts", [(4,), (3, 5), (0, 4), (1, 0, 2), (0, 0)])
+def test_gradcheck(counts):
+    ids, table, rows, slots, projectors = make(counts)
+
+    def run(*flat):
+        weights = iter(flat[1 + len(rows) :])
+        rebuilt = [Projector(*(next(weights) for _ in range(4))) for _ in projectors]
+        return fused_embed(ids, flat[0], flat[1 : 1 + len(rows)], slots, rebuilt)
+
+    assert torch.autograd.gradcheck(run, leaves(table, rows, projectors))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_against_float64_are_no_worse_than_torch(shape, dtype):
+    inputs = make((50, 30), shape, tokens=200, vocab=40, dtype=dtype)
+    exact = make((50, 30), shape, tokens=200, vocab=40, dtype=dtype)
+    exact = (
+        exact[0],
+        exact[1].detach().double().requires_grad_(),
+        [x.detach().double().requires_grad_() for x in exact[2]],
+        exact[3],
+        [Projector(*(w.detach().double().requires_grad_() for w in p)) for p in exact[4]],
+    )
+    weight = torch.randn(200, shape[2], generator=torch.Generator().manual_seed(1)).to(dtype)
+    weight = weight.double()
+    want_out, want = gradients(eager, exact, weight)
+    got_out, got = gradients(fused_embed, inputs, weight)
+    own_out, own = gradients(eager, inputs, weight)
+    assert torch.equal(got_out, own_out)
+    for mine, theirs, true in zip(got, own, want, strict=True):
+        error = (mine.double() - true).norm()
+        assert error <= 1.1 * (theirs.double() - true).norm() + 1e-12
+    assert (got_out.double() - want_out).norm() <= 1.1 * (
+        own_out.double() - want_out
+    ).norm() + 1e-12
+
+
+def test_forward_is_the_twin():
+    ids, table, rows, slots, projectors = make((4, 3), dtype=torch.float32)
+    got = fused_embed(ids, table, rows, slots, projectors)
+    with torch.no_grad():
+        want = fuse_embeddings_torch(ids, table.clone(), rows, slots, projectors)
+    assert torch.equal(got, want)
+
+
+def test_an_item_used_twice_gets_the_sum():
+    ids, table, (x,), (at,), projectors = make((3,), tokens=19)
+    more = torch.tensor([t for t in range(19) if t not in at.tolist()][:3])
+    weight = torch.randn(19, 3, dtype=torch.float64)
+
+    def gradient(function):
+        out = function(ids, table, [torch.cat([x, x])], [torch.cat([at, more])], projectors)
+        return torch.autograd.grad((out * weight).sum(), x)[0]
+
+    torch.testing.assert_close(gradient(fused_embed), gradient(eager))
+
+
+@pytest.mark.parametrize("wanted", ["table", "rows", "w1", "b1", "w2", "b2", "weights"])
+def test_frozen_parts_are_skipped(wanted, monkeypatch):
+    ids, table, rows, slots, projectors = make((4, 3))
+    parts = {"table": [table], "rows": rows, "weights": [w for p in projectors for w in p]}
+    parts |= {name: [getattr(p, name) for p in projectors] for name in Projector._fields}
+    weight = torch.randn(19, 3, dtype=torch.float64)
+    want = torch.autograd.grad(
+        (eager(ids, table, rows, slots, projectors) * weight).sum(), parts[wanted]
+    )
+    for tensor in leaves(table, rows, projectors):
+        tensor.requires_grad_(False)
+    for tensor in parts[wanted]:
+        tensor.requires_grad_(True)
+    seen = []
+    original = FusedProjectorFunction.backward
+
+    def spy(ctx, grad):
+        seen.extend(original(ctx, grad))
+        return tuple(seen)
+
+    monkeypatch.setattr(FusedProjectorFunction, "backward", staticmethod(spy))
+    (fused_embed(ids, table, rows, slots, projectors) * weight).sum().backward()
+    assert sum(g is not None for g in seen) == len(parts[wanted])
+    for tensor, true in zip(parts[wanted], want, strict=True):
+        torch.testing.assert_close(tensor.grad, true)
+
+
+def test_nothing_to_learn_makes_no_graph():
+    ids, table, rows, slots, projectors = make((4,))
+    for tensor in leaves(table, rows, projectors):
+        tensor.requires_grad_(False)
+    assert not fused_embed(ids, table, rows, slots, projectors).requires_grad
+
+
+def test_a_modality_without_rows_gets_zeros():
+    ids, table, rows, slots, projectors = make((4, 0))
+    fused_embed(ids, table, [rows[0], None], [slots[0], None], projectors).sum().backward()
+    assert all(w.grad is not None and not w.grad.any() for w in projectors[1])
+
+
+def test_padding_gets_no_gradient():
+    ids, table, rows, slots, projectors = make((4,))
+    pad = int(ids[next(t for t in range(19) if t not in slots[0].tolist())])
+    weight = torch.randn(19, 3, dtype=torch.float64)
+    got = gradients(fused_embed, (ids, table, rows, slots, projectors), weight, padding_idx=pad)
+    want = gradients(eager, (ids, table, rows, slots, projectors), weight, padding_idx=pad)
+    assert not got[1][0][pad].any()
+    torch.testing.assert_close(got[1], want[1])
+
+
+def test_strided_rows_and_no_output_bias():
+    ids, table, _, slots, (projector,) = make((4,))
+    wide = torch.randn(4, 14, dtype=torch.float64, requires_grad=True)
+    projector = projector._replace(b2=None)
+    fused_embed(ids, table, [wide[:, ::2]], slots, [projector]).sum().backward()
+    other = wide.detach().clone().requires_grad_()
+    eager(ids, table, [other[:, ::2]], slots, [projector]).sum().backward()
+    torch.testing.assert_close(wide.grad, other.grad)
+
+
+def test_hidden_activations_are_not_kept():
+    ids, table, rows, slots, projectors = make((12,), (7, 1000, 3), dtype=torch.float32)
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor)
+        return tensor
+
+    own = {t.data_ptr() for t in [ids, *slots, *leaves(table, rows, projectors)]}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        fused_embed(ids, table, rows, slots, projectors)
+    assert kept
+    assert all(t.data_ptr() in own for t in kept)
+    kept.clear()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        eager(ids, table, rows, slots, projectors)
+    assert any(t.shape == (12, 1000) for t in kept)
+
+
+@pytest.mark.parametrize("counts", [(4, 3), (4, 0)])
+def test_compiled(counts):
+    torch._dynamo.reset()
+    inputs = make(counts, dtype=torch.float32)
+    weight = torch.randn(19, 3, dtype=torch.float64)
+    compiled = torch.compile(fused_embed, backend="aot_eager", fullgraph=True)
+    got = gradients(compiled, inputs, weight)
+    want = gradients(fused_embed, inputs, weight)
+    torch.testing.assert_close(got[0], want[0])
+    torch.testing.assert_close(got[1], want[1])
+
+
+def test_autocast_equals_torch():
+    inputs = make((4, 3), (24, 33, 17), dtype=torch.float32)
+    weight = torch.randn(19, 17, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = gradients(fused_embed, inputs, weight)
+        want = gradients(eager, inputs, weight)
+    assert got[0].dtype == torch.float32
+    torch.testing.assert_close(got[0], want[0], rtol=0, atol=0)
+    for mine, theirs in zip(got[1], want[1], strict=True):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=2e-2)
+
+
+def test_float32_projector_beside_a_bfloat16_table():
+    ids, table, rows, slots, projectors = make((4,), (24, 33, 17), dtype=torch.float32)
+    table = table.detach().bfloat16().requires_grad_()
+    weight = torch.randn(19, 17, dtype=torch.float64)
+    got = gradients(fused_embed, (ids, table, rows, slots, projectors), weight)
+    want = gradients(eager, (ids, table, rows, slots, projectors), weight)
+    assert got[0].dtype == torch.bfloat16
+    torch.testing.assert_close(got, want)
+
+
+def test_what_does_not_fit_is_refused():
+    ids, table, rows, slots, projectors = make((4,))
+    with pytest.raises(ValueError, match=r"expected \[R, 7\] and \[R\]"):
+        fused_embed(ids, table, [rows[0][:, :5]], slots, projectors)
+    with pytest.raises(ValueError, match="rows without slots"):
+        fused_embed(ids, table, rows, [None], projectors)
+    with pytest.raises(ValueError, match="one of each per modality"):
+        fused_embed(ids, table, rows, slots, [])
+    with pytest.raises(ValueError, match="expected 'auto', 'fused' or 'torch'"):
+        select_training_path("cpu", torch.float32, "fast")
+
+
+def test_the_rule_says_why():
+    choice = select_training_path("cpu", torch.float32)
+    assert choice.name == "torch"
+    assert "cpu" in choice.reason
+
+
+def test_kernel_forward_under_the_interpreter(tmp_path):
+    """The Triton forward gives torch's values and its gradients the same backward."""
+    pytest.importorskip("triton")
+    root = Path(__file__).parents[2]
+    code = """
+import sys, torch
+sys.path[:0] = [sys.argv[1]]
+from test_autograd import make, gradients, fused_embed
+for counts in [(4, 3), (0, 5), (0, 0)]:
+    inputs = make(counts, (24, 32, 16), dtype=torch.float32)
+    weight = torch.randn(19, 16, dtype=torch.float64)
+    got = gradients(fused_embed, inputs, weight, backend="triton")
+    want = gradients(fused_embed, inputs, weight, backend="torch")
+    torch.testing.assert_close(got, want)
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(Path(__file__).parent)],
+        env=environment, cwd=root, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]

@@ -1,0 +1,338 @@
+"""Each stage trains what it should, from a checked dataset to a checkpoint; batches and settings."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import make_composite
+
+from mmqwen.checkpoint import load_projectors, read_config
+from mmqwen.cli import main
+from mmqwen.data import DatasetError, DatasetWriter, RowsDataset
+from mmqwen.hf import MultimodalQwen3ForConditionalGeneration, MultimodalQwen3Processor
+from mmqwen.shards import CheckpointError
+from mmqwen.training import Collator, TrainingError, TrainSettings, export, train
+
+pytest.importorskip("accelerate")
+pytest.importorskip("tensorboard")
+
+WORDS = (" picture", " sensor", " train")
+WIDTHS = {"m1": 24, "m2": 40}
+
+
+def write_data(path: Path, samples: int = 24, seed: int = 0) -> Path:
+    """Rows with a mark that says the answer; every fourth sample has m2 too, the last has none."""
+    g = torch.Generator().manual_seed(seed)
+    with DatasetWriter(path, WIDTHS) as writer:
+        for index in range(samples):
+            kind = index % 3
+            rows = torch.randn(1 + index % 4, 24, generator=g)
+            rows[:, kind] += 5
+            if index == samples - 1:
+                writer.add("Describe the", WORDS[kind])
+            elif index % 4:
+                writer.add("Describe <|m1|> the", WORDS[kind], {"m1": [rows]})
+            else:
+                question = {"role": "user", "content": "What <|m1|> <|m2|>?"}
+                answer = {"role": "assistant", "content": WORDS[kind].strip()}
+                extra = torch.randn(40, generator=g)
+                writer.add_messages([question, answer], {"m1": [rows], "m2": [extra]})
+    return path
+
+
+def losses(folder: Path) -> list[float]:
+    """The loss of each step, from the report of an output."""
+    log = json.loads((folder / "training.json").read_text())["log"]
+    return [entry["loss"] for entry in log if "loss" in entry]
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("training")
+    return make_composite(folder / "model"), write_data(folder / "data"), folder
+
+
+def settings_for(places, name: str, **options) -> TrainSettings:
+    model, data, folder = places
+    fields = {"max_steps": 6, "batch_size": 4, "lr": 1e-2, "log_steps": 1, "save_steps": 3}
+    fields |= {"cpu": True, "progress": False, **options}
+    return TrainSettings(model=model, data=data, output=folder / name, **fields)
+
+
+# -- stages ------------------------------------------------------------------------------------
+
+
+def test_projector_stage_leaves_the_language_model_bit_for_bit(places):
+    before = tensors_of(places[0])
+    output = train(settings_for(places, "projector", max_steps=20, eval_share=0.25, schedule="linear"))
+    after = tensors_of(output)
+    assert after.keys() == before.keys()
+    for name in after:
+        changed = not torch.equal(after[name], before[name])
+        assert changed == name.startswith("projectors."), name
+    assert os.path.samefile(output / "base-model.safetensors", places[0] / "base-model.safetensors")
+    curve = losses(output)
+    assert sum(curve[-3:]) < 0.7 * sum(curve[:3])
+    report = json.loads((output / "training.json").read_text())
+    assert report["best_step"] % 3 == 0 or report["best_step"] == 20
+    assert report["settings"]["stage"] == "projector"
+    run = output.with_name("projector.run")
+    assert list(run.glob("runs/**/events.out.tfevents.*"))
+    checkpoints = sorted(p.name for p in run.glob("checkpoint-*"))
+    assert f"checkpoint-{report['best_step']}" in checkpoints
+    assert not (run / ".saving").exists()
+
+
+def test_the_best_checkpoint_is_what_is_written(places):
+    output = train(settings_for(places, "best", max_steps=9, eval_share=0.25, lr=0.3, keep=9))
+    report = json.loads((output / "training.json").read_text())
+    evals = {e["step"]: e["eval_loss"] for e in report["log"] if "eval_loss" in e}
+    assert report["best_step"] == min(evals, key=evals.get)
+    best = places[2] / "best.run" / f"checkpoint-{report['best_step']}" / "trainable.safetensors"
+    written = load_file(output / "projectors.safetensors")
+    for name, tensor in load_file(best).items():
+        assert torch.equal(written[name], tensor)
+
+
+def test_lora_stage_is_merged(places):
+    pytest.importorskip("peft")
+    before = tensors_of(places[0])
+    output = train(settings_for(places, "lora", stage="lora", max_steps=10))
+    after = tensors_of(output)
+    assert after.keys() == before.keys()
+    adapted = {n for n in after if not torch.equal(after[n], before[n])}
+    layers = {name.split(".")[-2] for name in adapted if name.startswith("model.")}
+    assert layers == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert {n for n in adapted if not n.startswith("model.")} == {
+        n for n in after if n.startswith("projectors.")
+    }
+    assert losses(output)[-1] < losses(output)[0]
+
+
+def test_an_adapter_beside_the_base_equals_the_merged_model(places):
+    peft = pytest.importorskip("peft")
+    merged = train(settings_for(places, "merged", stage="lora", max_steps=3))
+    apart = train(settings_for(places, "apart", stage="lora", max_steps=3, merge=False))
+    assert os.path.samefile(apart / "base-model.safetensors", places[0] / "base-model.safetensors")
+    load = MultimodalQwen3ForConditionalGeneration.from_pretrained
+    want, base = load(merged).eval(), load(apart).eval()
+    got = peft.PeftModel.from_pretrained(base, apart / "adapter").eval()
+    batch = MultimodalQwen3Processor.from_pretrained(merged)(
+        {"text": "Describe <|m1|>", "multimodal_data": {"multimodal_embeddings": {"m1": [[1.0] * 24]}}}
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(got(**batch).logits, want(**batch).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_full_stage_changes_everything(places):
+    output = train(settings_for(places, "full", stage="full", lr=1e-3, gradient_checkpointing=True))
+    before, after = tensors_of(places[0]), tensors_of(output)
+    assert after.keys() == before.keys()
+    # Some rows of m2 saw no gradient, but every tensor moved somewhere.
+    assert all(not torch.equal(after[n], before[n]) for n in after)
+    assert losses(output)[-1] < losses(output)[0]
+
+
+def test_checkpointing_and_accumulation_change_nothing(places):
+    plain = losses(train(settings_for(places, "plain", stage="lora")))
+    less = train(settings_for(places, "less", stage="lora", gradient_checkpointing=True))
+    assert losses(less) == pytest.approx(plain, rel=1e-4)
+    parts = train(settings_for(places, "parts", stage="lora", batch_size=2, accumulation=2))
+    assert losses(parts) == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["projector", "lora", "full"])
+def test_bf16_keeps_the_checkpoint_s_dtype(places, stage, tmp_path):
+    model = make_composite(tmp_path / "model", dtype="bfloat16")
+    settings = settings_for((model, *places[1:]), f"bf16-{stage}", stage=stage, bf16=True)
+    output = train(settings)
+    assert {t.dtype for t in tensors_of(output).values()} == {torch.bfloat16}
+    assert str(read_config(output).dtype).endswith("bfloat16")
+    saved = load_file(output.with_name(output.name + ".run") / "checkpoint-6/trainable.safetensors")
+    assert {t.dtype for t in saved.values()} == {torch.float32}
+    assert losses(output)[-1] < losses(output)[0]
+
+
+def test_a_saved_model_with_one_file_gets_new_projectors(places, tmp_path):
+    model = MultimodalQwen3ForConditionalGeneration.from_pretrained(places[0])
+    whole = tmp_path / "whole"
+    model.save_pretrained(whole)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (whole / name).write_bytes((places[0] / name).read_bytes())
+    output = train(settings_for((whole, *places[1:]), "from-whole"))
+    index = json.loads((output / "model.safetensors.index.json").read_text())["weight_map"]
+    assert {f for n, f in index.items() if n.startswith("projectors.")} == {"projectors.safetensors"}
+    base = load_file(output / "base-model.safetensors")
+    assert not [n for n in base if n.startswith("projectors.")]
+    specs = read_config(output).modality_specs
+    for name, tensor in load_projectors(output, specs, 64).items():
+        assert not torch.equal(tensor, model.state_dict()[name])
+
+
+# -- batches -----------------------------------------------------------------------------------
+
+
+def test_the_batch_gives_the_loss_of_the_whole_sequence(places):
+    """The tail of the logits, left padding and packed rows change nothing."""
+    model = MultimodalQwen3ForConditionalGeneration.from_pretrained(places[0]).train()
+    processor = MultimodalQwen3Processor.from_pretrained(places[0])
+    collator = Collator(processor.tokenizer, model.specs)
+    examples = [RowsDataset(places[1])[i] for i in (0, 1, 3, 23)]
+    batch = collator(examples)
+    assert batch["logits_to_keep"] < batch["input_ids"].shape[1]
+    loss = model(**batch).loss
+    total, count = 0.0, 0
+    for example in examples:
+        one = collator([example])
+        del one["logits_to_keep"]
+        learnt = int((one["labels"] != -100).sum())
+        total += model(**one).loss.item() * learnt
+        count += learnt
+    assert loss.item() == pytest.approx(total / count, rel=1e-5)
+
+
+def test_rows_are_packed_in_the_order_of_the_placeholders(places):
+    processor = MultimodalQwen3Processor.from_pretrained(places[0])
+    examples = [RowsDataset(places[1])[i] for i in range(6)]
+    batch = Collator(processor.tokenizer, processor.specs)(examples)
+    want = torch.cat([item for e in examples for item in e.rows["m1"]])
+    assert torch.equal(batch["embeddings"]["m1"], want)
+    assert batch["embeddings"]["m2"].shape == (2, 40)
+    text_only = Collator(processor.tokenizer, processor.specs)([RowsDataset(places[1])[23]])
+    assert text_only["embeddings"]["m1"].shape == (0, 24)
+
+
+# -- what is refused ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("break_it", ["width", "marker", "empty", "nan", "missing"])
+def test_bad_data_stops_before_training(places, break_it, tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    model, _, _ = places
+    data = write_data(tmp_path / "data")
+    lines = (data / "data.jsonl").read_text().splitlines()
+    fields = json.loads(lines[1])
+    rows = load_file(data / "rows-m1.safetensors")["rows"].clone()
+    if break_it == "width":
+        rows = rows[:, :20].clone()
+    elif break_it == "nan":
+        rows[1] = float("nan")  # item 1, line 2
+    elif break_it == "marker":
+        fields["prompt"] = "<|m1|><|m1|>"
+    elif break_it == "empty":
+        fields["answer"] = ""
+    else:
+        fields["items"] = {"m1": [999]}
+    lines[1] = json.dumps(fields)
+    (data / "data.jsonl").write_text("\n".join(lines) + "\n")
+    save_file({"rows": rows}, data / "rows-m1.safetensors")
+    output = tmp_path / "out"
+    arguments = ["train", "--model", str(model), "--data", str(data), "-o", str(output), "--cpu"]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.replace("\n", "")
+    assert "data.jsonl:2:" in error
+    assert "Traceback" not in error
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data"]  # no run folder either
+
+
+def test_a_long_sample_is_named_before_training(places):
+    with pytest.raises(DatasetError, match=r"data.jsonl:1: \d+ tokens with rows, expected at most 6"):
+        train(settings_for(places, "long", max_length=6))
+
+
+def test_settings_that_do_not_fit(places):
+    with pytest.raises(TrainingError, match="stage 'all'"):
+        settings_for(places, "x", stage="all")
+    with pytest.raises(TrainingError, match="batch_size is 0"):
+        settings_for(places, "x", batch_size=0)
+    with pytest.raises(TrainingError, match="not both"):
+        settings_for(places, "x", eval_data="a", eval_share=0.1)
+    with pytest.raises(TrainingError, match="one side empty"):
+        train(settings_for(places, "x", eval_share=0.001))
+    with pytest.raises(TrainingError, match="lora_layers"):
+        train(settings_for(places, "y", stage="lora", lora_layers=("nothing",)))
+    with pytest.raises(CheckpointError, match="not empty"):
+        train(settings_for(places, "data"))
+    with pytest.raises(CheckpointError, match="composite checkpoint"):
+        base = places[0].with_name("model-base")
+        train(settings_for((base, *places[1:]), "z"))
+
+
+def test_a_loss_that_is_no_number_stops_the_run(places):
+    with pytest.raises(TrainingError, match="the loss is nan at step"):
+        train(settings_for(places, "diverged", lr=1e30, max_grad_norm=0, warmup=0.0))
+
+
+# -- full disks and unfinished runs --------------------------------------------------------------
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(places, monkeypatch):
+    from mmqwen.training import trainer as module
+
+    settings = settings_for(places, "full-disk", max_steps=9)
+    real, calls = module.save_file, []
+
+    def fill(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, "save_file", fill)
+    with pytest.raises(TrainingError, match=r"No space left on device; the last good.*checkpoint-3"):
+        train(settings)
+    run = settings.run_folder
+    assert sorted(p.name for p in run.glob("*checkpoint*")) == ["checkpoint-3"]
+    assert not (run / ".saving").exists()
+    assert not Path(settings.output).exists()
+    output = train(settings)  # with room again
+    whole = train(settings_for(places, "no-full-disk", max_steps=9))
+    assert losses(output) == pytest.approx(losses(whole), rel=1e-5)
+
+
+def test_an_output_that_cannot_be_written_is_written_later(places, monkeypatch):
+    from mmqwen.training import output as module
+
+    settings = settings_for(places, "late")
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "copy_small_files", full)
+        with pytest.raises(CheckpointError, match=r"No space left.*kept in .*late.run"):
+            train(settings)
+    assert not Path(settings.output).exists()
+    output = train(settings)  # nothing is left to train
+    saved = load_file(settings.run_folder / "checkpoint-6/trainable.safetensors")
+    assert all(torch.equal(v, saved[k]) for k, v in load_file(output / "projectors.safetensors").items())
+
+
+@pytest.mark.parametrize("stage", ["projector", "lora"])
+def test_export_of_a_checkpoint(places, stage, capsys):
+    output = train(settings_for(places, f"run-{stage}", stage=stage))
+    target = places[2] / f"exported-{stage}"
+    checkpoint = places[2] / f"run-{stage}.run" / "checkpoint-6"
+    assert main(["train", "--export", str(checkpoint), "-o", str(target)]) == 0
+    want, got = tensors_of(output), tensors_of(target)
+    assert want.keys() == got.keys()
+    assert all(torch.equal(want[n], got[n]) for n in want)
+    with pytest.raises(TrainingError, match="not the folder of a training run"):
+        export(places[2] / "nothing", places[2] / "new")
+
+
+def test_other_settings_do_not_go_on(places):
+    train(settings_for(places, "first"))
+    (places[2] / "first").rename(places[2] / "first-moved")
+    with pytest.raises(TrainingError, match=r"other settings \(lr=0.01\)"):
+        train(settings_for(places, "first", lr=0.5))

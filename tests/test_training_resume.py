@@ -1,0 +1,142 @@
+"""Runs that are killed go on with the same loss curve; two processes learn what one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_training import losses, write_data
+from tiny import make_composite
+
+from mmqwen.training import TrainSettings, export, train
+
+pytest.importorskip("accelerate")
+pytest.importorskip("peft")
+
+ROOT = Path(__file__).parents[1]
+
+KILL_AFTER_A_STEP = """
+import json, os, signal, sys
+import torch
+from transformers import TrainerCallback
+from mmqwen.training import TrainSettings, train
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+train(TrainSettings(**json.loads(sys.argv[1])), callbacks=[Kill()])
+"""
+
+KILL_WHILE_SAVING = """
+import json, os, signal, sys
+import torch
+from mmqwen.training import TrainSettings, train
+
+real, calls = torch.save, []
+
+def save(*args, **kwargs):
+    calls.append(1)
+    real(*args, **kwargs)
+    if len(calls) == 5:  # three files a checkpoint: in the middle of the second
+        os.kill(os.getpid(), signal.SIGKILL)
+
+torch.save = save
+train(TrainSettings(**json.loads(sys.argv[1])))
+"""
+
+
+def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess:
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    return subprocess.run(
+        arguments, env=settings, cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    model = make_composite(folder / "model")
+    data = write_data(folder / "data")
+    return TrainSettings(
+        model=model,
+        data=data,
+        output=folder / "whole",
+        stage="lora",
+        lora_dropout=0.2,  # so that the random state must come back, too
+        max_steps=9,  # one and a half epochs: the order of the second must come back
+        batch_size=4,
+        lr=1e-2,
+        log_steps=1,
+        save_steps=2,
+        cpu=True,
+        progress=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(settings):
+    """The run that nobody interrupted."""
+    return train(settings)
+
+
+@pytest.mark.parametrize(
+    ("code", "left"),
+    [
+        (KILL_AFTER_A_STEP, ["checkpoint-2", "checkpoint-4"]),
+        (KILL_WHILE_SAVING, [".saving", "checkpoint-2"]),
+    ],
+)
+def test_a_killed_run_goes_on_with_the_same_curve(settings, whole, code, left):
+    own = replace(settings, output=f"{settings.output}-{len(left[0])}")
+    result = run([sys.executable, "-c", code, json.dumps(own.to_dict())])
+    assert result.returncode == -signal.SIGKILL, result.stderr[-2000:]
+    found = sorted(p.name for p in own.run_folder.iterdir())
+    assert [name for name in found if name not in ("runs", "settings.json")] == left
+    assert not Path(own.output).exists()
+
+    early = export(own.run_folder / left[-1], f"{own.output}-early")  # what is there loads
+    assert (early / "projectors.safetensors").is_file()
+
+    output = train(own)
+    assert losses(output) == pytest.approx(losses(whole), rel=1e-6)
+    for file in whole.glob("*.safetensors"):
+        got = load_file(output / file.name)
+        for name, tensor in load_file(file).items():
+            torch.testing.assert_close(got[name], tensor, rtol=1e-5, atol=1e-6)
+    assert not (own.run_folder / ".saving").exists()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize("stage", ["projector", "full"])
+def test_two_processes_learn_what_one_does(settings, stage):
+    """Batches of 2 on two ranks, some without rows of a modality, equal batches of 4 on one."""
+    lr = {"projector": 1e-2, "full": 1e-3}[stage]
+    alone = replace(settings, output=f"{settings.output}-one-{stage}", stage=stage, lr=lr)
+    one = train(alone)
+    two = Path(f"{settings.output}-two-{stage}")
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+    launch += ["--master-port", str(free_port()), "-m", "mmqwen.cli", "train"]
+    flags = ["--model", settings.model, "--data", settings.data, "-o", str(two), "--stage", stage]
+    flags += ["--max-steps", "9", "--batch-size", "2", "--lr", str(lr), "--log-steps", "1"]
+    flags += ["--save-steps", "2", "--cpu", "--no-progress", "--lora-dropout", "0.2"]
+    result = run([sys.executable, *launch, *flags])
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+    states = list(two.with_name(two.name + ".run").glob("checkpoint-9/rng_state_*.pth"))
+    assert len(states) == 2

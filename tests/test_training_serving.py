@@ -1,0 +1,72 @@
+"""What training writes is served: vLLM's log-probabilities are those of transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engines import reference, start, worst_difference
+from test_training import settings_for, write_data
+from tiny import make_composite
+
+from mmqwen.hf import MultimodalQwen3ForConditionalGeneration
+from mmqwen.training import train
+
+pytest.importorskip("vllm")
+pytest.importorskip("peft")
+
+TOLERANCE = 1e-4
+"""Largest difference of a log-probability in float32; that of untrained checkpoints."""
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("serving")
+    return make_composite(folder / "model"), write_data(folder / "data"), folder
+
+
+def ask(llm, seed: int = 0, **options):
+    """Outputs for two prompts, and the items of each."""
+    from vllm import SamplingParams
+
+    g = torch.Generator().manual_seed(seed)
+    items = [
+        {"m1": [torch.randn(3, 24, generator=g)]},
+        {"m1": [torch.randn(1, 24, generator=g)], "m2": [torch.randn(1, 40, generator=g)]},
+    ]
+    prompts = [
+        {"prompt": "Describe <|m1|> the", "multi_modal_data": items[0]},
+        {"prompt": "What <|m1|> <|m2|>?", "multi_modal_data": items[1]},
+    ]
+    sampling = SamplingParams(
+        temperature=0.0, max_tokens=6, logprobs=1, prompt_logprobs=1, ignore_eos=True
+    )
+    return zip(llm.generate(prompts, sampling, use_tqdm=False, **options), items, strict=True)
+
+
+@pytest.mark.parametrize("stage", ["projector", "lora"])
+def test_a_trained_checkpoint_is_served(places, stage):
+    options = {"lr": 1e-3} if stage == "lora" else {}
+    output = train(settings_for(places, f"served-{stage}", stage=stage, **options))
+    llm = start(output)
+    model, untrained = reference(str(output)), reference(str(places[0]))
+    for answer, items in ask(llm):
+        assert worst_difference(answer, model, items) <= TOLERANCE
+        changed = worst_difference(answer, untrained, items, check_tokens=False)
+        assert changed > 100 * TOLERANCE  # so it was the trained weights that were served
+
+
+def test_an_adapter_is_served_beside_its_base(places):
+    peft = pytest.importorskip("peft")
+    from vllm.lora.request import LoRARequest
+
+    settings = settings_for(places, "adapter", stage="lora", merge=False, lr=1e-3, max_steps=12)
+    output = train(settings)
+    llm = start(output, enable_lora=True, max_lora_rank=16)
+    base = MultimodalQwen3ForConditionalGeneration.from_pretrained(output)
+    plain = reference(str(output))
+    for answer, items in ask(llm):
+        assert worst_difference(answer, plain, items) <= TOLERANCE
+    adapted = peft.PeftModel.from_pretrained(base, output / "adapter").merge_and_unload().eval()
+    request = LoRARequest("trained", 1, str(output / "adapter"))
+    for answer, items in ask(llm, lora_request=request):
+        assert worst_difference(answer, adapted, items) <= TOLERANCE
