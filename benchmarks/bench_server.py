@@ -36,13 +36,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+from mmqwen.hf import MultimodalQwen3ForConditionalGeneration, MultimodalQwen3Processor  # noqa: E402
+from mmqwen.transport import decode_rows, encode_rows  # noqa: E402
 from servers import Server, running  # noqa: E402
 from tiny import make_composite  # noqa: E402
 
-from mmqwen.hf import MultimodalQwen3ForConditionalGeneration, MultimodalQwen3Processor  # noqa: E402
-from mmqwen.transport import decode_rows, encode_rows  # noqa: E402
-
 MODALITIES = {"m1": 384, "m2": 768}
+WORDS = ["train", "river", "coast", "sensor", "engine", "picture", "degrees", "night", "user"]
 FLAGS = (
     "--served-model-name", "model", "--dtype", "float32", "--max-model-len", "1024",
     "--enforce-eager", "--no-enable-prefix-caching", "--disable-uvicorn-access-log",
@@ -90,8 +90,7 @@ class Prompts:
 
     def _text(self, seed: int, words: int) -> str:
         rng = np.random.default_rng([seed, 1])
-        vocabulary = "train river coast sensor engine picture word degrees night user item".split()
-        return " ".join(rng.choice(vocabulary, words))
+        return " ".join(rng.choice(WORDS, words))
 
     def _sampling(self, max_tokens: int, stream: bool) -> dict[str, Any]:
         return {
@@ -185,7 +184,7 @@ async def _measure(server: Server, requests: list[Request], concurrency: int) ->
 def bench(
     server: Server, make: Callable[[int, int], Request], arguments: argparse.Namespace, offset: int
 ) -> list[dict[str, float]]:
-    """Measure one way to send, at each concurrency: warmed up, best-of-nothing, every repeat kept."""
+    """Measure one way to send at each concurrency, warmed up; every repeat is kept."""
     found = []
     seed = offset
     for concurrency in arguments.concurrency:

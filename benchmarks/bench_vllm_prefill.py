@@ -75,9 +75,7 @@ def write_checkpoint(folder: Path, shape: str) -> Path:
         name: {"dim": width, "token_id": first + at}
         for at, (name, width) in enumerate(WIDTHS.items())
     }
-    text = Qwen3Config(
-        **fields, max_position_embeddings=40960, architectures=["Qwen3ForCausalLM"]
-    )
+    text = Qwen3Config(**fields, max_position_embeddings=40960, architectures=["Qwen3ForCausalLM"])
     text.dtype = "bfloat16"
     MultimodalQwen3Config(text, modalities).save_pretrained(folder / "ours")
     text.save_pretrained(folder / "plain")
@@ -96,7 +94,9 @@ def make_requests(count: int, items: int, rows: int, seed: int) -> list[dict[str
         for at in range(items):
             name = list(WIDTHS)[at % 2]
             spread = 0 if rows == 1 or items == 1 else max(1, rows // 4)
-            jitter = int(torch.randint(-spread, spread + 1, (1,), generator=generator)) if spread else 0
+            jitter = (
+                int(torch.randint(-spread, spread + 1, (1,), generator=generator)) if spread else 0
+            )
             data[name].append(torch.randn(rows + jitter, WIDTHS[name], generator=generator))
         ids = torch.randint(1, 200, (TEXT_TOKENS,), generator=generator).tolist()
         data = {name: value for name, value in data.items() if value}

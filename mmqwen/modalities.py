@@ -62,7 +62,8 @@ class ModalitySpec:
             smallest = 0 if field == "token_id" else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
                 raise ModalityError(
-                    f"modality {self.name!r}: {field} is {value!r}, expected an integer >= {smallest}"
+                    f"modality {self.name!r}: {field} is {value!r}, expected an integer >= "
+                    f"{smallest}"
                 )
 
     def to_dict(self) -> dict[str, Any]:
@@ -234,7 +235,7 @@ def check_no_markers(token_ids: Iterable[int], specs: Mapping[str, ModalitySpec]
     Raises:
         ModalityError: a placeholder id is among `token_ids`.
     """
-    by_id = {spec.token_id: spec for spec in specs.values()}
+    by_id = {spec.token_id: spec for spec in specs.values() if spec.token_id is not None}
     token_ids = list(token_ids)
     for token_id in by_id.keys() & set(token_ids):
         check_marker_count(by_id[token_id], token_ids.count(token_id), 0)

@@ -82,9 +82,7 @@ class MultimodalQwen3Pipeline:
         self, inputs: Sequence[Any], *, stream: Literal[False] = ..., **sampling: Any
     ) -> list[str]: ...
     @overload
-    def generate(
-        self, inputs: Any, *, stream: Literal[True], **sampling: Any
-    ) -> Iterator[Any]: ...
+    def generate(self, inputs: Any, *, stream: Literal[True], **sampling: Any) -> Iterator[Any]: ...
 
     def generate(
         self,
@@ -221,7 +219,12 @@ class MultimodalQwen3Pipeline:
 
         self._folder = tempfile.TemporaryDirectory(prefix="mmqwen-")
         target = Path(self._folder.name) / "checkpoint"
-        build_checkpoint(self.model_name, modalities, target, projector=self._projector)
+        build_checkpoint(
+            self.model_name,
+            modalities,
+            target,
+            projector=None if self._projector is None else os.fspath(self._projector),
+        )
         return str(target)
 
     def _start(self, checkpoint: str) -> None:

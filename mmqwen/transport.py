@@ -23,7 +23,7 @@ from mmqwen.modalities import ModalitySpec
 try:
     import pybase64
 except ImportError:  # pragma: no cover - a client's environment may lack it
-    pybase64 = None
+    pybase64 = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     import torch
@@ -99,8 +99,9 @@ def _count_rows(shape: Sequence[int], spec: ModalitySpec, index: int | None) -> 
     elif dims == 1:
         rows, width = 1, shape[0]
     else:
+        sizes = ", ".join(map(_show, shape[:8]))
         _refuse(
-            "dims", spec.name, index, f"{dims} dimensions, shape [{', '.join(map(_show, shape[:8]))}]",
+            "dims", spec.name, index, f"{dims} dimensions, shape [{sizes}]",
             f"[{spec.dim}] or [rows, {spec.dim}]",
             "pass a batch as a list with one array per item",
         )  # fmt: skip
@@ -181,8 +182,8 @@ def _list_to_array(
             if not isinstance(row, (list, tuple)) or len(row) != width:
                 got = f"{len(row)} numbers" if isinstance(row, (list, tuple)) else _show(row)
                 _refuse(
-                    "ragged", modality, index, f"{got} in row {at}", f"{width} numbers, as in row 0",
-                    "make all rows of an item equally wide",
+                    "ragged", modality, index, f"{got} in row {at}",
+                    f"{width} numbers, as in row 0", "make all rows of an item equally wide",
                 )  # fmt: skip
             _check_numbers(row, modality, index)
     try:

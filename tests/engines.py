@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-
 _started: list[Any] = []
 """Engines live until the process ends: freeing one tears down the process groups of all."""
 

@@ -18,6 +18,7 @@ from pathlib import Path
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 import torch
+
 from engines import rows_of
 from tiny import make_composite
 

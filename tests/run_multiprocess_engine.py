@@ -1,4 +1,4 @@
-"""Run by test_vllm_parity: serve through an engine in another process, compare with transformers."""
+"""Run by test_vllm_parity: an engine in a process of its own against transformers."""
 
 import os
 import sys
@@ -8,6 +8,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+
 from engines import reference, start, worst_difference
 
 

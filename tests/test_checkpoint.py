@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import make_base, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mmqwen import shards
@@ -23,6 +22,7 @@ from mmqwen.checkpoint import (
     save_projectors,
 )
 from mmqwen.modalities import ModalityError, parse_modalities
+from tiny import make_base, make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::mmqwen.checkpoint.UntrainedProjectorsWarning")
 MODALITIES = {"m1": 24, "m2": 40}

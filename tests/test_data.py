@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny import make_tokenizer
 
 from mmqwen.data import (
     DatasetError,
@@ -26,6 +25,7 @@ from mmqwen.data import (
 from mmqwen.modalities import assign_token_ids, parse_modalities
 from mmqwen.tokens import add_placeholder_tokens
 from mmqwen.transport import EmbeddingError
+from tiny import make_tokenizer
 
 SPECS = parse_modalities({"m1": {"dim": 4, "max_rows": 3}, "m2": 6})
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import make_base, make_composite
 from transformers import AutoModelForCausalLM
 
 from mmqwen.hf import MultimodalQwen3Config, MultimodalQwen3ForConditionalGeneration
+from tiny import make_base, make_composite
 
 FAMILIES = ["qwen3", "qwen3_moe", "qwen2"]
 M1, M2 = 403, 404

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tiny import make_composite, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 from mmqwen.hf import MultimodalQwen3Processor
-from mmqwen.tokens import add_placeholder_tokens, next_token_id
 from mmqwen.modalities import ModalityError, parse_modalities
+from mmqwen.tokens import add_placeholder_tokens, next_token_id
 from mmqwen.transport import EmbeddingError
+from tiny import make_composite, make_tokenizer
 
 M1, M2 = 403, 404
 MODALITIES = {"m1": {"dim": 24, "token_id": M1}, "m2": {"dim": 40, "token_id": M2}}

@@ -95,7 +95,7 @@ def test_assign_token_ids_refuses_a_contradiction():
 
 def test_assign_token_ids_refuses_an_id_that_spells_something_else():
     specs = parse_modalities({"a": {"dim": 1, "token_id": 50}})
-    with pytest.raises(ModalityError, match="50 is the tokenizer's '<.im_end.>'"):
+    with pytest.raises(ModalityError, match=r"50 is the tokenizer's '<.im_end.>'"):
         assign_token_ids(specs, {"<|im_end|>": 50}, first_free_id=60)
 
 
@@ -206,7 +206,7 @@ def test_one_marker_too_many_is_refused(case, name, at):
 def test_fewer_markers_than_items_and_unknown_modalities_are_refused():
     with pytest.raises(ModalityError, match=r"'a': .* 1 <\|a\|> marker\(s\), but 2 item"):
         expand_markers([100], SPECS, {"a": [1, 1]})
-    with pytest.raises(ModalityError, match="unknown modality 'nope'.*'a', 'b', 'c'"):
+    with pytest.raises(ModalityError, match=r"unknown modality 'nope'.*'a', 'b', 'c'"):
         expand_markers([1], SPECS, {"nope": [1]})
 
 

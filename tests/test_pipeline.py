@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engines import reference
-from tiny import make_base, make_composite
 
+from engines import reference
 from mmqwen.modalities import ModalityError
 from mmqwen.pipeline import MultimodalQwen3Pipeline
 from mmqwen.transport import EmbeddingError
+from tiny import make_base, make_composite
 
 pytest.importorskip("vllm")
 

@@ -29,9 +29,9 @@ openai = pytest.importorskip("openai")
 TOLERANCE = 1e-4
 """Largest difference of a log-probability from transformers' in float32; seen: 5e-6."""
 
-MEMORY_GROWTH = 96 * 2**20
+MEMORY_GROWTH = 48 * 2**20
 """Most bytes by which all processes of the server may grow over the malformed requests, after a
-first hundred of them. Seen: some MiB. One leaked body a request would be ten times more."""
+first hundred of them. Seen: 3 MiB over 581 requests."""
 
 ITEM_BYTES = 20_000
 REQUEST_BYTES = 40_000
@@ -669,14 +669,16 @@ def test_stock_server_takes_embeddings(checkpoint, tmp_path):
         assert server.stop() == 0
 
 
-def test_sigterm_under_load(checkpoint, tmp_path):
+def test_sigterm_under_load(tmp_path):
     """It ends in time, and each answer is whole, ended with an error, or refused."""
-    server = launch(checkpoint, tmp_path / "sigterm.log")
+    checkpoint = make_composite(tmp_path / "model", max_position_embeddings=8192)
+    flags = ["8192" if flag == "512" else flag for flag in TINY_FLAGS]
+    server = launch(checkpoint, tmp_path / "sigterm.log", flags)
     ends: list[str] = []
 
     def ask(index: int) -> None:
         streamed = index % 2 == 0
-        body = chat(good_part(index, 8), text("tell"), max_tokens=450, stream=streamed)
+        body = chat(good_part(index, 8), text("tell"), max_tokens=8000, stream=streamed)
         body["ignore_eos"] = True
         try:
             with httpx.stream("POST", server.url + CHAT, json=body, timeout=60) as response:
@@ -707,3 +709,4 @@ def test_sigterm_under_load(checkpoint, tmp_path):
     # A request that was not accepted yet finds the connection closed.
     allowed = {"whole", "error", "status 200", "status 503", "ConnectError", "RemoteProtocolError"}
     assert set(ends) <= allowed
+    assert "error" in ends  # long answers: some were cut

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import make_composite
 
 from mmqwen.checkpoint import load_projectors, read_config
 from mmqwen.cli import main
@@ -17,6 +16,7 @@ from mmqwen.data import DatasetError, DatasetWriter, RowsDataset
 from mmqwen.hf import MultimodalQwen3ForConditionalGeneration, MultimodalQwen3Processor
 from mmqwen.shards import CheckpointError
 from mmqwen.training import Collator, TrainingError, TrainSettings, export, train
+from tiny import make_composite
 
 pytest.importorskip("accelerate")
 pytest.importorskip("tensorboard")

@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_training import losses, write_data
-from tiny import make_composite
 
 from mmqwen.training import TrainSettings, export, train
+from tiny import make_composite
 
 pytest.importorskip("accelerate")
 pytest.importorskip("peft")
@@ -123,7 +123,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.mark.parametrize("stage", ["projector", "full"])
+@pytest.mark.parametrize("stage", ["projector", pytest.param("full", marks=pytest.mark.slow)])
 def test_two_processes_learn_what_one_does(settings, stage):
     """Batches of 2 on two ranks, some without rows of a modality, equal batches of 4 on one."""
     lr = {"projector": 1e-2, "full": 1e-3}[stage]

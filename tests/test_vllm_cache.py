@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from engines import reference, start, worst_difference
 from tiny import make_composite
 

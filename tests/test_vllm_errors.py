@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+
 from engines import reference, start, worst_difference
 from tiny import make_base, make_composite
 
@@ -127,7 +128,7 @@ def test_speculative_drafters_that_read_embeddings_are_refused():
     def config(method):
         return SimpleNamespace(speculative_config=SimpleNamespace(method=method))
 
-    with pytest.raises(ValueError, match="eagle3.*ngram"):
+    with pytest.raises(ValueError, match=r"eagle3.*ngram"):
         refuse_drafter(config("eagle3"))
     refuse_drafter(config("ngram"))
     refuse_drafter(SimpleNamespace(speculative_config=None))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from engines import reference, start, worst_difference
 from tiny import make_composite
 
@@ -149,7 +150,7 @@ def test_sampled_tokens_are_never_placeholders(llm):
             max_tokens=50,
             prompt_logprobs=None,
             allowed_token_ids=[*ids, 7],
-            logit_bias={token: 100.0 for token in ids},
+            logit_bias=dict.fromkeys(ids, 100.0),
         ),
         use_tqdm=False,
     )[0]
@@ -223,10 +224,7 @@ def test_preemption(checkpoint):
     check(
         llm,
         checkpoint,
-        [
-            (f"{seed} look <|m1|> at <|m2|>", draw(20 + seed, m1=[20], m2=[7]))
-            for seed in range(6)
-        ],
+        [(f"{seed} look <|m1|> at <|m2|>", draw(20 + seed, m1=[20], m2=[7])) for seed in range(6)],
         max_tokens=60,
         prompt_logprobs=None,
     )
@@ -296,7 +294,7 @@ def test_stock_text_model_with_hf_overrides_and_a_projector_file(checkpoint):
 def test_multiprocess_engine(tmp_path, family):
     """The engine in a process of its own, as users run it: packs cross a socket.
 
-    Qwen3-MoE is served here alone: vLLM makes its expert groups once a process, for the first model.
+    Qwen3-MoE is served here alone: vLLM makes a process's expert groups for its first model.
     """
     checkpoint = make_composite(tmp_path / family, family=family)
     script = Path(__file__).with_name("run_multiprocess_engine.py")

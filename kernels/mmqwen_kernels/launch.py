@@ -113,6 +113,8 @@ EFFICIENCY = {LARGE_WIDE: 0.97, LARGE: 0.75, MIDDLE_WIDE: 0.55, MIDDLE_NARROW: 0
 The middle ones: not measured, in proportion to the shared-memory traffic of a tile."""
 
 
+LONG_TEXT = 1024
+"""Tokens from which text tiles are large: not measured."""
 UP_LARGE = (LARGE, MIDDLE_WIDE, MIDDLE_NARROW)
 DOWN_LARGE = (LARGE_WIDE, LARGE, MIDDLE_WIDE, MIDDLE_NARROW)
 
@@ -193,7 +195,7 @@ def choose_config(
     # Text tiles: enough programs for a short step, enough bytes in flight in each for a long one.
     block_d = min(1024, max(64, 1 << (columns - 1).bit_length()))
     return LaunchConfig(
-        up, down, 4 if num_tokens <= 1024 else 16, block_d, dependent=dependent, reason=reason
+        up, down, 4 if num_tokens <= LONG_TEXT else 16, block_d, dependent=dependent, reason=reason
     )
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from mmqwen_kernels import triton_kernels as kernels
-from mmqwen_kernels.launch import LaunchConfig, Mode, choose_config
+from mmqwen_kernels.launch import LONG_TEXT, LaunchConfig, Mode, choose_config
 from mmqwen_kernels.plan import RowTables, plan_rows
 from mmqwen_kernels.reference import Projector
 
@@ -19,6 +19,7 @@ FULL_ALIGN_BYTES = 16
 HIDDEN_ALIGN = 16  # elements; K2's kernel relies on it
 MAX_MODALITIES = 64
 _WEIGHT_TABLES_KEPT = 64
+_RECIPES_KEPT = 4096
 
 
 def interpreting() -> bool:
@@ -71,6 +72,22 @@ class _Launcher:
             self._compiled[key] = compiled
 
 
+class _Recipe(NamedTuple):
+    """A step's launches but for its tensors; constexprs in the order of the parameters."""
+
+    up_programs: int
+    up_constants: tuple[Any, ...]
+    up_options: tuple[int, int]
+    down_programs: int
+    down_constants: tuple[Any, ...]
+    down_options: tuple[int, int]
+    stride: int
+    prefetch: int
+    dependent: bool
+    block_t: int
+    block_d: int
+
+
 class _Weights:
     """The device table of one set of projectors' addresses and sizes."""
 
@@ -111,6 +128,7 @@ class _Weights:
         self.widths = tuple(p.w1.shape[1] for p in projectors)
         self.hidden = tuple(p.w1.shape[0] for p in projectors)
         self.columns = projectors[0].w2.shape[0]
+        self.recipes: dict[tuple[Any, ...], _Recipe] = {}
 
 
 def _check_projector(
@@ -304,70 +322,49 @@ class TritonBackend:
                     f"{len(counts)} to {columns}"
                 )
             align = _align_of(itemsize, math.gcd(tables.align_bytes, weights.align_bytes), *tensors)
-            config = launch
-            if not isinstance(config, LaunchConfig):
-                config = choose_config(
-                    counts,
-                    weights.widths,
-                    weights.hidden,
-                    columns,
-                    dtype,
-                    self.capability,
-                    self.num_sms,
-                    num_tokens=tokens,
-                    aligned=align * itemsize == FULL_ALIGN_BYTES,
-                    mode=config,
-                )
-            up, down = config.up, config.down
-            dependent = config.dependent and not self._interpret
-            prefetch = 0 if self._interpret else config.prefetch_programs
-            active = [m for m, count in enumerate(counts) if count]
-            some = [counts[m] for m in active]
-            deepest = max(weights.hidden[m] for m in active)
-            stride = -(-deepest // HIDDEN_ALIGN) * HIDDEN_ALIGN
-            hidden = torch.empty(total, stride, dtype=dtype, device=self._device)
-            entries = tables.entries.shape[0]
-            precision = "ieee" if dtype == torch.float32 else "tf32"
             addresses = tables.row_addresses
+            entries = tables.entries.shape[0]
+            recipe = self._recipe(
+                weights,
+                (
+                    tuple(counts),
+                    dtype,
+                    align,
+                    entries,
+                    addresses is not None,
+                    all_slots is not None,
+                    has_text,
+                    tokens > LONG_TEXT,
+                    launch,
+                ),
+            )
+            hidden = torch.empty(total, recipe.stride, dtype=dtype, device=self._device)
             self._up(
-                up.tiles(some, [weights.hidden[m] for m in active]) + prefetch,
+                recipe.up_programs,
                 (
                     tables.entries,
                     weights.table,
                     tables.entries if addresses is None else addresses,
                     hidden,
-                    stride,
+                    recipe.stride,
                     columns,
-                    prefetch,
+                    recipe.prefetch,
                 ),
-                (
-                    entries,
-                    up.block_r,
-                    up.block_n,
-                    up.block_k,
-                    up.group_r,
-                    align,
-                    all(weights.widths[m] % up.block_k == 0 for m in active),
-                    up.swap,
-                    addresses is not None,
-                    dependent,
-                    prefetch > 0,
-                    precision,
-                ),
-                (up.num_warps, up.num_stages),
+                recipe.up_constants,
+                recipe.up_options,
                 self._key(align, dtype),
             )
             text_tiles = 0
             if has_text:
-                text_tiles = -(-tokens // config.block_t) * -(-columns // config.block_d)
+                text_tiles = -(-tokens // recipe.block_t) * -(-columns // recipe.block_d)
             ids = tables.entries if input_ids is None else input_ids
             self._down(
-                down.tiles(some, [columns] * len(active)) + text_tiles,
+                recipe.down_programs + text_tiles,
                 (
                     tables.entries,
                     weights.table,
                     hidden,
-                    stride,
+                    recipe.stride,
                     tables.entries if all_slots is None else all_slots,
                     out,
                     out.stride(0),
@@ -380,26 +377,84 @@ class TritonBackend:
                     0 if token_table is None else token_table.shape[0],
                     tokens,
                 ),
-                (
-                    entries,
-                    down.block_r,
-                    down.block_n,
-                    down.block_k,
-                    down.group_r,
-                    align,
-                    all(weights.hidden[m] % down.block_k == 0 for m in active),
-                    down.swap,
-                    all_slots is not None,
-                    has_text,
-                    dependent,
-                    precision,
-                    config.block_t,
-                    config.block_d,
-                ),
-                (down.num_warps, down.num_stages),
+                recipe.down_constants,
+                recipe.down_options,
                 self._key(align, dtype, ids.dtype),
-                dependent,
+                recipe.dependent,
             )
+
+    def _recipe(self, weights: _Weights, shape: tuple[Any, ...]) -> _Recipe:
+        """What a step's launches need beyond its tensors, made once per kind of step."""
+        found = weights.recipes.get(shape)
+        if found is not None:
+            return found
+        counts, dtype, align, entries, by_address, has_slots, has_text, long_text, launch = shape
+        config = launch
+        if not isinstance(config, LaunchConfig):
+            config = choose_config(
+                counts,
+                weights.widths,
+                weights.hidden,
+                weights.columns,
+                dtype,
+                self.capability,
+                self.num_sms,
+                num_tokens=LONG_TEXT + 1 if long_text else LONG_TEXT,
+                aligned=align * dtype.itemsize == FULL_ALIGN_BYTES,
+                mode=config,
+            )
+        up, down = config.up, config.down
+        dependent = config.dependent and not self._interpret
+        prefetch = 0 if self._interpret else config.prefetch_programs
+        active = [m for m, count in enumerate(counts) if count]
+        some = [counts[m] for m in active]
+        units = [weights.hidden[m] for m in active]
+        precision = "ieee" if dtype == torch.float32 else "tf32"
+        found = _Recipe(
+            up_programs=up.tiles(some, units) + prefetch,
+            up_constants=(
+                entries,
+                up.block_r,
+                up.block_n,
+                up.block_k,
+                up.group_r,
+                align,
+                all(weights.widths[m] % up.block_k == 0 for m in active),
+                up.swap,
+                by_address,
+                dependent,
+                prefetch > 0,
+                precision,
+            ),
+            up_options=(up.num_warps, up.num_stages),
+            down_programs=down.tiles(some, [weights.columns] * len(active)),
+            down_constants=(
+                entries,
+                down.block_r,
+                down.block_n,
+                down.block_k,
+                down.group_r,
+                align,
+                all(n % down.block_k == 0 for n in units),
+                down.swap,
+                has_slots,
+                has_text,
+                dependent,
+                precision,
+                config.block_t,
+                config.block_d,
+            ),
+            down_options=(down.num_warps, down.num_stages),
+            stride=-(-max(units) // HIDDEN_ALIGN) * HIDDEN_ALIGN,
+            prefetch=prefetch,
+            dependent=dependent,
+            block_t=config.block_t,
+            block_d=config.block_d,
+        )
+        if len(weights.recipes) >= _RECIPES_KEPT:
+            weights.recipes.clear()
+        weights.recipes[shape] = found
+        return found
 
     def _gather_text(
         self,
@@ -415,7 +470,7 @@ class TritonBackend:
         tokens, columns = out.shape
         align = _align_of(out.dtype.itemsize, FULL_ALIGN_BYTES, out, token_table)
         block_d = min(1024, max(64, 1 << (columns - 1).bit_length()))
-        block_t = 4 if tokens <= 1024 else 16
+        block_t = 4 if tokens <= LONG_TEXT else 16
         if isinstance(launch, LaunchConfig):
             block_t, block_d = launch.block_t, launch.block_d
         self._text(

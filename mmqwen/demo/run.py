@@ -111,14 +111,14 @@ def run(
 
     console.print(
         "[bold]1. Train[/] a Qwen3 of 3 layers and two projectors, from scratch, on handwritten "
-        "digits.\n   Each image is ragged rows of two modalities: "
+        "digits. Each image is ragged rows of two modalities: "
         f"strokes (2 to 8 rows of {digits.STROKES_DIM}) and profile (2 rows of "
         f"{digits.PROFILE_DIM})."
     )
     trained = train(output, steps=steps, seed=seed, console=console)
     _, samples = digits.load(seed)
     console.print(
-        f"   {trained.parameters:,} parameters in {trained.seconds:.1f} s; checkpoint: {output}\n"
+        f"{trained.parameters:,} parameters in {trained.seconds:.1f} s; checkpoint: {output}\n"
         f"[bold]2. Read[/] the {len(samples)} held-out digits with transformers, the reference."
     )
     device, dtype = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
@@ -127,7 +127,7 @@ def run(
     )
     console.print(
         "[bold]3. Serve[/] the same checkpoint with vLLM: raw rows go in with the prompts, and are "
-        "projected\n   where a step places them among the token embeddings."
+        "projected where a step places them among the token embeddings."
     )
     served = serve_by_vllm(output, samples, dtype)
     correct = [

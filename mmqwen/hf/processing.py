@@ -16,7 +16,6 @@ from mmqwen.tokens import add_placeholder_tokens
 from mmqwen.transport import check_items
 
 
-
 class MultimodalBatch(BatchFeature):
     """`input_ids`, `attention_mask`, and `embeddings`: a dict from modality to its rows `[R, d]`.
 

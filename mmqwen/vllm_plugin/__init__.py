@@ -29,9 +29,7 @@ def register() -> None:
 
     AutoConfig.register(MODEL_TYPE, MultimodalQwen3Config, exist_ok=True)
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model(
-            ARCHITECTURE, "mmqwen.vllm_plugin.model:MultimodalQwen3Model"
-        )
+        ModelRegistry.register_model(ARCHITECTURE, "mmqwen.vllm_plugin.model:MultimodalQwen3Model")
     # Not .register(): it warns that "hf" is taken, at every start, although the subclass acts on
     # our architecture alone.
     RENDERER_REGISTRY.renderers["hf"] = ("mmqwen.vllm_plugin.renderer", "MultimodalQwen3Renderer")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -60,7 +60,7 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
             "lm_head.": "language_model.lm_head.",
         }
     )
-    packed_modules_mapping = {
+    packed_modules_mapping: dict[str, list[str]] = {  # noqa: RUF012 - vLLM's own name and type
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
@@ -77,7 +77,7 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         self._max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self._max_model_len = model_config.max_model_len
         self._profiled = False
-        with self._mark_language_model(vllm_config):
+        with cast(Any, self)._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config,
                 hf_config=text_config,
@@ -157,7 +157,7 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         if not self._place:
             return
         spec_at = max(range(len(self._spec_list)), key=lambda at: self._needed_bytes(at))
-        weights = self.projectors[self._spec_list[spec_at].name].weights()
+        weights = self._projector(self._spec_list[spec_at].name).weights()
         table = weights.w2.new_zeros(1, weights.w2.shape[0])
         rows = torch.zeros(self._max_tokens, self._widths[spec_at], dtype=weights.w1.dtype)
         fuse_embeddings(
@@ -167,6 +167,9 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
             [weights],
             slots=range(self._max_tokens),
         )
+
+    def _projector(self, name: str) -> ShardedProjector:
+        return cast(ShardedProjector, self.projectors[name])
 
     def _needed_bytes(self, at: int) -> int:
         spec = self._spec_list[at]
@@ -191,7 +194,7 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         """
         if not multimodal_embeddings or is_multimodal is None:
             return self.language_model.embed_input_ids(input_ids)
-        projectors = [self.projectors[spec.name].weights() for spec in self._spec_list]
+        projectors = [self._projector(spec.name).weights() for spec in self._spec_list]
         with compat.single_threaded():
             plan = plan_rows(
                 [self._source(part) for part in multimodal_embeddings],
@@ -227,7 +230,8 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
             return None
         weight = getattr(layer, "weight", None)
         if (
-            not isinstance(weight, torch.Tensor)
+            layer is None
+            or not isinstance(weight, torch.Tensor)
             or not weight.is_floating_point()
             or weight.ndim != 2
             or weight.shape[1] != layer.embedding_dim
@@ -286,8 +290,8 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
                 loaded.add(self._load_projector_weight(name, tensor))
         expected = {
             f"{PROJECTOR_PREFIX}{name}.{weight}"
-            for name, projector in self.projectors.items()
-            for weight in projector.weight_names
+            for name in self.projectors
+            for weight in self._projector(name).weight_names
         }
         missing = sorted(expected - loaded)
         if missing:
@@ -306,7 +310,7 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
                 f"{sorted(self.specs)}"
             )
         if self._place:
-            self.projectors[modality].load(weight, tensor)
+            self._projector(modality).load(weight, tensor)
         return name
 
 

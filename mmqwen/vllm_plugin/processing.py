@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -246,7 +247,7 @@ class PackingProcessor(BaseMultiModalProcessor[ProcessingInfo]):
             turns = np.flatnonzero(np.isin(token_ids, self._turn_ids))
             cut |= np.searchsorted(turns, begin[1:]) > np.searchsorted(turns, end[:-1])
         edges = [0, *(np.flatnonzero(cut) + 1).tolist(), len(starts)]
-        return list(zip(edges[:-1], edges[1:], strict=True))
+        return list(pairwise(edges))
 
     def _get_mm_fields_config(self, *args: Any, **kwargs: Any) -> Any:
         return _FIELDS

