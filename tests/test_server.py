@@ -680,16 +680,17 @@ def test_sigterm_under_load(tmp_path):
         streamed = index % 2 == 0
         body = chat(good_part(index, 8), text("tell"), max_tokens=8000, stream=streamed)
         body["ignore_eos"] = True
+        end = "not taken"  # the connection was closed before the server answered at all
         try:
             with httpx.stream("POST", server.url + CHAT, json=body, timeout=60) as response:
+                end = "cut off"
                 lines = [line for line in response.iter_lines() if line]
-            if not streamed:
-                ends.append(f"status {response.status_code}")
-            else:
-                assert lines[-1] == "data: [DONE]"
-                ends.append("error" if "shutting down" in lines[-2] else "whole")
-        except httpx.HTTPError as error:
-            ends.append(type(error).__name__)
+            end = f"status {response.status_code}"
+            if response.status_code == 200 and streamed and lines[-1] == "data: [DONE]":
+                end = "error" if "shutting down" in lines[-2] else "whole"
+        except httpx.HTTPError:
+            pass
+        ends.append(end)
 
     threads = [threading.Thread(target=ask, args=(index,)) for index in range(16)]
     for thread in threads:
@@ -706,7 +707,5 @@ def test_sigterm_under_load(tmp_path):
     assert status == 0
     assert took < 15
     assert len(ends) == 16
-    # A request that was not accepted yet finds the connection closed.
-    allowed = {"whole", "error", "status 200", "status 503", "ConnectError", "RemoteProtocolError"}
-    assert set(ends) <= allowed
+    assert set(ends) <= {"whole", "error", "status 200", "status 503", "not taken"}
     assert "error" in ends  # long answers: some were cut
