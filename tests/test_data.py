@@ -112,7 +112,7 @@ def test_any_raggedness_comes_back(tmp_path_factory, shape):
     for example, items in zip(dataset, wanted, strict=True):
         got = example.rows.get("m1", [])
         assert len(got) == len(items)
-        assert all(torch.equal(a, b) for a, b in zip(got, items))
+        assert all(torch.equal(a, b) for a, b in zip(got, items, strict=True))
     assert validate(path, SPECS).samples == len(shape)
 
 
@@ -250,7 +250,12 @@ def test_every_bad_line_is_reported(tmp_path):
     (path / "data.jsonl").open("a").write("not json\n\n")
     with pytest.raises(DatasetError) as error:
         validate(path, SPECS)
-    assert [p.split(": ")[0].rsplit(":", 1)[1] for p in error.value.problems] == ["1", "3", "5", "6"]
+    assert [p.split(": ")[0].rsplit(":", 1)[1] for p in error.value.problems] == [
+        "1",
+        "3",
+        "5",
+        "6",
+    ]
     with pytest.raises(DatasetError) as error:
         validate(path, SPECS, limit=2)
     assert len(error.value.problems) == 2
@@ -259,7 +264,9 @@ def test_every_bad_line_is_reported(tmp_path):
 def test_rows_of_another_width(tmp_path):
     path = write_small(tmp_path / "data")
     wide = parse_modalities({"m1": 5, "m2": 6})
-    with pytest.raises(DatasetError, match=r"data.jsonl:1: .*rows of width 4 in rows-m1.*expected 5"):
+    with pytest.raises(
+        DatasetError, match=r"data.jsonl:1: .*rows of width 4 in rows-m1.*expected 5"
+    ):
         validate(path, wide)
 
 
@@ -303,7 +310,9 @@ def test_truncated_files(tmp_path):
 def test_length_is_checked_with_a_tokenizer(tmp_path, tokenizer_and_specs):
     tokenizer, specs = tokenizer_and_specs
     path = write_small(tmp_path / "data")
-    with pytest.raises(DatasetError, match=r"data.jsonl:1: \d+ tokens with rows, expected at most 8"):
+    with pytest.raises(
+        DatasetError, match=r"data.jsonl:1: \d+ tokens with rows, expected at most 8"
+    ):
         validate(path, specs, tokenizer=tokenizer, max_length=8)
 
 
@@ -320,8 +329,8 @@ def test_only_the_answer_is_learnt(tokenizer_and_specs):
     assert encoding.labels[-len(learnt) :] == learnt  # and nothing before
     assert encoding.items == [("m1", 0)]
     # The prompt is what serving makes of it.
-    prompt = tokenizer("Describe <|m1|> now")["input_ids"]
-    assert [t for i, t in enumerate(encoding.token_ids[: -len(learnt)])][0] == prompt[0]
+    prompt = tokenizer("Describe <|m1|><|m1|><|m1|> now")["input_ids"]
+    assert encoding.token_ids[: -len(learnt)] == prompt
 
 
 def test_every_answer_of_a_conversation_is_learnt(tokenizer_and_specs):
@@ -352,7 +361,9 @@ def test_a_template_that_rewrites_the_past_is_refused(tokenizer_and_specs):
     )
     own = tokenizer.chat_template
     try:
-        tokenizer.chat_template = "{{ messages|length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+        tokenizer.chat_template = (
+            "{{ messages|length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+        )
         with pytest.raises(ValueError, match="rewrites earlier messages"):
             encode(Sample(messages=messages), {}, tokenizer, specs)
     finally:

@@ -707,5 +707,7 @@ def test_sigterm_under_load(tmp_path):
     assert status == 0
     assert took < 15
     assert len(ends) == 16
-    assert set(ends) <= {"whole", "error", "status 200", "status 503", "not taken"}
+    # 500: vLLM's own answer to a request that reaches it while its engine stops.
+    stopped = {"status 503", "status 500", "not taken"}
+    assert set(ends) <= {"whole", "error", "status 200", *stopped}
     assert "error" in ends  # long answers: some were cut

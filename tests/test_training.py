@@ -1,4 +1,4 @@
-"""Each stage trains what it should, from a checked dataset to a checkpoint; batches and settings."""
+"""Each stage trains what it should and writes a checkpoint; batches, settings, full disks."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def losses(folder: Path) -> list[float]:
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+    return {
+        k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,9 @@ def settings_for(places, name: str, **options) -> TrainSettings:
 
 def test_projector_stage_leaves_the_language_model_bit_for_bit(places):
     before = tensors_of(places[0])
-    output = train(settings_for(places, "projector", max_steps=20, eval_share=0.25, schedule="linear"))
+    output = train(
+        settings_for(places, "projector", max_steps=20, eval_share=0.25, schedule="linear")
+    )
     after = tensors_of(output)
     assert after.keys() == before.keys()
     for name in after:
@@ -83,7 +87,6 @@ def test_projector_stage_leaves_the_language_model_bit_for_bit(places):
     curve = losses(output)
     assert sum(curve[-3:]) < 0.7 * sum(curve[:3])
     report = json.loads((output / "training.json").read_text())
-    assert report["best_step"] % 3 == 0 or report["best_step"] == 20
     assert report["settings"]["stage"] == "projector"
     run = output.with_name("projector.run")
     assert list(run.glob("runs/**/events.out.tfevents.*"))
@@ -127,7 +130,10 @@ def test_an_adapter_beside_the_base_equals_the_merged_model(places):
     want, base = load(merged).eval(), load(apart).eval()
     got = peft.PeftModel.from_pretrained(base, apart / "adapter").eval()
     batch = MultimodalQwen3Processor.from_pretrained(merged)(
-        {"text": "Describe <|m1|>", "multimodal_data": {"multimodal_embeddings": {"m1": [[1.0] * 24]}}}
+        {
+            "text": "Describe <|m1|>",
+            "multimodal_data": {"multimodal_embeddings": {"m1": [[1.0] * 24]}},
+        }
     )
     with torch.no_grad():
         torch.testing.assert_close(got(**batch).logits, want(**batch).logits, atol=1e-4, rtol=1e-4)
@@ -170,7 +176,9 @@ def test_a_saved_model_with_one_file_gets_new_projectors(places, tmp_path):
         (whole / name).write_bytes((places[0] / name).read_bytes())
     output = train(settings_for((whole, *places[1:]), "from-whole"))
     index = json.loads((output / "model.safetensors.index.json").read_text())["weight_map"]
-    assert {f for n, f in index.items() if n.startswith("projectors.")} == {"projectors.safetensors"}
+    assert {f for n, f in index.items() if n.startswith("projectors.")} == {
+        "projectors.safetensors"
+    }
     base = load_file(output / "base-model.safetensors")
     assert not [n for n in base if n.startswith("projectors.")]
     specs = read_config(output).modality_specs
@@ -246,7 +254,9 @@ def test_bad_data_stops_before_training(places, break_it, tmp_path, capsys):
 
 
 def test_a_long_sample_is_named_before_training(places):
-    with pytest.raises(DatasetError, match=r"data.jsonl:1: \d+ tokens with rows, expected at most 6"):
+    with pytest.raises(
+        DatasetError, match=r"data.jsonl:1: \d+ tokens with rows, expected at most 6"
+    ):
         train(settings_for(places, "long", max_length=6))
 
 
@@ -263,14 +273,17 @@ def test_settings_that_do_not_fit(places):
         train(settings_for(places, "y", stage="lora", lora_layers=("nothing",)))
     with pytest.raises(CheckpointError, match="not empty"):
         train(settings_for(places, "data"))
+    base = places[0].with_name("model-base")
     with pytest.raises(CheckpointError, match="composite checkpoint"):
-        base = places[0].with_name("model-base")
         train(settings_for((base, *places[1:]), "z"))
 
 
 def test_a_loss_that_is_no_number_stops_the_run(places):
     with pytest.raises(TrainingError, match="the loss is nan at step"):
         train(settings_for(places, "diverged", lr=1e30, max_grad_norm=0, warmup=0.0))
+    with pytest.raises(TrainingError, match="is not finite at step 3, which is not saved"):
+        train(settings_for(places, "diverged-2", lr=1e30, max_grad_norm=0, log_steps=100))
+    assert not list(places[2].glob("diverged*/checkpoint-*"))
 
 
 # -- full disks and unfinished runs --------------------------------------------------------------
@@ -289,7 +302,9 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(places, monkeypatch):
         return real(*args, **kwargs)
 
     monkeypatch.setattr(module, "save_file", fill)
-    with pytest.raises(TrainingError, match=r"No space left on device; the last good.*checkpoint-3"):
+    with pytest.raises(
+        TrainingError, match=r"No space left on device; the last good.*checkpoint-3"
+    ):
         train(settings)
     run = settings.run_folder
     assert sorted(p.name for p in run.glob("*checkpoint*")) == ["checkpoint-3"]
@@ -315,7 +330,9 @@ def test_an_output_that_cannot_be_written_is_written_later(places, monkeypatch):
     assert not Path(settings.output).exists()
     output = train(settings)  # nothing is left to train
     saved = load_file(settings.run_folder / "checkpoint-6/trainable.safetensors")
-    assert all(torch.equal(v, saved[k]) for k, v in load_file(output / "projectors.safetensors").items())
+    assert all(
+        torch.equal(v, saved[k]) for k, v in load_file(output / "projectors.safetensors").items()
+    )
 
 
 @pytest.mark.parametrize("stage", ["projector", "lora"])

@@ -71,3 +71,5 @@ def test_an_adapter_is_served_beside_its_base(places):
     request = LoRARequest("trained", 1, str(output / "adapter"))
     for answer, items in ask(llm, prompt_logprobs=None, lora_request=request):
         assert worst_difference(answer, adapted, items) <= TOLERANCE
+        changed = worst_difference(answer, plain, items, check_tokens=False)
+        assert changed > 100 * TOLERANCE

@@ -20,10 +20,11 @@ when the activations of the layers above have been freed already.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.autograd.function import once_differentiable
 
 from mmqwen_kernels.ops import BackendChoice, select_backend
@@ -35,30 +36,53 @@ _PER_MODALITY = 6
 
 
 def select_training_path(
-    device: torch.device | str, dtype: torch.dtype, path: str = "auto"
+    embedding: nn.Module, linears: Sequence[nn.Module] = (), path: str = "auto"
 ) -> BackendChoice:
-    """Say whether a model's `fuse` runs as `fused_embed` or as plain torch ops, and why.
+    """Say whether a model's embedding and projectors run as `fused_embed` or as modules, and why.
 
-    "auto" is `fused` exactly where `select_backend` picks the kernels: there forward is the op that
+    "auto" is "fused" exactly where `select_backend` picks the kernels: there forward is the op that
     serves. Elsewhere torch's own autograd is as fast, and saving the hidden activations costs a CPU
-    less than recomputing them (docs/training.md).
+    less than recomputing them (docs/training.md). Modules that do more than their class says
+    (adapters, hooks, sharded or quantised weights) are always called.
 
     Args:
-        device: of the model.
-        dtype: of the token table.
+        embedding: the token embedding.
+        linears: the linear layers of the projectors.
         path: "auto", "fused" or "torch".
 
     Raises:
-        ValueError: `path` is none of these.
+        ValueError: `path` is none of these, or "fused" cannot run on these modules.
     """
     if path not in ("auto", "fused", "torch"):
         raise ValueError(f"path {path!r}, expected 'auto', 'fused' or 'torch'")
-    if path != "auto":
-        return BackendChoice(path, "asked for")
-    backend = select_backend(device, dtype)
-    if backend.name == "triton":
-        return BackendChoice("fused", backend.reason)
-    return BackendChoice("torch", backend.reason)
+    if path == "torch":
+        return BackendChoice("torch", "asked for")
+    refusal = _why_not_fused(embedding, linears)
+    if refusal is not None:
+        if path == "fused":
+            raise ValueError(f"path 'fused' cannot run: {refusal}; use path='torch'")
+        return BackendChoice("torch", refusal)
+    if path == "fused":
+        return BackendChoice("fused", "asked for")
+    weight = cast(torch.Tensor, embedding.weight)
+    backend = select_backend(weight.device, weight.dtype)
+    return BackendChoice("fused" if backend.name == "triton" else "torch", backend.reason)
+
+
+def _why_not_fused(embedding: nn.Module, linears: Sequence[nn.Module]) -> str | None:
+    """What keeps the weights of these modules from standing for the modules, or None."""
+    kinds: list[tuple[nn.Module, type]] = [(embedding, nn.Embedding)]
+    kinds += [(linear, nn.Linear) for linear in linears]
+    for module, kind in kinds:
+        if type(module) is not kind:
+            return f"a {type(module).__name__} stands where a {kind.__name__} would"
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+            return f"a {kind.__name__} has hooks"
+        if any(type(p) is not nn.Parameter for p in module.parameters()):
+            return f"the weights of a {kind.__name__} are sharded or quantised"
+    if cast(nn.Embedding, embedding).max_norm is not None:
+        return "the embedding has max_norm"
+    return None
 
 
 def fused_embed(
@@ -218,11 +242,11 @@ def _modality_gradients(
     if below or need_w2:
         rows = x.to(compute)
         first = w1.to(compute)
-        hidden = F.linear(rows, first, b1.to(compute)).relu()
+        hidden = F.linear(rows, first, b1.to(compute)).relu_()
         if need_w2:
             of_w2 = (g.t() @ hidden).to(w2.dtype)
         if below:
-            of_hidden = (g @ w2.to(compute)).masked_fill(hidden <= 0, 0)
+            of_hidden = (g @ w2.to(compute)).masked_fill_(hidden <= 0, 0)
             del hidden
             if need_w1:
                 of_w1 = (of_hidden.t() @ rows).to(w1.dtype)
@@ -241,7 +265,10 @@ def _forward_triton(
 
     groups = _modalities(flat)
     dtype = token_table.dtype
-    projectors = [Projector(*tensors[2:]) for tensors in groups]
+    projectors = [
+        Projector(*(None if w is None else w.to(dtype) for w in tensors[2:]))  # type: ignore[arg-type]
+        for tensors in groups
+    ]
     plan = _plan_on_device(
         [t[0].to(dtype).contiguous() for t in groups], [t[1] for t in groups], input_ids.shape[0]
     )

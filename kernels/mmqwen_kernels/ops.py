@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 BACKENDS = ("auto", "torch", "triton")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_CAPABILITY = (8, 0)
-NOT_VALIDATED = (
-    "the Triton kernels have not been validated on a GPU yet; backend='triton' runs them"
-)
+VALIDATED_CAPABILITIES = ((9, 0),)
+"""GPUs on which tests/kernels/test_gpu.py has passed (H100, 2026-11-23, docs/kernels.md)."""
+AUTO_DTYPES = (torch.bfloat16, torch.float16)
+"""Not fp32: there the kernels' error against float64 is 1.8 times cuBLAS's (docs/kernels.md)."""
 
 
 class BackendChoice(NamedTuple):
@@ -41,8 +42,8 @@ def select_backend(
 ) -> BackendChoice:
     """Say which backend runs on `device` for rows of `dtype`, and why.
 
-    "auto" is torch everywhere for now: on CUDA because the kernels have run under Triton's
-    interpreter and have been compiled, but have not been validated on a GPU yet.
+    "auto" is the kernels for bf16 and fp16 on GPUs on which they have been validated, else torch;
+    and torch for calls that need gradients.
 
     Raises:
         ValueError: `backend` is not one of `BACKENDS`, or cannot run there.
@@ -55,7 +56,7 @@ def select_backend(
     if backend == "auto":
         if device.type != "cuda":
             return BackendChoice("torch", f"no kernels for {device.type} devices")
-        return BackendChoice("torch", NOT_VALIDATED)
+        return _auto_on_cuda(device, dtype)
     if torch.compiler.is_compiling():  # the custom op asks again when it runs
         return BackendChoice("triton", "asked for; checked when it runs")
     refusal = _why_not_triton(device, dtype)
@@ -64,6 +65,23 @@ def select_backend(
     if device.type == "cpu":
         return BackendChoice("triton", "asked for; under Triton's interpreter, for tests")
     return BackendChoice("triton", "asked for")
+
+
+@lru_cache(maxsize=64)
+def _auto_on_cuda(device: torch.device, dtype: torch.dtype) -> BackendChoice:
+    if dtype not in AUTO_DTYPES:
+        return BackendChoice("torch", f"cuBLAS is more accurate for {dtype}")
+    refusal = _why_not_triton(device, dtype)
+    if refusal is not None:
+        return BackendChoice("torch", refusal)
+    capability = torch.cuda.get_device_capability(device)
+    if capability not in VALIDATED_CAPABILITIES:
+        return BackendChoice(
+            "torch",
+            f"the kernels have not been validated on capability {capability}; backend='triton' "
+            "runs them",
+        )
+    return BackendChoice("triton", f"validated for {dtype} on capability {capability}")
 
 
 @lru_cache(maxsize=64)
@@ -98,8 +116,19 @@ def _backend_of(device: torch.device) -> TritonBackend:
     return triton_backend(device)
 
 
+def _needs_gradients(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _pick(backend: str, first: torch.Tensor, *others: torch.Tensor | None) -> BackendChoice:
+    """The backend for a call on these tensors."""
+    if backend == "auto" and _needs_gradients(first, *others):
+        return BackendChoice("torch", "the call needs gradients")
+    return select_backend(first.device, first.dtype, backend)
+
+
 def _refuse_gradients(*tensors: torch.Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if _needs_gradients(*tensors):
         raise ValueError(
             "the Triton kernels have no backward: use torch.no_grad() or backend='torch'"
         )
@@ -142,7 +171,7 @@ def fuse_embeddings(
     Raises:
         ValueError: rows and slots do not match, a width is wrong, or the backend cannot run.
     """
-    chosen = select_backend(token_table.device, token_table.dtype, backend)
+    chosen = _pick(backend, token_table, *(w for p in projectors for w in p))
     if not isinstance(rows, RowPlan):
         if slots is None:
             raise ValueError("slots are needed where rows are not a RowPlan")
@@ -204,7 +233,7 @@ def project_rows(
     Raises:
         ValueError: the backend cannot run, or rows and projector do not fit together.
     """
-    if select_backend(rows.device, rows.dtype, backend).name == "torch":
+    if _pick(backend, rows, *projector).name == "torch":
         return project_rows_torch(rows, projector)
     _refuse_gradients(rows, *projector)
     if torch.compiler.is_compiling():
@@ -222,7 +251,7 @@ def scatter_rows(
     Raises:
         ValueError: the backend cannot run, or the tensors do not fit together.
     """
-    if select_backend(rows.device, rows.dtype, backend).name == "torch":
+    if _pick(backend, rows, out).name == "torch":
         return scatter_rows_torch(out, slots, rows)
     _refuse_gradients(rows, out)
     if torch.compiler.is_compiling():

@@ -4,7 +4,8 @@ A dataset is a directory:
 
     data.jsonl                one sample a line
     rows-m1.safetensors       tensor `rows` [R, d]: the rows of all items of modality m1
-    items-m1.safetensors      tensor `offsets` int64 [I + 1]: item i is rows[offsets[i]:offsets[i+1]]
+    items-m1.safetensors      tensor `offsets` int64 [I + 1]: item i is
+                              rows[offsets[i] : offsets[i + 1]]
 
 A line is `{"prompt": "... <|m1|> ...", "answer": "...", "items": {"m1": [0, 1]}}` or
 `{"messages": [{"role": ..., "content": ...}, ...], "items": {...}}`; `items` gives, for each

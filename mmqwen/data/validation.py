@@ -199,4 +199,3 @@ class _Validator:
 
 def _not_finite(item: int, row: int) -> str:
     return f"item {item}: NaN or Inf in row {row}; check what the encoder returned"
-

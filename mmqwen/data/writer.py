@@ -188,7 +188,7 @@ class _TensorStream:
         self._stream.write(b" " * _HEADER)
 
     def write(self, rows: torch.Tensor) -> None:
-        self._stream.write(memoryview(rows.contiguous().view(torch.uint8).numpy().reshape(-1)))
+        self._stream.write(rows.contiguous().view(torch.uint8).numpy().data)
         self.count += rows.shape[0]
 
     def close(self, finish: bool) -> None:

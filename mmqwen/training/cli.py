@@ -60,7 +60,7 @@ def command(
         Path | None, typer.Option(help="Only write --output from this checkpoint of a run.")
     ] = None,
 ) -> None:
-    """Train projectors (and the language model, if asked) and write a checkpoint that vLLM serves."""
+    """Train projectors, and the language model if asked; write a checkpoint that vLLM serves."""
     from mmqwen.training.run import export as export_checkpoint
     from mmqwen.training.run import train
 

@@ -18,7 +18,7 @@ class Collator:
     """Tokenizes, expands markers, packs the rows of the batch, and pads.
 
     Batches are padded on the left, so that answers end together: logits are then computed for the
-    tail alone, from the first learnt token on (`logits_to_keep`), which with a vocabulary of 150 000
+    tail alone, from the first learnt token on (`logits_to_keep`); with a vocabulary of 150 000 that
     is most of the memory. Positions are counted along the mask, so padding changes nothing else.
 
     Args:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 STAGES = ("projector", "lora", "full")
-LEARNING_RATES = {"projector": 1e-3, "lora": 2e-4, "full": 1e-5}
-"""Peak learning rate of each stage unless told. LLaVA 1.5 (arXiv:2310.03744, table 9) takes 1e-3 for
-the projector alone, 2e-4 for LoRA, and 2e-5 for all weights."""
+LEARNING_RATES = {"projector": 1e-3, "lora": 2e-4, "full": 2e-5}
+"""Peak learning rate of each stage unless told: those of LLaVA 1.5 (arXiv:2310.03744, and scripts
+of its repository) for the projector alone, for LoRA and for all weights."""
 
 LORA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RUN_FILE = "settings.json"
@@ -141,7 +141,9 @@ def read_settings(folder: Path) -> TrainSettings:
     """
     try:
         raw = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-        return TrainSettings(**{f.name: raw[f.name] for f in fields(TrainSettings) if f.name in raw})
+        return TrainSettings(
+            **{f.name: raw[f.name] for f in fields(TrainSettings) if f.name in raw}
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainingError(f"{folder}: not the folder of a training run ({error})") from error
 

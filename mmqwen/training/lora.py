@@ -31,7 +31,9 @@ def add_lora(
         from peft import LoraConfig
         from peft.tuners.lora import LoraModel
     except ImportError as error:
-        raise TrainingError(f"stage 'lora' needs peft: pip install 'mmqwen[train]' ({error})") from error
+        raise TrainingError(
+            f"stage 'lora' needs peft: pip install 'mmqwen[train]' ({error})"
+        ) from error
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,

@@ -27,8 +27,8 @@ REPORT_FILE = "training.json"
 def train(settings: TrainSettings, *, callbacks: Sequence[Any] = ()) -> Path:
     """Train, or go on with a run that was interrupted, and write the output.
 
-    The dataset is checked first. Checkpoints and TensorBoard logs go to `settings.run_folder`; a run
-    found there with the same settings is resumed from its last checkpoint with the same loss curve.
+    The dataset is checked first. Checkpoints and TensorBoard logs go to `settings.run_folder`; a
+    run found there with the same settings goes on from its last checkpoint, on the same loss curve.
     Under `torchrun` or `accelerate launch`, every process calls this.
 
     Args:
@@ -243,13 +243,15 @@ def _write_output(
                 if tuner is not None:
                     save_adapter(tuner, stage / ADAPTER_FOLDER, str(output))
             else:
-                write_whole(merge_lora(tuner) if tuner is not None else model, source, stage, stored)
+                write_whole(
+                    merge_lora(tuner) if tuner is not None else model, source, stage, stored
+                )
             versions = {"mmqwen": __version__, "torch": torch.__version__}
             versions["transformers"] = transformers.__version__
             about = {"settings": settings.to_dict(), "versions": versions, **report}
             (stage / REPORT_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error}; the trained weights are kept in {settings.run_folder}: make room and give the "
-            "same command again"
+            f"{error}; the trained weights are kept in {settings.run_folder}: make room and give "
+            "the same command again"
         ) from error

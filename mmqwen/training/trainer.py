@@ -70,8 +70,8 @@ class StopOnNaN(TrainerCallback):
         loss = (logs or {}).get("loss")
         if loss is not None and not abs(float(loss)) < float("inf"):
             raise TrainingError(
-                f"the loss is {loss} at step {state.global_step}; lower lr, or use bf16 rather than "
-                "float16 weights"
+                f"the loss is {loss} at step {state.global_step}; lower lr, and go on from an "
+                "earlier checkpoint or anew"
             )
 
 
@@ -134,6 +134,12 @@ class RowsTrainer(Trainer):
         tensors = trainable_state(self.accelerator.unwrap_model(self.model))
         if state_dict is not None:  # FSDP's, gathered: the model's own parameters are shards
             tensors = {name: state_dict[name].cpu().contiguous() for name in tensors}
+        broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+        if broken:
+            raise TrainingError(
+                f"{broken[0]} is not finite at step {self.state.global_step}, which is not saved; "
+                "lower lr"
+            )
         save_file(tensors, folder / TRAINABLE_FILE, metadata={"format": "pt"})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

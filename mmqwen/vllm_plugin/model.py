@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
@@ -25,12 +26,19 @@ from vllm.model_executor.models.utils import (
     maybe_prefix,
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.platforms import current_platform
 
 from mmqwen.vllm_plugin import compat
 from mmqwen.vllm_plugin.modality_table import modality_table, text_config_of
 from mmqwen.vllm_plugin.processing import DummyInputs, PackingProcessor, ProcessingInfo
 from mmqwen.vllm_plugin.projector import ShardedProjector
-from mmqwen_kernels import PackError, directory, fuse_embeddings, plan_rows
+from mmqwen_kernels import (
+    PackError,
+    directory,
+    fuse_embeddings,
+    plan_rows,
+    select_backend,
+)
 from mmqwen_kernels.packing import read_slice
 
 logger = init_logger(__name__)
@@ -39,6 +47,9 @@ DRAFTERS_WITHOUT_EMBEDDINGS = frozenset({"ngram", "ngram_gpu", "suffix"})
 """Speculative methods that read token ids alone; others would be fed raw rows."""
 
 PROJECTOR_PREFIX = "projectors."
+
+BACKEND_VARIABLE = "MMQWEN_BACKEND"
+"""Environment variable that overrides the choice of the fusion backend; see `select_backend`."""
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -77,6 +88,11 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         self._max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self._max_model_len = model_config.max_model_len
         self._profiled = False
+        self._backend = os.environ.get(BACKEND_VARIABLE, "auto")
+        choice = select_backend(
+            current_platform.device_type, cast(torch.dtype, model_config.dtype), self._backend
+        )
+        logger.info("Fusion backend: %s (%s)", choice.name, choice.reason)
         with cast(Any, self)._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config,
@@ -166,6 +182,7 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
             [(0, rows)],
             [weights],
             slots=range(self._max_tokens),
+            backend=self._backend,
         )
 
     def _projector(self, name: str) -> ShardedProjector:
@@ -207,12 +224,21 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         table = self._token_table()
         if table is not None:
             weight, vocab_start = table
-            fused = fuse_embeddings(input_ids, weight, plan, projectors, vocab_start=vocab_start)
+            fused = fuse_embeddings(
+                input_ids,
+                weight,
+                plan,
+                projectors,
+                vocab_start=vocab_start,
+                backend=self._backend,
+            )
             return tensor_model_parallel_all_reduce(fused) if self._ranks > 1 else fused
         # A quantised or LoRA-wrapped table: its own layer gathers, and only rows are summed.
         text = self.language_model.embed_input_ids(input_ids)
         nothing = text.new_zeros(1, text.shape[1])
-        rows = fuse_embeddings(torch.zeros_like(input_ids), nothing, plan, projectors)
+        rows = fuse_embeddings(
+            torch.zeros_like(input_ids), nothing, plan, projectors, backend=self._backend
+        )
         rows = tensor_model_parallel_all_reduce(rows) if self._ranks > 1 else rows
         return torch.where((plan.slot_table >= 0).unsqueeze(1), rows, text)
 

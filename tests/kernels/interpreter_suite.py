@@ -364,9 +364,3 @@ def test_custom_ops_pass_torchs_own_check() -> None:
     )
     torch.library.opcheck(custom_ops.fuse_embeddings_op, args)
     torch.library.opcheck(custom_ops.fuse_embeddings_out_op, (*args, poisoned(case)))
-
-
-def test_launch_configs_are_values() -> None:
-    changed = dataclasses.replace(SMALL, block_t=8)
-    assert changed != SMALL
-    assert dataclasses.replace(changed, block_t=4) == SMALL

@@ -44,7 +44,7 @@ def leaves(table, rows, projectors):
 def eager(ids, table, rows, slots, projectors, padding_idx=None):
     """What the HF model does, with torch's own autograd."""
     out = torch.nn.functional.embedding(ids, table, padding_idx=padding_idx)
-    placed = [project_rows_torch(x, p).to(out.dtype) for x, p in zip(rows, projectors)]
+    placed = [project_rows_torch(x, p).to(out.dtype) for x, p in zip(rows, projectors, strict=True)]
     return out.index_put((torch.cat(slots),), torch.cat(placed))
 
 
@@ -234,14 +234,22 @@ def test_what_does_not_fit_is_refused():
         fused_embed(ids, table, rows, [None], projectors)
     with pytest.raises(ValueError, match="one of each per modality"):
         fused_embed(ids, table, rows, slots, [])
-    with pytest.raises(ValueError, match="expected 'auto', 'fused' or 'torch'"):
-        select_training_path("cpu", torch.float32, "fast")
 
 
 def test_the_rule_says_why():
-    choice = select_training_path("cpu", torch.float32)
+    embedding, linear = torch.nn.Embedding(4, 3), torch.nn.Linear(2, 3)
+    choice = select_training_path(embedding, [linear])
     assert choice.name == "torch"
     assert "cpu" in choice.reason
+    assert select_training_path(embedding, [linear], "fused").name == "fused"
+    with pytest.raises(ValueError, match="expected 'auto', 'fused' or 'torch'"):
+        select_training_path(embedding, [linear], "fast")
+    linear.register_forward_hook(lambda *_: None)
+    assert select_training_path(embedding, [linear]).reason == "a Linear has hooks"
+    with pytest.raises(ValueError, match="has hooks; use path='torch'"):
+        select_training_path(embedding, [linear], "fused")
+    adapted = torch.nn.Sequential(torch.nn.Linear(2, 3))
+    assert "Sequential stands where" in select_training_path(embedding, [adapted]).reason
 
 
 def test_kernel_forward_under_the_interpreter(tmp_path):
@@ -258,6 +266,14 @@ for counts in [(4, 3), (0, 5), (0, 0)]:
     got = gradients(fused_embed, inputs, weight, backend="triton")
     want = gradients(fused_embed, inputs, weight, backend="torch")
     torch.testing.assert_close(got, want)
+inputs = make((4, 3), (24, 32, 16), dtype=torch.float32)
+table = inputs[1].detach().half().requires_grad_()
+with torch.autocast("cpu", torch.float16):  # fp32 weights, projected in the table's dtype
+    inputs = (inputs[0], table, *inputs[2:])
+    weight = torch.randn(19, 16, dtype=torch.float64)
+    got = gradients(fused_embed, inputs, weight, backend="triton")
+    want = gradients(fused_embed, inputs, weight, backend="torch")
+    torch.testing.assert_close(got, want, atol=1e-2, rtol=1e-2)
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run(

@@ -48,6 +48,14 @@ def gpu_case(widths: list[int], counts: list[int], dtype: torch.dtype, **more: o
     return make_case(widths, counts, dtype, **options)
 
 
+FACTORS = {torch.bfloat16: 1.1, torch.float16: 1.1, torch.float32: 2.0}
+"""Error against float64 as a multiple of torch's own.
+
+fp32: the kernels add along K in one sequence, cuBLAS in several; on an H100 that is 4.3e-7 against
+2.4e-7 (2026-11-23). "auto" therefore leaves fp32 to torch.
+"""
+
+
 def poisoned(case: Case) -> torch.Tensor:
     return torch.full(
         (len(case.input_ids), case.columns), NAN, dtype=case.table.dtype, device="cuda"
@@ -57,7 +65,7 @@ def poisoned(case: Case) -> torch.Tensor:
 def check(case: Case, **more: object) -> torch.Tensor:
     out = poisoned(case)
     assert case.run("triton", out=out, **more) is out
-    check_against_torch(case, out)
+    check_against_torch(case, out, FACTORS[case.table.dtype])
     return out
 
 

@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from fusion_cases import Case, make_case
 
 from mmqwen_kernels import (
+    BackendChoice,
     Projector,
     fuse_embeddings,
     plan_rows,
@@ -33,10 +34,24 @@ def test_auto_is_torch_on_the_cpu_and_says_why() -> None:
     assert choice == ("torch", "no kernels for cpu devices")
 
 
-def test_auto_is_torch_on_cuda_until_validated() -> None:
-    choice = select_backend("cuda", torch.bfloat16)
-    assert choice.name == "torch"
-    assert "not been validated on a GPU" in choice.reason
+def test_auto_on_cuda_is_the_kernels_only_where_they_were_validated(monkeypatch) -> None:
+    from mmqwen_kernels import ops
+
+    def pick(capability: tuple[int, int], dtype: torch.dtype) -> BackendChoice:
+        ops._auto_on_cuda.cache_clear()
+        ops._why_not_triton.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        return select_backend("cuda", dtype)
+
+    try:
+        assert pick((9, 0), torch.bfloat16).name == "triton"
+        assert pick((9, 0), torch.float16).name == "triton"
+        assert "more accurate" in pick((9, 0), torch.float32).reason
+        assert "not been validated" in pick((8, 0), torch.bfloat16).reason
+        assert "expected (8, 0) or later" in pick((7, 5), torch.bfloat16).reason
+    finally:
+        ops._auto_on_cuda.cache_clear()
+        ops._why_not_triton.cache_clear()
 
 
 def test_torch_is_always_there() -> None:

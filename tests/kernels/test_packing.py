@@ -57,6 +57,19 @@ def test_groups_are_16_byte_aligned_views() -> None:
         assert offset % 16 == 0
 
 
+def test_equal_rows_make_equal_bytes() -> None:
+    """Padding is zeros: packs are hashed whole."""
+    for shape in ([(0, 1)], [(0, 3), (1, 2), (2, 1), (0, 2)], [(2, 1), (0, 1)]):
+        items = make_items(shape, torch.bfloat16)
+        want = pack_rows(items)
+        poison = [torch.full((want.numel(),), -1, dtype=torch.int64) for _ in range(20)]
+        del poison
+        assert torch.equal(pack_rows(items), want)
+        data = sum(rows.numel() * 2 for _, rows in items)
+        used = 8 * (4 + 4 * len({m for m, _ in shape}) + 2 * sum(n for _, n in shape)) + data
+        assert 8 * want.numel() - used < 16 * (1 + len({m for m, _ in shape}))
+
+
 def test_a_pack_inside_a_larger_buffer_works() -> None:
     pack = pack_rows(make_items([(0, 3), (1, 2)], torch.float32))
     batch = torch.zeros(2, pack.numel(), dtype=torch.int64)
