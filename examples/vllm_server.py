@@ -13,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from urllib.error import URLError
 
 from openai import OpenAI
@@ -20,23 +21,29 @@ from openai import OpenAI
 from mmqwen.client import embeds_part
 from mmqwen.demo import digits
 
+LOG = Path("vllm_server.log")
+
 
 @contextmanager
 def server(checkpoint: str, port: int) -> Iterator[str]:
     """`mmqwen serve CHECKPOINT`, from ready to stopped."""
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "mmqwen.serve", checkpoint, "--host", "127.0.0.1"]
-    flags = ["--port", str(port), "--max-model-len", "1024", "--disable-uvicorn-access-log"]
-    process = subprocess.Popen([*command, *flags])
+    flags = ["--port", str(port), "--max-model-len", "1024", "--enforce-eager"]
+    print(f"{' '.join(['mmqwen serve', *command[3:], *flags])}  (log: {LOG})")
+    with LOG.open("w") as log:
+        process = subprocess.Popen([*command, *flags], stdout=log, stderr=log)
     try:
         for _ in range(600):
             if process.poll() is not None:
-                sys.exit("the server did not start")
+                sys.exit(f"the server did not start; see {LOG}")
             try:
                 urllib.request.urlopen(f"{url}/health", timeout=5)
                 break
             except (URLError, OSError):
                 time.sleep(0.5)
+        else:
+            sys.exit("the server did not answer within five minutes")
         yield url
     finally:
         process.terminate()

@@ -38,17 +38,32 @@ CONFIGURATIONS = {
     "bf16-preempted": (
         "bfloat16",
         {},
-        {"enforce_eager": True, "num_gpu_blocks_override": 24, "enable_prefix_caching": False},
+        {
+            "enforce_eager": True,
+            "num_gpu_blocks_override": 24,
+            "max_model_len": 256,
+            "enable_prefix_caching": False,
+        },
     ),
     "fp32-eager": (
         "float32",
         {},
         {"enforce_eager": True, "attention_backend": "TRITON_ATTN"},
     ),
-    "bf16-moe": ("bfloat16", {"family": "qwen3_moe"}, {"enforce_eager": True}),
-    "bf16-qwen2": ("bfloat16", {"family": "qwen2"}, {"enforce_eager": True}),
+    # In bf16 a rounding may send a token to another expert, in either engine; so float32.
+    "fp32-moe": (
+        "float32",
+        {"family": "qwen3_moe"},
+        {"enforce_eager": True, "attention_backend": "TRITON_ATTN"},
+    ),
+    "fp32-qwen2": (
+        "float32",
+        {"family": "qwen2"},
+        {"enforce_eager": True, "attention_backend": "TRITON_ATTN"},
+    ),
 }
-TOLERANCE = {"bfloat16": 0.1, "float32": 1e-3}
+TOLERANCE = {"bfloat16": 0.1, "float32": 0.02}
+"""float32: vLLM's Triton attention multiplies in tf32; text alone differs as much (`worst_text`)."""
 
 
 def make_requests(count: int, seed: int) -> list[dict]:
@@ -145,6 +160,7 @@ def main() -> int:
         "generate_s": round(seconds, 2),
         "worst": max(worst),
         "median": sorted(worst)[len(worst) // 2],
+        "worst_text": max(w for w, r in zip(worst, requests, strict=True) if not r["items"]),
         "worst_again": max(worst_again),
         "cached_again": sum(output.num_cached_tokens or 0 for output in again),
         "runner": type(getattr(runner, "worker", runner).model_runner).__module__,

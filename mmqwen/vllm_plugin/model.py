@@ -48,6 +48,9 @@ DRAFTERS_WITHOUT_EMBEDDINGS = frozenset({"ngram", "ngram_gpu", "suffix"})
 
 PROJECTOR_PREFIX = "projectors."
 
+WARM_UP_ROWS = (1, 24, 48, 128, 512, 4096)
+"""Rows of a step at which launch configurations differ (`mmqwen_kernels.launch`)."""
+
 BACKEND_VARIABLE = "MMQWEN_BACKEND"
 """Environment variable that overrides the choice of the fusion backend; see `select_backend`."""
 
@@ -89,7 +92,7 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         self._max_model_len = model_config.max_model_len
         self._profiled = False
         self._backend = os.environ.get(BACKEND_VARIABLE, "auto")
-        choice = select_backend(
+        self._choice = choice = select_backend(
             current_platform.device_type, cast(torch.dtype, model_config.dtype), self._backend
         )
         logger.info("Fusion backend: %s (%s)", choice.name, choice.reason)
@@ -184,6 +187,30 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
             slots=range(self._max_tokens),
             backend=self._backend,
         )
+        if self._choice.name == "triton":
+            self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Compile what requests will need, so that none waits for a compiler."""
+        weights = [self._projector(spec.name).weights() for spec in self._spec_list]
+        dtype, device = weights[0].w1.dtype, weights[0].w1.device
+        table = weights[0].w2.new_zeros(1, weights[0].w2.shape[0])
+        every = range(len(weights))
+        for rows in (rows for rows in WARM_UP_ROWS if rows <= self._max_tokens):
+            for modalities in [every[:1], every] if len(weights) > 1 else [every]:
+                share = -(-rows // len(modalities))
+                sources: list[Any] = [
+                    (m, torch.zeros(share, self._widths[m], dtype=dtype)) for m in modalities
+                ]
+                tokens = share * len(modalities)
+                fuse_embeddings(
+                    torch.zeros(tokens, dtype=torch.int32, device=device),
+                    table,
+                    sources,
+                    weights,
+                    slots=range(tokens),
+                    backend=self._backend,
+                )
 
     def _projector(self, name: str) -> ShardedProjector:
         return cast(ShardedProjector, self.projectors[name])
