@@ -161,7 +161,7 @@ def check_output(output: Path) -> None:
 
 @contextmanager
 def staged(output: Path) -> Iterator[Path]:
-    """A directory beside `output` that takes its name when the block ends, and vanishes if it fails.
+    """A directory beside `output` that takes its name when the block ends, or vanishes.
 
     Raises:
         CheckpointError: the file system refuses.

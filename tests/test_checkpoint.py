@@ -303,7 +303,7 @@ def test_a_shard_missing_from_the_index_is_refused(sharded, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(sharded, broken)
     next(broken.glob("model-00002-*")).unlink()
-    with pytest.raises(CheckpointError, match="shard model-00002-.* is missing"):
+    with pytest.raises(CheckpointError, match=r"shard model-00002-.* is missing"):
         build_checkpoint(broken, MODALITIES, tmp_path / "out")
 
 
@@ -362,11 +362,11 @@ def test_wrong_requests_are_refused(base, tmp_path):
         build_checkpoint(composite, MODALITIES, tmp_path / "out")
     with pytest.raises(CheckpointError, match="at least one"):
         build_checkpoint(base, {}, tmp_path / "out")
-    with pytest.raises(ModalityError, match="gives new tokens the ids .403."):
+    with pytest.raises(ModalityError, match=r"gives new tokens the ids .403."):
         build_checkpoint(base, {"m1": {"dim": 4, "token_id": 460}}, tmp_path / "out")
     with pytest.raises(CheckpointError, match="model_type is 'qwen3', expected"):
         read_config(base)
-    with pytest.raises(CheckpointError, match="no config.json"):
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
         read_config(tmp_path)
 
 

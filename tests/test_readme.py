@@ -10,14 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tiny import make_base
 
 pytest.importorskip("vllm")
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
-SNIPPETS = dict(
-    re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", README, flags=re.DOTALL)
-)
+SNIPPETS = dict(re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", README, flags=re.DOTALL))
 
 
 @pytest.fixture(scope="module")

@@ -315,6 +315,29 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(places, monkeypatch):
     assert losses(output) == pytest.approx(losses(whole), rel=1e-5)
 
 
+@pytest.mark.parametrize("stage", ["projector", "full"])
+def test_a_write_that_the_system_refuses(places, stage):
+    """No mock: the limit of a file's size stands for the disk, whichever library is writing."""
+    resource = pytest.importorskip("resource")
+    from transformers import TrainerCallback
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Fill(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 4:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))
+
+    settings = settings_for(places, f"refused-{stage}", stage=stage, lr=1e-3)
+    try:
+        with pytest.raises(TrainingError, match=r"cannot write .*checkpoint-6: .*checkpoint-3"):
+            train(settings, callbacks=[Fill()])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(p.name for p in settings.run_folder.glob("*checkpoint*")) == ["checkpoint-3"]
+    assert len(losses(train(settings))) == 6
+
+
 def test_an_output_that_cannot_be_written_is_written_later(places, monkeypatch):
     from mmqwen.training import output as module
 

@@ -18,7 +18,7 @@ pytestmark = [
 
 @pytest.mark.parametrize(
     "configuration",
-    ["bf16-graphs", "bf16-chunked", "bf16-preempted", "fp32-eager", "fp32-moe", "fp32-qwen2"],
+    ["bf16-graphs", "bf16-chunked", "bf16-preempted", "fp32-eager", "fp32-qwen2"],
 )
 def test_parity_with_transformers(configuration):
     script = Path(__file__).with_name("run_gpu_engine.py")

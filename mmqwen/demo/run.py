@@ -74,7 +74,7 @@ class Agreement:
 
 
 def run(
-    output: str | os.PathLike[str] = "demo-output",
+    output: str | os.PathLike[str] = "demo-out",
     *,
     steps: int = 300,
     seed: int = 0,
@@ -115,21 +115,22 @@ def run(
         f"strokes (2 to 8 rows of {digits.STROKES_DIM}) and profile (2 rows of "
         f"{digits.PROFILE_DIM})."
     )
-    trained = train(output, steps=steps, seed=seed, console=console)
+    checkpoint = output / "checkpoint"
+    trained = train(checkpoint, steps=steps, seed=seed, console=console)
     _, samples = digits.load(seed)
     console.print(
-        f"{trained.parameters:,} parameters in {trained.seconds:.1f} s; checkpoint: {output}\n"
+        f"{trained.parameters:,} parameters in {trained.seconds:.1f} s; checkpoint: {checkpoint}\n"
         f"[bold]2. Read[/] the {len(samples)} held-out digits with transformers, the reference."
     )
     device, dtype = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
     reference, load_seconds, reference_seconds = read_by_transformers(
-        output, samples, device, dtype
+        checkpoint, samples, device, dtype
     )
     console.print(
         "[bold]3. Serve[/] the same checkpoint with vLLM: raw rows go in with the prompts, and are "
         "projected where a step places them among the token embeddings."
     )
-    served = serve_by_vllm(output, samples, dtype)
+    served = serve_by_vllm(checkpoint, samples, dtype)
     correct = [
         text.strip() == str(sample.label)
         for text, sample in zip(served.texts, samples, strict=True)
