@@ -16,6 +16,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOut
 from mmqwen.hf.configuration import MultimodalQwen3Config
 from mmqwen.modalities import ModalitySpec
 from mmqwen.shards import drop_replaced_files
+from mmqwen_kernels.ops import BackendChoice
+from mmqwen_kernels.reference import Projector
 
 Rows = Tensor | Sequence[Any]
 """`[R, d]` packed rows of one modality, or a list of `[n, d]` and `[d]` items in the same order."""
@@ -77,6 +79,8 @@ class MultimodalQwen3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     input_modalities = "text"
     supports_gradient_checkpointing = True
+    # Not "auto": on CUDA that would be the kernels, whose training has not been run on a GPU yet.
+    training_path = "torch"
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -142,8 +146,7 @@ class MultimodalQwen3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         for name in embeddings:
             if name not in self.specs:
                 raise ValueError(f"unknown modality {name!r}; expected one of {sorted(self.specs)}")
-        inputs_embeds = self.get_input_embeddings()(input_ids)
-        slots, projected = [], []
+        slots, packed = [], []
         for name, spec in self.specs.items():
             rows = self._read_rows(spec, embeddings.get(name))
             at = input_ids.reshape(-1).eq(spec.token_id or 0).nonzero().squeeze(1)
@@ -152,15 +155,43 @@ class MultimodalQwen3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
                     f"modality {name!r}: got {rows.shape[0]} row(s), expected {at.numel()}, the "
                     f"number of {spec.token} placeholders (id {spec.token_id}) in input_ids"
                 )
-            if at.numel() or (self.training and torch.is_grad_enabled()):
-                slots.append(at)
+            slots.append(at)
+            packed.append(rows)
+        embedding = self.get_input_embeddings()
+        learns = self.training and torch.is_grad_enabled()
+        if learns and self.training_choice().name == "fused":
+            from mmqwen_kernels.autograd import fused_embed
+
+            weights = [_weights_of(self.projector(name)) for name in self.specs]
+            padding = embedding.padding_idx
+            flat_ids = input_ids.reshape(-1)
+            fused = fused_embed(
+                flat_ids, embedding.weight, packed, slots, weights, padding_idx=padding
+            )
+            return fused.view(*input_ids.shape, -1)
+        inputs_embeds = embedding(input_ids)
+        projected, kept = [], []
+        for name, at, rows in zip(self.specs, slots, packed, strict=True):
+            if at.numel() or learns:
+                kept.append(at)
                 projected.append(self.projector(name)(rows).to(inputs_embeds.dtype))
-        if not slots:
+        if not kept:
             return inputs_embeds
         flat = inputs_embeds.reshape(-1, inputs_embeds.shape[-1])
         # Out of place: the lookup may be a leaf's view, and autograd needs its input.
-        fused = flat.index_put((torch.cat(slots),), torch.cat(projected).to(flat.device))
+        fused = flat.index_put((torch.cat(kept),), torch.cat(projected).to(flat.device))
         return fused.view_as(inputs_embeds)
+
+    def training_choice(self) -> BackendChoice:
+        """Whether `fuse` trains through the fused op or through the modules, and why.
+
+        `training_path`, an attribute, is "torch" unless set to "fused" or "auto".
+        """
+        from mmqwen_kernels.autograd import select_training_path
+
+        projectors = [self.projector(name) for name in self.specs]
+        linears = [linear for p in projectors for linear in (p.linear_1, p.linear_2)]
+        return select_training_path(self.get_input_embeddings(), linears, self.training_path)
 
     def _read_rows(self, spec: ModalitySpec, rows: Rows | None) -> Tensor:
         """`[R, d]` in the dtype of the projector, which may be trained in more than the model's."""
@@ -345,6 +376,11 @@ class MultimodalQwen3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
             input_ids=cast(Any, input_ids),
             **model_kwargs,
         )
+
+
+def _weights_of(projector: MultiModalProjector) -> Projector:
+    first, second = projector.linear_1, projector.linear_2
+    return Projector(first.weight, first.bias, second.weight, second.bias)
 
 
 def _check_width(spec: ModalitySpec, rows: Tensor) -> None:
