@@ -394,3 +394,11 @@ def test_quantization_is_hoisted_and_spares_the_projectors(base, tmp_path, given
     raw = json.loads((out / "config.json").read_text())
     assert raw["quantization_config"] == given | {field: expected}
     assert "quantization_config" not in raw["text_config"]
+
+
+def test_other_users_may_read_what_was_written(base, tmp_path):
+    output = build_checkpoint(base, MODALITIES, tmp_path / "out", copy=True)
+    mask = os.umask(0)
+    os.umask(mask)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in output.iterdir()}
+    assert set(modes.values()) == {0o666 & ~mask}, modes
