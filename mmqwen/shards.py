@@ -174,7 +174,7 @@ def staged(output: Path) -> Iterator[Path]:
         os.umask(mask)
         stage.chmod(0o777 & ~mask)  # mkdtemp's 0700 would hide the checkpoint from other users
         yield stage
-        for file in stage.iterdir():  # safetensors writes files of mode 0600; links stay as they are
+        for file in stage.iterdir():  # safetensors writes with mode 0600; links stay
             if file.is_file() and not file.is_symlink() and file.stat().st_nlink == 1:
                 file.chmod(0o666 & ~mask)
         stage.rename(output)  # over an empty directory at most
