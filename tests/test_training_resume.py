@@ -63,6 +63,15 @@ def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in the processes that `run` starts: sums in another order round differently."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume")
