@@ -64,8 +64,8 @@ def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess
 
 
 def train_apart(settings: TrainSettings) -> Path:
-    """Train in a process like those that are killed: this one has run engines, which change how
-    torch rounds."""
+    """Train in a process like those that are killed: this one may have run engines,
+    and then its weights came out 1e-6 apart (seen; the cause was not found)."""
     code = (
         "import json, sys; from mmqwen.training import TrainSettings, train; "
         "train(TrainSettings(**json.loads(sys.argv[1])))"
