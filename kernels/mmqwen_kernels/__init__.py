@@ -10,6 +10,7 @@ from mmqwen_kernels.ops import (
     project_rows,
     scatter_rows,
     select_backend,
+    warm_up,
 )
 from mmqwen_kernels.packing import PackError, directory, pack_rows
 from mmqwen_kernels.plan import RowPlan, plan_rows
@@ -30,4 +31,5 @@ __all__ = [
     "project_rows",
     "scatter_rows",
     "select_backend",
+    "warm_up",
 ]

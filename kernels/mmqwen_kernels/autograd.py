@@ -28,7 +28,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from mmqwen_kernels.ops import BackendChoice, select_backend
-from mmqwen_kernels.plan import RowPlan, RowTables, _tables
+from mmqwen_kernels.plan import RowPlan, tables_of
 from mmqwen_kernels.reference import Projector
 
 _PER_MODALITY = 6
@@ -275,8 +275,8 @@ def _forward_triton(
     return triton_backend(token_table.device).fuse(
         input_ids,
         token_table,
-        plan.slot_table,
-        plan.all_slots,
+        plan.buffer,
+        plan.order_at,
         plan.tables,
         plan.counts,
         projectors,
@@ -293,14 +293,20 @@ def _plan_on_device(
     device, dtype = rows[0].device, rows[0].dtype
     counts = tuple(x.shape[0] for x in rows)
     widths = tuple(x.shape[1] for x in rows)
-    all_slots = torch.cat([at.to(torch.int32) for at in slots])
-    table = torch.full((num_tokens,), -1, dtype=torch.int32, device=device)
-    table[all_slots.long()] = torch.arange(sum(counts), dtype=torch.int32, device=device)
+    all_slots = torch.cat([at.long() for at in slots])
+    is_row = torch.zeros(num_tokens, dtype=torch.uint8, device=device)
+    is_row[all_slots] = 1
+    order = is_row.sort(stable=True).indices  # text slots first, ascending
+    order[num_tokens - sum(counts) :] = all_slots
     parts = tuple((x,) if x.shape[0] else () for x in rows)
-    entries, addresses, align = _tables(parts, counts, widths, dtype)
-    tables = RowTables(
-        torch.from_numpy(entries).to(device, non_blocking=True),
-        None if addresses is None else torch.from_numpy(addresses).to(device, non_blocking=True),
-        align,
+    return RowPlan(
+        parts,
+        counts,
+        num_tokens,
+        widths,
+        dtype,
+        order.view(torch.uint8),
+        0,
+        (-1,) * len(rows),
+        tables_of(parts, counts, widths, dtype),
     )
-    return RowPlan(parts, counts, table, all_slots, widths, dtype, tables)

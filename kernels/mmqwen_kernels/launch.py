@@ -1,9 +1,10 @@
 """How the kernels are launched: a frozen value from a pure function of shapes and device.
 
-Figures cited here are those of `docs/kernels.md`, section "Where the tiles come from": measured
-with a prototype on one H100 80GB (bf16, torch 2.11, triton 3.6). Those marked *not measured* are
-choices that only compile (`tests/kernels/test_compile.py`) and compute right under the
-interpreter.
+Figures cited here were measured on one H100 80GB HBM3 (bf16, torch 2.11.0, triton 3.6.0,
+2026-11-24) by trying 8 to 17 tiles at each of 40 points, one and four modalities of 1 to 8192
+rows, D = H of 1024 and 4096: `benchmarks/results/kernels_sweep_h100.json`, docs/kernels.md. "Not
+measured" marks choices that only compile (`tests/kernels/test_compile.py`) and compute right under
+the interpreter.
 """
 
 from __future__ import annotations
@@ -67,35 +68,58 @@ class LaunchConfig:
         block_t: tokens in a tile of text rows.
         block_d: columns in a tile of text rows.
         dependent: K2 is launched before K1 ends (programmatic dependent launch).
-        prefetch_programs: programs of K1 that bring W2 into L2; 0: none. An experiment.
         reason: why these, in words.
     """
 
     up: TileConfig
     down: TileConfig
-    block_t: int = 4
+    block_t: int = 8
     block_d: int = 1024
     dependent: bool = False
-    prefetch_programs: int = 0
     reason: str = ""
 
 
-# Few rows: reading the weights is all the work, so many loads in flight. Best of the prototype:
-# K1 swapped 64x16, K 128, with split-K 2; K2 swapped 64x16, K 256, 4 stages; 24.4 us for both at
-# R = 1, D = H = 4096, against 37 to 51 by torch. Split-K is left out: it makes a row's bits depend
-# on its batch. 6 stages in place of the second half of the split: not measured.
-UP_16 = TileConfig(16, 64, 128, num_warps=4, num_stages=6, swap=True)
-DOWN_16 = TileConfig(16, 64, 256, num_warps=4, num_stages=4, swap=True)
-# R <= 32: swapped 64x32 won (unswapped tiles of 16 or 32 rows fall back from wgmma to mma.sync).
-UP_32 = TileConfig(32, 64, 128, num_warps=4, num_stages=4, swap=True)
-DOWN_32 = TileConfig(32, 64, 128, num_warps=4, num_stages=4, swap=True)
-# R = 33 to 128: 64x64 or 64x128 won, 27 to 30 us. Which of them, by the number of tiles.
-MIDDLE_NARROW = TileConfig(64, 64, 64, num_warps=4, num_stages=4)
-MIDDLE_WIDE = TileConfig(64, 128, 64, num_warps=4, num_stages=4)
-# R > 128: K1 128x128x64, 3 stages, 4 warps (505 TFLOP/s with gathered rows); K2 128x256x64,
-# 4 stages, 8 warps, groups of 16 (770 TFLOP/s at R = 8192; 8192^3 by cuBLAS: 790).
-LARGE = TileConfig(128, 128, 64, num_warps=4, num_stages=3, group_r=8)
-LARGE_WIDE = TileConfig(128, 256, 64, num_warps=8, num_stages=4, group_r=16)
+# Hopper, 16 bit. One rule for all: of the tiles that fit the largest modality's rows, from narrow
+# to wide, the first of which all tiles run at once, at most one a multiprocessor; where there is
+# none, the last. At each of the 40 points it costs at most 2.1 us more than the best tile tried.
+#
+# Every one of them multiplies by wgmma, with the weight rows (swap) or x's as the M of 64, and goes
+# through K in order, so that a row's bits do not depend on its batch. The prototype's split-K for
+# few rows would break that; more stages make up for it.
+FEW = {
+    rows: (
+        TileConfig(rows, 64, 128, num_warps=4, num_stages=6, swap=True),
+        TileConfig(rows, 64, 128, num_warps=4, num_stages=4, swap=True),
+    )
+    for rows in (16, 32)
+}
+FEW_DOWN = {
+    rows: (
+        TileConfig(rows, 64, 128, num_warps=4, num_stages=8, swap=True),
+        TileConfig(rows, 64, 128, num_warps=4, num_stages=4, swap=True),
+    )
+    for rows in (16, 32)
+}
+"""Up to 16 or 32 rows a modality: weights stream. Several waves run better two to a processor."""
+LARGE = (
+    TileConfig(128, 64, 128, num_warps=4, num_stages=4),
+    TileConfig(128, 128, 64, num_warps=4, num_stages=4, group_r=8),
+)
+LARGE_UP = (*LARGE, TileConfig(128, 128, 64, num_warps=4, num_stages=3, group_r=8))
+LARGE_DOWN = (*LARGE, TileConfig(128, 256, 64, num_warps=8, num_stages=4, group_r=16))
+"""K1's depth, d, is short: two programs of 128x128 a multiprocessor hide each other's ends, 137 us
+against 155 by 128x256 at 8192 rows. K2's is long: 377 us by 128x256, 427 by 128x128 (728 and 644
+TFLOP/s; 8192^3 by cuBLAS: 790)."""
+MIDDLE_UP = (
+    TileConfig(64, 32, 128, num_warps=4, num_stages=6),
+    TileConfig(64, 64, 128, num_warps=4, num_stages=4),
+    TileConfig(64, 128, 128, num_warps=4, num_stages=4),
+)
+MIDDLE_DOWN = (
+    TileConfig(64, 64, 128, num_warps=4, num_stages=6),
+    TileConfig(64, 128, 128, num_warps=4, num_stages=4),
+)
+"""33 to 128 rows: two row tiles at most; where even the widest takes several waves, `LARGE`."""
 # Any other GPU: not measured. Fits the 99 KiB of shared memory of 8.6, 8.9 and 12.0.
 DEFAULT_16 = TileConfig(16, 64, 128, num_warps=4, num_stages=3, swap=True)
 DEFAULT_MIDDLE = TileConfig(64, 64, 64, num_warps=4, num_stages=3)
@@ -106,17 +130,6 @@ FP32_MIDDLE = TileConfig(64, 64, 32, num_warps=8, num_stages=3)
 # Rows that are not 16-byte aligned cannot be copied 16 bytes at a time: not measured.
 UNALIGNED_16 = TileConfig(16, 64, 64, num_warps=4, num_stages=2, swap=True)
 UNALIGNED_MIDDLE = TileConfig(64, 64, 32, num_warps=4, num_stages=2)
-
-EFFICIENCY = {LARGE_WIDE: 0.97, LARGE: 0.75, MIDDLE_WIDE: 0.55, MIDDLE_NARROW: 0.42}
-"""Share of the tensor cores' peak that a tile keeps busy once there are many. LARGE_WIDE: 770 of
-790 TFLOP/s. LARGE: between its 505 of 790 with gathered rows and what contiguous rows should give.
-The middle ones: not measured, in proportion to the shared-memory traffic of a tile."""
-
-
-LONG_TEXT = 1024
-"""Tokens from which text tiles are large: not measured."""
-UP_LARGE = (LARGE, MIDDLE_WIDE, MIDDLE_NARROW)
-DOWN_LARGE = (LARGE_WIDE, LARGE, MIDDLE_WIDE, MIDDLE_NARROW)
 
 
 def shared_limit(capability: tuple[int, int]) -> int:
@@ -133,15 +146,10 @@ def choose_config(
     capability: tuple[int, int],
     num_sms: int,
     *,
-    num_tokens: int = 0,
     aligned: bool = True,
     mode: Mode = "fastest",
 ) -> LaunchConfig:
     """Pick tiles for one step. A pure function; nothing is tuned at run time.
-
-    A row's bits do not depend on the tile in principle: no config splits K, all go through it in
-    the same order, and tensor cores add in steps of 16 in each. That is not yet verified on a GPU,
-    so `mode="batch_invariant"` exists: there the tiles do not depend on `counts` at all.
 
     Args:
         counts: rows per modality, zeros allowed.
@@ -151,9 +159,9 @@ def choose_config(
         dtype: of rows and weights.
         capability: (major, minor) of the GPU.
         num_sms: its number of multiprocessors.
-        num_tokens: T, text or not.
         aligned: every address and row stride is a multiple of 16 bytes.
-        mode: one of `MODES`.
+        mode: "fastest"; or "batch_invariant", tiles that do not depend on `counts` at all, for
+            GPUs on which nobody has checked that "fastest" keeps a row's bits.
 
     Raises:
         ValueError: `mode` is unknown, or the lists differ in length.
@@ -166,87 +174,88 @@ def choose_config(
             "one of each per modality"
         )
     most = max(counts, default=0)
-    if dtype == torch.float32:
-        up, down, reason = _pick_plain(most, mode, FP32_16, FP32_MIDDLE, "fp32 by FMA")
-    elif not aligned:
-        up, down, reason = _pick_plain(
-            most, mode, UNALIGNED_16, UNALIGNED_MIDDLE, "rows not 16-byte aligned"
-        )
-    elif capability in ((9, 0), (10, 0)):
-        hopper = capability == (9, 0)
-        up, down, reason = _pick_hopper(
-            counts, hidden, columns, num_sms, mode, DOWN_LARGE if hopper else DOWN_LARGE[1:]
-        )
-        if not hopper:
-            # On sm_100 a 128x128 accumulator in four warps spills 80 bytes, in eight none; a
-            # 128x256 one spills 160 bytes with triton 3.6 (3.9: none), so it is left out.
-            up, down = (replace(t, num_warps=8) if t is LARGE else t for t in (up, down))
-            reason += " (Hopper's tiles, not measured here)"
-    elif mode == "batch_invariant":
-        up, down, reason = DEFAULT_MIDDLE, DEFAULT_MIDDLE, "default, same tiles for every batch"
-    elif most <= 16:
-        up, down, reason = DEFAULT_16, DEFAULT_16, "default for up to 16 rows"
-    elif most <= 128:
-        up, down, reason = DEFAULT_MIDDLE, DEFAULT_MIDDLE, "default for up to 128 rows"
-    else:
-        up, down, reason = DEFAULT_LARGE, DEFAULT_LARGE, "default for more than 128 rows"
-    # Dependent launch saved 1 to 3 us at small R and nothing at large R.
-    dependent = capability >= (9, 0) and most <= 256
-    # Text tiles: enough programs for a short step, enough bytes in flight in each for a long one.
+    ups, downs, reason = _candidates(most, dtype, capability, aligned, mode)
+    up = _first_in_one_wave(ups, counts, hidden, num_sms)
+    down = _first_in_one_wave(downs, counts, [columns] * len(counts), num_sms)
+    # Text tiles as wide as a row, where it is narrow.
     block_d = min(1024, max(64, 1 << (columns - 1).bit_length()))
-    return LaunchConfig(
-        up, down, 4 if num_tokens <= LONG_TEXT else 16, block_d, dependent=dependent, reason=reason
-    )
+    return LaunchConfig(up, down, block_d=block_d, dependent=capability >= (9, 0), reason=reason)
 
 
-def _pick_plain(
-    most: int, mode: Mode, few: TileConfig, many: TileConfig, why: str
-) -> tuple[TileConfig, TileConfig, str]:
+def every_tile(
+    dtype: torch.dtype, capability: tuple[int, int], aligned: bool
+) -> tuple[list[TileConfig], list[TileConfig]]:
+    """All tiles of K1 and of K2 that `choose_config` can give in mode "fastest"."""
+    ups: dict[TileConfig, None] = {}
+    downs: dict[TileConfig, None] = {}
+    for most in ROW_CLASSES:
+        up, down, _ = _candidates(most, dtype, capability, aligned, "fastest")
+        ups |= dict.fromkeys(up)
+        downs |= dict.fromkeys(down)
+    return list(ups), list(downs)
+
+
+ROW_CLASSES = (16, 32, 128, 129)
+"""One number of rows of each class of `_candidates`."""
+
+_Candidates = tuple[Sequence[TileConfig], Sequence[TileConfig], str]
+
+
+def _candidates(
+    most: int, dtype: torch.dtype, capability: tuple[int, int], aligned: bool, mode: Mode
+) -> _Candidates:
+    """Tiles of K1 and K2 from narrow to wide for `most` rows a modality, and why these."""
+    if dtype == torch.float32:
+        return _plain(most, mode, FP32_16, FP32_MIDDLE, "fp32 by FMA")
+    if not aligned:
+        return _plain(most, mode, UNALIGNED_16, UNALIGNED_MIDDLE, "rows not 16-byte aligned")
+    if capability in ((9, 0), (10, 0)):
+        ups, downs, reason = _hopper(most, mode)
+        if capability == (9, 0):
+            return ups, downs, reason
+        # On sm_100 a 128x128 accumulator in four warps spills 80 bytes, in eight none; a 128x256
+        # one spills 160 bytes with triton 3.6 (3.9: none), so it is left out.
+        return (
+            *([_for_sm_100(t) for t in tiles if t.block_n < 256] for tiles in (ups, downs)),
+            reason + " (Hopper's tiles, not measured here)",
+        )  # type: ignore[return-value]
     if mode == "batch_invariant":
-        return many, many, f"{why}, same tiles for every batch"
+        tile, reason = DEFAULT_MIDDLE, "default, same tiles for every batch"
+    elif most <= 16:
+        tile, reason = DEFAULT_16, "default for up to 16 rows"
+    elif most <= 128:
+        tile, reason = DEFAULT_MIDDLE, "default for up to 128 rows"
+    else:
+        tile, reason = DEFAULT_LARGE, "default for more than 128 rows"
+    return (tile,), (tile,), reason
+
+
+def _plain(most: int, mode: Mode, few: TileConfig, many: TileConfig, why: str) -> _Candidates:
+    if mode == "batch_invariant":
+        return (many,), (many,), f"{why}, same tiles for every batch"
     tile = few if most <= 16 else many
-    return tile, tile, f"{why}, {most} rows at most"
+    return (tile,), (tile,), f"{why}, {'up to' if most <= 16 else 'more than'} 16 rows"
 
 
-def _pick_hopper(
-    counts: Sequence[int],
-    hidden: Sequence[int],
-    columns: int,
-    num_sms: int,
-    mode: Mode,
-    down_large: Sequence[TileConfig],
-) -> tuple[TileConfig, TileConfig, str]:
+def _hopper(most: int, mode: Mode) -> _Candidates:
     if mode == "batch_invariant":
-        return MIDDLE_WIDE, MIDDLE_WIDE, "same tiles for every batch"
-    most = max(counts, default=0)
-    if most <= 16:
-        return UP_16, DOWN_16, "up to 16 rows: swapped, weights stream"
+        return MIDDLE_UP[1:2], MIDDLE_DOWN[:1], "same tiles for every batch"
     if most <= 32:
-        return UP_32, DOWN_32, "up to 32 rows: swapped, weights stream"
-    down_columns = [columns] * len(counts)
+        rows = 16 if most <= 16 else 32
+        return FEW[rows], FEW_DOWN[rows], f"up to {rows} rows: swapped, weights stream"
     if most <= 128:
-        up, down = (
-            MIDDLE_NARROW if MIDDLE_NARROW.tiles(counts, of) <= 2 * num_sms else MIDDLE_WIDE
-            for of in (hidden, down_columns)
-        )
-        return up, down, "33 to 128 rows"
-    # K1's depth d is short, so that its wide tile's prologue would show; and 128x128 won there.
-    up = _least_waves(counts, hidden, num_sms, UP_LARGE)
-    down = _least_waves(counts, down_columns, num_sms, down_large)
-    return up, down, "more than 128 rows: least predicted time by whole waves"
+        return (*MIDDLE_UP, *LARGE_UP), (*MIDDLE_DOWN, *LARGE_DOWN), "33 to 128 rows"
+    return LARGE_UP, LARGE_DOWN, "more than 128 rows"
 
 
-def _least_waves(
-    counts: Sequence[int], columns: Sequence[int], num_sms: int, candidates: Sequence[TileConfig]
+def _for_sm_100(tile: TileConfig) -> TileConfig:
+    return replace(tile, num_warps=8) if tile.block_r * tile.block_n == 128 * 128 else tile
+
+
+def _first_in_one_wave(
+    candidates: Sequence[TileConfig], counts: Sequence[int], columns: Sequence[int], num_sms: int
 ) -> TileConfig:
-    """The tile whose waves, each as long as its area over its efficiency, are over first.
-
-    Padding to whole row tiles and the last, partly filled wave are what costs with several
-    modalities of 100 to 1000 rows (288 tiles on 132 multiprocessors).
-    """
-
-    def time(tile: TileConfig) -> float:
-        waves = -(-tile.tiles(counts, columns) // num_sms)
-        return waves * tile.block_r * tile.block_n / EFFICIENCY[tile]
-
-    return min(candidates, key=time)
+    for tile in candidates:
+        if tile.tiles(counts, columns) <= num_sms:
+            return tile
+    return candidates[-1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -116,22 +116,26 @@ def _backend_of(device: torch.device) -> TritonBackend:
     return triton_backend(device)
 
 
-def _needs_gradients(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def _needs_gradients(first: torch.Tensor, others: Iterable[torch.Tensor | None]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return first.requires_grad or any(t is not None and t.requires_grad for t in others)
 
 
-def _pick(backend: str, first: torch.Tensor, *others: torch.Tensor | None) -> BackendChoice:
-    """The backend for a call on these tensors."""
-    if backend == "auto" and _needs_gradients(first, *others):
-        return BackendChoice("torch", "the call needs gradients")
-    return select_backend(first.device, first.dtype, backend)
+def _pick(backend: str, first: torch.Tensor, others: Iterable[torch.Tensor | None]) -> str:
+    """The backend's name for a call on these tensors.
 
-
-def _refuse_gradients(*tensors: torch.Tensor | None) -> None:
-    if _needs_gradients(*tensors):
-        raise ValueError(
-            "the Triton kernels have no backward: use torch.no_grad() or backend='torch'"
-        )
+    Raises:
+        ValueError: as `select_backend`, or "triton" is asked for gradients.
+    """
+    if _needs_gradients(first, others):
+        if backend == "triton":
+            raise ValueError(
+                "the Triton kernels have no backward: use torch.no_grad() or backend='torch'"
+            )
+        if backend == "auto":
+            return "torch"
+    return select_backend(first.device, first.dtype, backend).name
 
 
 def fuse_embeddings(
@@ -171,7 +175,7 @@ def fuse_embeddings(
     Raises:
         ValueError: rows and slots do not match, a width is wrong, or the backend cannot run.
     """
-    chosen = _pick(backend, token_table, *(w for p in projectors for w in p))
+    chosen = _pick(backend, token_table, (w for p in projectors for w in p))
     if not isinstance(rows, RowPlan):
         if slots is None:
             raise ValueError("slots are needed where rows are not a RowPlan")
@@ -183,7 +187,9 @@ def fuse_embeddings(
             dtype=token_table.dtype,
             device=token_table.device,
         )
-    if chosen.name == "torch":
+    if rows.num_tokens != input_ids.shape[0]:
+        raise ValueError(f"{input_ids.shape[0]} token ids for a plan of {rows.num_tokens} tokens")
+    if chosen == "torch":
         return fuse_embeddings_torch(
             input_ids,
             token_table,
@@ -202,7 +208,6 @@ def fuse_embeddings(
             raise ValueError(f"a projector takes rows {projector.w1.shape[1]} wide, got {width}")
     if rows.dtype != token_table.dtype:
         raise ValueError(f"rows are {rows.dtype}, the token table is {token_table.dtype}")
-    _refuse_gradients(token_table, *(w for p in projectors for w in p))
     if torch.compiler.is_compiling():
         from mmqwen_kernels.custom_ops import fuse_compiled
 
@@ -210,8 +215,8 @@ def fuse_embeddings(
     return _backend_of(token_table.device).fuse(
         input_ids,
         token_table,
-        rows.slot_table,
-        rows.all_slots,
+        rows.buffer,
+        rows.order_at,
         rows.tables,
         rows.counts,
         projectors,
@@ -233,9 +238,8 @@ def project_rows(
     Raises:
         ValueError: the backend cannot run, or rows and projector do not fit together.
     """
-    if _pick(backend, rows, *projector).name == "torch":
+    if _pick(backend, rows, projector) == "torch":
         return project_rows_torch(rows, projector)
-    _refuse_gradients(rows, *projector)
     if torch.compiler.is_compiling():
         from mmqwen_kernels.custom_ops import project_rows_op
 
@@ -251,12 +255,35 @@ def scatter_rows(
     Raises:
         ValueError: the backend cannot run, or the tensors do not fit together.
     """
-    if _pick(backend, rows, out).name == "torch":
+    if _pick(backend, rows, (out,)) == "torch":
         return scatter_rows_torch(out, slots, rows)
-    _refuse_gradients(rows, out)
     if torch.compiler.is_compiling():
         from mmqwen_kernels.custom_ops import scatter_rows_op
 
         scatter_rows_op(out, slots, rows)
         return out
     return _backend_of(rows.device).scatter(out, slots, rows)
+
+
+def warm_up(projectors: Sequence[Projector], *, backend: str = "auto") -> int:
+    """Compile every kernel that steps with these projectors can meet, so that none waits for it.
+
+    A server calls this once, before the first request: the kernels of a step depend on how many
+    rows it places, and each takes about a second to compile unless Triton's cache on disk has it.
+    Covers rows that come in packs, int32 token ids and mode "fastest"; does nothing where
+    `select_backend` picks torch.
+
+    Args:
+        projectors: one a modality, as `fuse_embeddings` will get them.
+        backend: one of `BACKENDS`.
+
+    Returns:
+        How many kernels were made ready.
+
+    Raises:
+        ValueError: the backend cannot run.
+    """
+    weight = projectors[0].w1
+    if select_backend(weight.device, weight.dtype, backend).name == "torch":
+        return 0
+    return _backend_of(weight.device).warm_up(projectors)

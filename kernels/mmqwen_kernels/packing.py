@@ -7,28 +7,37 @@ A *pack* is a 1-D int64 tensor on the CPU, so that it travels like any tensor:
     word 2                  modalities G in the pack
     word 3                  dtype code
     words 4 .. 4 + 4 G      per modality: index, width, rows, first data word
-    then 2 R words          the directory: one [position, modality * 2**40 + ordinal] a row
+    then 2 R words          the directory: one [position, entry] a row; an entry holds, from its low
+                            bits, where the row begins (32 bits, bytes from the pack's beginning),
+                            its width (20), modality (8) and dtype code (2)
     then, 16-byte aligned   each modality's rows, contiguous, at their own width
 
 `directory()` returns the `[R, 2]` view of the pack's directory. It shares the pack's storage and
 each of its rows knows its own position in the pack, so any non-empty slice of rows leads back to
-the data: that is what lets an engine that only slices 2-D tensors by rows carry ragged rows.
+the data: that is what lets an engine that only slices 2-D tensors by rows carry ragged rows. An
+entry needs nothing else to be read: the rows of many packs are found by a few array operations.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-_MAGIC = 0x6D6D7177656E3031  # "mmqwen01"
+_MAGIC = 0x6D6D7177656E3032  # "mmqwen02"
 _HEADER_WORDS = 4
 _GROUP_WORDS = 4
 _ALIGN_WORDS = 2  # 16 bytes, for 16-byte loads
-_ORDINAL_BITS = 40
-_ORDINAL_MASK = (1 << _ORDINAL_BITS) - 1
+_BEGIN_BITS, _WIDTH_BITS, _MODALITY_BITS = 32, 20, 8
+_WIDTH_AT = _BEGIN_BITS
+_MODALITY_AT = _WIDTH_AT + _WIDTH_BITS
+_DTYPE_AT = _MODALITY_AT + _MODALITY_BITS
+_BEGIN_MASK = (1 << _BEGIN_BITS) - 1
+MAX_WIDTH = (1 << _WIDTH_BITS) - 1
+MAX_MODALITY = (1 << _MODALITY_BITS) - 1
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -93,7 +102,8 @@ def pack_groups(
 
     Raises:
         PackError: no rows, a group that is not 2-D, dtypes that differ or are not float32,
-            float16 or bfloat16, or groups that do not hold as many rows as their items.
+            float16 or bfloat16, groups that do not hold as many rows as their items, or more than
+            an entry of the directory can say.
     """
     dtypes = {rows.dtype for rows in groups.values()}
     if len(dtypes) != 1 or not dtypes <= set(_DTYPES):
@@ -106,8 +116,9 @@ def pack_groups(
     total = len(per_row)
     directory_at = _HEADER_WORDS + _GROUP_WORDS * len(groups)
     at = _align(directory_at + 2 * total)
-    header = [_MAGIC, total, len(groups), _DTYPES.index(dtype)]
-    entries = per_row << _ORDINAL_BITS
+    code = _DTYPES.index(dtype)
+    header = [_MAGIC, total, len(groups), code]
+    entries = (per_row << _MODALITY_AT) | (code << _DTYPE_AT)
     placed = 0
     spans: list[tuple[int, int, torch.Tensor]] = []
     for modality, rows in groups.items():
@@ -118,7 +129,12 @@ def pack_groups(
         in_order = entries[mask]
         if count < 1 or len(in_order) != count:
             raise PackError(f"modality {modality}: {count} rows for {len(in_order)} places")
-        entries[mask] = in_order | np.arange(count)
+        if not (0 <= modality <= MAX_MODALITY and 0 < width <= MAX_WIDTH):
+            raise PackError(
+                f"modality {modality}, width {width}: expected at most {MAX_MODALITY}, {MAX_WIDTH}"
+            )
+        begins = 8 * at + np.arange(count) * (width * dtype.itemsize)
+        entries[mask] = in_order | begins | (width << _WIDTH_AT)
         placed += count
         header += [modality, width, count, at]
         words = -(-count * width * dtype.itemsize // 8)
@@ -126,6 +142,8 @@ def pack_groups(
         at = _align(at + words)
     if placed != total:
         raise PackError(f"the groups hold {placed} rows, the items {total}")
+    if 8 * at > _BEGIN_MASK:
+        raise PackError(f"a pack of {8 * at} bytes, expected at most {_BEGIN_MASK}")
 
     pack = torch.empty(at, dtype=torch.int64)
     numbers = pack.numpy()
@@ -232,22 +250,91 @@ def resolve_slice(part: torch.Tensor) -> tuple[np.ndarray | None, list[RowGroup]
         modality = None
     else:
         entries = words[offset + 1 : offset + 2 * n : 2]
-        modality = entries >> _ORDINAL_BITS
+        modality = (entries >> _MODALITY_AT) & MAX_MODALITY
     found: list[RowGroup] = []
     for g in range(groups):
         index, width, count, first = table[_GROUP_WORDS * g : _GROUP_WORDS * (g + 1)]
         if n == total:
             lo, rows = 0, count
-        elif modality is None:
-            lo, rows = int(words[offset + 1]) & _ORDINAL_MASK, n
         else:
-            hits = np.flatnonzero(modality == index)
-            rows = len(hits)
-            if not rows:
-                continue
-            lo = int(entries[hits[0]]) & _ORDINAL_MASK
-        if lo + rows > count:
+            if modality is None:
+                first_entry, rows = int(words[offset + 1]), n
+            else:
+                hits = np.flatnonzero(modality == index)
+                rows = len(hits)
+                if not rows:
+                    continue
+                first_entry = int(entries[hits[0]])
+            lo = ((first_entry & _BEGIN_MASK) - 8 * first) // (width * dtype.itemsize)
+        if lo < 0 or lo + rows > count:
             raise PackError("the slice reaches past the rows of its pack")
         at = (start + first) * scale + lo * width
         found.append(RowGroup(index, data.as_strided((rows, width), (width, 1), at)))
     return modality, found
+
+
+class HostRows(NamedTuple):
+    """Where the rows of slices lie in host memory.
+
+    Attributes:
+        modality: int64 `[R]`.
+        address: int64 `[R]`, bytes. Valid as long as the slices are.
+    """
+
+    modality: np.ndarray
+    address: np.ndarray
+
+
+def find_rows(
+    parts: Sequence[torch.Tensor], widths: Sequence[int], dtype: torch.dtype
+) -> HostRows | None:
+    """The addresses of all rows of many slices, by a few array operations.
+
+    Args:
+        parts: slices of directories, int64 `[n, 2]`, consecutive rows.
+        widths: the width that each modality must have.
+        dtype: the dtype that all rows must have.
+
+    Returns:
+        The rows in their order, or None where their dtype is another.
+
+    Raises:
+        PackError: a part is no such slice, or reaches past its pack.
+        ValueError: a modality index is unknown, or rows have another width.
+    """
+    tables, counts, begins, ends = [], [], [], []
+    for part in parts:
+        if part.dtype != torch.int64 or part.ndim != 2 or part.stride() != (2, 1):
+            resolve_slice(part)  # says what is wrong
+        table = part.numpy()
+        if not len(table):
+            continue
+        storage = part.untyped_storage()
+        low = storage.data_ptr()
+        begin = part.data_ptr() - 8 * int(table[0, 0])
+        if begin < low or ctypes.c_int64.from_address(begin).value != _MAGIC:
+            raise PackError("the slice has lost the pack that it was taken from")
+        tables.append(table)
+        counts.append(len(table))
+        begins.append(begin)
+        ends.append(low + storage.nbytes())
+    if not tables:
+        nothing = np.empty(0, dtype=np.int64)
+        return HostRows(nothing, nothing)
+    entries = tables[0][:, 1] if len(tables) == 1 else np.concatenate([t[:, 1] for t in tables])
+    if np.any(entries >> _DTYPE_AT != _DTYPES.index(dtype)):
+        return None
+    modality = (entries >> _MODALITY_AT) & MAX_MODALITY
+    width = (entries >> _WIDTH_AT) & MAX_WIDTH
+    if modality.max() >= len(widths):
+        raise ValueError(f"modality index {modality.max()}, expected 0 to {len(widths) - 1}")
+    wrong = width != np.asarray(widths)[modality]
+    if wrong.any():
+        m = int(modality[wrong][0])
+        raise ValueError(
+            f"modality index {m}: rows are {width[wrong][0]} wide, expected [n, {widths[m]}]"
+        )
+    address = np.repeat(begins, counts) + (entries & _BEGIN_MASK)
+    if np.any(address + width * dtype.itemsize > np.repeat(ends, counts)):
+        raise PackError("a slice reaches past the rows of its pack")
+    return HostRows(modality, address)

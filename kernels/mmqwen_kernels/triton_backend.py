@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import triton
+from triton.compiler import ASTSource
 
 from mmqwen_kernels import triton_kernels as kernels
-from mmqwen_kernels.launch import LONG_TEXT, LaunchConfig, Mode, choose_config
-from mmqwen_kernels.plan import RowTables, plan_rows
+from mmqwen_kernels.launch import LaunchConfig, Mode, TileConfig, choose_config, every_tile
+from mmqwen_kernels.plan import RowTables, tables_of
 from mmqwen_kernels.reference import Projector
 
 FULL_ALIGN_BYTES = 16
@@ -34,58 +36,104 @@ def device_limits(index: int) -> tuple[tuple[int, int], int]:
     return (properties.major, properties.minor), properties.multi_processor_count
 
 
-class _Launcher:
-    """A kernel with its compiled variants, launched without Triton's own argument handling.
+# -- compilation and launch ----------------------------------------------------------------------
 
-    Triton's launch reads every argument's type and alignment; a compiled kernel's takes them as
-    they are: 36 against 9 to 18 us measured for 20 arguments (facts in docs/kernels.md, "Host").
-    A variant is fixed by its constexprs, options and dtypes, and by pointers aligned to 16 bytes;
-    where they are not, Triton's own launch is used.
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_INTEGERS = {torch.int32: "i32", torch.int64: "i64"}
+_WORDS = ("entries_ptr", "weights_ptr", "row_address_ptr", "slots_ptr", "text_ptr")
+_ADDRESSES = ("x_address", "w_address", "b_address")
+_WIDE = dict.fromkeys(_WORDS, "*i64") | dict.fromkeys(_ADDRESSES, "i64")
+_ROWS = ("hidden_ptr", "out_ptr", "table_ptr", "rows_ptr")
+
+
+def ast_source(
+    kernel: Any,
+    constants: dict[str, Any],
+    dtype: torch.dtype,
+    ids_dtype: torch.dtype = torch.int64,
+    aligned: bool = True,
+) -> ASTSource:
+    """What to compile: the kernel with the types and alignments that a launch has.
+
+    Args:
+        kernel: one of `triton_kernels`' kernels.
+        constants: its constexprs by name.
+        dtype: of rows and weights.
+        ids_dtype: of token ids (or of the slots of `_scatter_rows_kernel`).
+        aligned: addresses of out and token table are multiples of 16 bytes.
+    """
+    signature: dict[str, str] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for at, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in _ROWS:
+            signature[name] = "*" + _TYPES[dtype]
+            if aligned or name == "hidden_ptr":
+                attributes[(at,)] = [["tt.divisibility", 16]]
+        elif name == "ids_ptr" or (name == "slots_ptr" and "rows_ptr" in kernel.arg_names):
+            signature[name] = "*" + _INTEGERS[ids_dtype]
+        else:
+            signature[name] = _WIDE.get(name, "i32")
+    return ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+
+
+class _Variant:
+    """One compiled kernel, ready to be launched with addresses and numbers.
+
+    Goes past Triton's own dispatch, which reads every argument's type and alignment at each call:
+    36 us for 20 arguments against 7 (slow CPU; docs/kernels.md, "Host"). A variant is fixed by what
+    `ast_source` takes, so nothing has to be read.
     """
 
-    def __init__(self, kernel: Any) -> None:
-        self._kernel = kernel
-        self._compiled: dict[tuple[Any, ...], Any] = {}
-
-    def __call__(
-        self,
-        programs: int,
-        args: tuple[Any, ...],
-        constants: tuple[Any, ...],
-        tile: tuple[int, int],
-        key: tuple[Any, ...] | None,
-        dependent: bool = False,
-        grid_y: int = 1,
+    def __init__(
+        self, source: ASTSource, options: dict[str, Any], constants: Sequence[Any]
     ) -> None:
-        grid = (programs, grid_y, 1)
-        if key is not None:
-            key = (key, constants, tile, dependent)
-            compiled = self._compiled.get(key)
-            if compiled is not None:
-                compiled[grid](*args, *constants)
-                return
-        options: dict[str, Any] = {"num_warps": tile[0], "num_stages": tile[1]}
-        if dependent:
-            options["launch_pdl"] = True
-        compiled = self._kernel[grid](*args, *constants, **options)
-        if key is not None and compiled is not None:
-            self._compiled[key] = compiled
+        compiled = triton.compile(source, options=options)
+        self._run = compiled.run  # loads the module onto the current device
+        self._function = compiled.function
+        self._metadata = compiled.packed_metadata
+        self._constants = tuple(constants)
+
+    def __call__(self, programs: int, stream: int, *args: int) -> None:
+        self._run(
+            programs,
+            1,
+            1,
+            stream,
+            self._function,
+            self._metadata,
+            None,
+            None,
+            None,
+            *args,
+            *self._constants,
+        )
+
+
+class _Interpreted:
+    """The same under Triton's interpreter, which takes tensors."""
+
+    def __init__(self, kernel: Any, constants: Sequence[Any]) -> None:
+        self._kernel = kernel
+        self._constants = tuple(constants)
+
+    def __call__(self, programs: int, stream: int, *args: Any) -> None:
+        self._kernel[(programs, 1, 1)](*args, *self._constants)
 
 
 class _Recipe(NamedTuple):
-    """A step's launches but for its tensors; constexprs in the order of the parameters."""
+    """A step's launches but for its tensors."""
 
+    up: Any
     up_programs: int
-    up_constants: tuple[Any, ...]
-    up_options: tuple[int, int]
+    down: Any
     down_programs: int
-    down_constants: tuple[Any, ...]
-    down_options: tuple[int, int]
     stride: int
-    prefetch: int
-    dependent: bool
     block_t: int
     block_d: int
+    single: int
+    """Index of the only modality with rows, or -1."""
 
 
 class _Weights:
@@ -128,6 +176,8 @@ class _Weights:
         self.widths = tuple(p.w1.shape[1] for p in projectors)
         self.hidden = tuple(p.w1.shape[0] for p in projectors)
         self.columns = projectors[0].w2.shape[0]
+        self.rows: list[list[int]] = table.tolist()
+        self.address = self.table.data_ptr()
         self.recipes: dict[tuple[Any, ...], _Recipe] = {}
 
 
@@ -172,10 +222,7 @@ class TritonBackend:
             self.capability, self.num_sms = (8, 0), 4
         else:
             self.capability, self.num_sms = device_limits(device.index)
-        self._up = _Launcher(kernels._project_up_kernel)
-        self._down = _Launcher(kernels._project_down_kernel)
-        self._text = _Launcher(kernels._gather_text_kernel)
-        self._scatter = _Launcher(kernels._scatter_rows_kernel)
+        self._variants: dict[tuple[Any, ...], Any] = {}
         self._weights: dict[tuple[Any, ...], _Weights] = {}
 
     # -- the op and its halves ------------------------------------------------------------------
@@ -184,8 +231,8 @@ class TritonBackend:
         self,
         input_ids: torch.Tensor,
         token_table: torch.Tensor,
-        slot_table: torch.Tensor,
-        all_slots: torch.Tensor,
+        order: torch.Tensor,
+        order_at: int,
         tables: RowTables,
         counts: Sequence[int],
         projectors: Sequence[Projector],
@@ -194,14 +241,12 @@ class TritonBackend:
         out: torch.Tensor | None = None,
         launch: Mode | LaunchConfig = "fastest",
     ) -> torch.Tensor:
-        """`fuse_embeddings` of a plan's tensors. See `ops.fuse_embeddings`.
+        """`fuse_embeddings` of a plan's tensors. See `ops.fuse_embeddings` and `plan.RowPlan`.
 
         Raises:
             ValueError: tensors differ in dtype or device, or do not fit together.
         """
         tokens, columns = input_ids.shape[0], token_table.shape[1]
-        if slot_table.shape[0] != tokens:
-            raise ValueError(f"{tokens} token ids for a plan of {slot_table.shape[0]} tokens")
         if token_table.stride(1) != 1:
             raise ValueError("the token table is transposed; call .contiguous() on it once")
         dtype = token_table.dtype
@@ -216,19 +261,18 @@ class TritonBackend:
             result = torch.empty(tokens, columns, dtype=dtype, device=self._device)
         else:
             result = out
-        if tokens:
-            self._run(
-                input_ids if input_ids.is_contiguous() else input_ids.contiguous(),
-                token_table,
-                slot_table,
-                all_slots,
-                tables,
-                counts,
-                projectors,
-                vocab_start,
-                result,
-                launch,
-            )
+        if input_ids.dtype not in _INTEGERS or not input_ids.is_contiguous():
+            input_ids = input_ids.long().contiguous()
+        total = sum(counts)
+        with self._on_device():
+            if total:
+                weights = self._weights_of(projectors, dtype)
+                self._project(
+                    weights, tables, counts, total, result, launch, (order, order_at),
+                    (input_ids, token_table, vocab_start),
+                )  # fmt: skip
+            elif tokens:
+                self._gather_text(input_ids, token_table, vocab_start, result)
         return result if out is None or result is out else out.copy_(result)
 
     def project(
@@ -248,15 +292,11 @@ class TritonBackend:
         count, columns = rows.shape[0], projector.w2.shape[0]
         out = torch.empty(count, columns, dtype=rows.dtype, device=self._device)
         if count:
-            plan = plan_rows(
-                [(0, rows)],
-                range(count),
-                count,
-                [rows.shape[1]],
-                dtype=rows.dtype,
-                device=self._device,
-            )
-            self._run(None, None, None, None, plan.tables, plan.counts, [projector], 0, out, launch)
+            rows = rows if rows.stride(1) == 1 else rows.contiguous()
+            with self._on_device():
+                weights = self._weights_of([projector], rows.dtype)
+                tables = tables_of([[rows]], [count], [rows.shape[1]], rows.dtype)
+                self._project(weights, tables, [count], count, out, launch)
         return out
 
     def scatter(self, out: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -274,121 +314,167 @@ class TritonBackend:
         if out.stride(1) != 1:
             raise ValueError("out is transposed, expected rows whose elements are adjacent")
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        if slots.dtype not in _INTEGERS or not slots.is_contiguous():
+            slots = slots.long().contiguous()
         count, columns = rows.shape
         if not count or not columns:
             return out
         align = _align_of(rows.dtype.itemsize, FULL_ALIGN_BYTES, out, rows)
-        block_d = min(1024, max(64, 1 << (columns - 1).bit_length()))
+        block_t, block_d = 4, min(1024, max(64, 1 << (columns - 1).bit_length()))
         with self._on_device():
-            self._scatter(
-                -(-count // 4),
-                (out, out.stride(0), slots, rows, rows.stride(0), count, columns),
-                (align, 4, block_d),
-                (4, 1),
-                self._key(align, rows.dtype, slots.dtype),
-                grid_y=-(-columns // block_d),
+            variant = self._variant(
+                kernels._scatter_rows_kernel,
+                rows.dtype,
+                slots.dtype,
+                align * rows.dtype.itemsize,
+                {"ALIGN": align, "BLOCK_T": block_t, "BLOCK_D": block_d},
+            )
+            variant(
+                -(-count // block_t) * -(-columns // block_d),
+                self._stream(),
+                self._at(out),
+                out.stride(0),
+                self._at(slots),
+                self._at(rows),
+                rows.stride(0),
+                count,
+                columns,
             )
         return out
 
+    def warm_up(
+        self, projectors: Sequence[Projector], ids_dtypes: Sequence[torch.dtype] = (torch.int32,)
+    ) -> int:
+        """Compile every variant that steps with these projectors can meet, and launch none.
+
+        For rows that lie together by modality, as `plan_rows` lays those of packs, in mode
+        "fastest", with token table and out aligned to 16 bytes.
+
+        Returns:
+            How many variants there are.
+        """
+        with self._on_device():
+            weights = self._weights_of(projectors, projectors[0].w1.dtype)
+            dtype = projectors[0].w1.dtype
+            align = max(weights.align_bytes // dtype.itemsize, 1)
+            aligned = weights.align_bytes == FULL_ALIGN_BYTES
+            ups, downs = every_tile(dtype, self.capability, aligned)
+            block_d = min(1024, max(64, 1 << (weights.columns - 1).bit_length()))
+            dependent = self.capability >= (9, 0)
+            before = len(self._variants)
+            for entries in {1, 1 << (len(projectors) - 1).bit_length()}:
+                for tile in ups:
+                    self._up(weights, tile, dtype, align, entries, False, dependent)
+                for tile in downs:
+                    for ids_dtype in ids_dtypes:
+                        self._down(
+                            weights, tile, dtype, ids_dtype, align, entries, True,
+                            (LaunchConfig.block_t, block_d), dependent,
+                        )  # fmt: skip
+            return len(self._variants) - before
+
     # -- launches -------------------------------------------------------------------------------
 
-    def _run(
+    def _project(
         self,
-        input_ids: torch.Tensor | None,
-        token_table: torch.Tensor | None,
-        slot_table: torch.Tensor | None,
-        all_slots: torch.Tensor | None,
+        weights: _Weights,
         tables: RowTables,
         counts: Sequence[int],
-        projectors: Sequence[Projector],
-        vocab_start: int,
+        total: int,
         out: torch.Tensor,
         launch: Mode | LaunchConfig,
+        order: tuple[torch.Tensor, int] | None = None,
+        text: tuple[torch.Tensor, torch.Tensor, int] | None = None,
     ) -> None:
+        """K1 and K2. `order` and `text` (ids, token table, vocab_start) are for `fuse`."""
         tokens, columns = out.shape
         dtype, itemsize = out.dtype, out.dtype.itemsize
-        total = sum(counts)
-        has_text = token_table is not None and total < tokens
-        tensors = (out,) if token_table is None else (out, token_table)
-        with self._on_device():
-            if not total:
-                if has_text:
-                    self._gather_text(input_ids, slot_table, token_table, vocab_start, out, launch)
-                return
-            weights = self._weights_of(projectors, dtype)
-            if weights.columns != columns or len(counts) != len(projectors):
-                raise ValueError(
-                    f"{len(projectors)} projectors to {weights.columns} columns, expected "
-                    f"{len(counts)} to {columns}"
-                )
-            align = _align_of(itemsize, math.gcd(tables.align_bytes, weights.align_bytes), *tensors)
-            addresses = tables.row_addresses
-            entries = tables.entries.shape[0]
-            recipe = self._recipe(
-                weights,
-                (
-                    tuple(counts),
-                    dtype,
-                    align,
-                    entries,
-                    addresses is not None,
-                    all_slots is not None,
-                    has_text,
-                    tokens > LONG_TEXT,
-                    launch,
-                ),
+        if weights.columns != columns or len(counts) != len(weights.rows):
+            raise ValueError(
+                f"{len(weights.rows)} projectors to {weights.columns} columns, expected "
+                f"{len(counts)} to {columns}"
             )
-            hidden = torch.empty(total, recipe.stride, dtype=dtype, device=self._device)
-            self._up(
-                recipe.up_programs,
-                (
-                    tables.entries,
-                    weights.table,
-                    tables.entries if addresses is None else addresses,
-                    hidden,
-                    recipe.stride,
-                    columns,
-                    recipe.prefetch,
-                ),
-                recipe.up_constants,
-                recipe.up_options,
-                self._key(align, dtype),
-            )
-            text_tiles = 0
-            if has_text:
-                text_tiles = -(-tokens // recipe.block_t) * -(-columns // recipe.block_d)
-            ids = tables.entries if input_ids is None else input_ids
-            self._down(
-                recipe.down_programs + text_tiles,
-                (
-                    tables.entries,
-                    weights.table,
-                    hidden,
-                    recipe.stride,
-                    tables.entries if all_slots is None else all_slots,
-                    out,
-                    out.stride(0),
-                    columns,
-                    ids,
-                    tables.entries if slot_table is None else slot_table,
-                    out if token_table is None else token_table,
-                    columns if token_table is None else token_table.stride(0),
-                    vocab_start,
-                    0 if token_table is None else token_table.shape[0],
-                    tokens,
-                ),
-                recipe.down_constants,
-                recipe.down_options,
-                self._key(align, dtype, ids.dtype),
-                recipe.dependent,
-            )
+        tensors = (out,) if text is None else (out, text[1])
+        align = _align_of(itemsize, math.gcd(tables.align_bytes, weights.align_bytes), *tensors)
+        recipe = self._recipe(
+            weights,
+            (
+                tuple(counts),
+                dtype,
+                align,
+                tables.addresses_at >= 0,
+                None if text is None else text[0].dtype,
+                launch,
+            ),
+        )
+        hidden = torch.empty(total, recipe.stride, dtype=dtype, device=self._device)
+        stream = self._stream()
+        entries = self._part(tables.buffer, tables.entries_at)
+        addresses = entries
+        if tables.addresses_at >= 0:
+            addresses = self._part(tables.buffer, tables.addresses_at)
+        w1, b1, w2, b2, width, units, w1_stride, w2_stride = weights.rows[max(recipe.single, 0)]
+        count = counts[recipe.single]
+        recipe.up(
+            recipe.up_programs,
+            stream,
+            entries,
+            weights.table if self._interpret else weights.address,
+            addresses,
+            self._at(hidden),
+            recipe.stride,
+            tables.address,
+            tables.stride,
+            count,
+            w1,
+            b1,
+            width,
+            units,
+            w1_stride,
+        )
+        programs, num_text, vocab_start, vocab_rows, table_stride = recipe.down_programs, 0, 0, 0, 0
+        slots = listed = ids = table = entries
+        if order is not None and text is not None:
+            input_ids, token_table, vocab_start = text
+            num_text = tokens - total
+            programs += -(-num_text // recipe.block_t) * -(-columns // recipe.block_d)
+            listed = self._part(order[0], order[1])
+            slots = self._part(order[0], order[1] + 8 * num_text)
+            ids, table = self._at(input_ids), self._at(token_table)
+            vocab_rows, table_stride = token_table.shape[0], token_table.stride(0)
+        else:
+            table = self._at(out)
+        recipe.down(
+            programs,
+            stream,
+            entries,
+            weights.table if self._interpret else weights.address,
+            self._at(hidden),
+            recipe.stride,
+            slots,
+            self._at(out),
+            out.stride(0),
+            columns,
+            ids,
+            listed,
+            num_text,
+            table,
+            table_stride,
+            vocab_start,
+            vocab_rows,
+            count,
+            w2,
+            b2,
+            units,
+            w2_stride,
+        )
 
     def _recipe(self, weights: _Weights, shape: tuple[Any, ...]) -> _Recipe:
         """What a step's launches need beyond its tensors, made once per kind of step."""
         found = weights.recipes.get(shape)
         if found is not None:
             return found
-        counts, dtype, align, entries, by_address, has_slots, has_text, long_text, launch = shape
+        counts, dtype, align, by_address, ids_dtype, launch = shape
         config = launch
         if not isinstance(config, LaunchConfig):
             config = choose_config(
@@ -399,104 +485,146 @@ class TritonBackend:
                 dtype,
                 self.capability,
                 self.num_sms,
-                num_tokens=LONG_TEXT + 1 if long_text else LONG_TEXT,
                 aligned=align * dtype.itemsize == FULL_ALIGN_BYTES,
                 mode=config,
             )
-        up, down = config.up, config.down
-        dependent = config.dependent and not self._interpret
-        prefetch = 0 if self._interpret else config.prefetch_programs
         active = [m for m, count in enumerate(counts) if count]
+        entries = 1 if len(active) == 1 else 1 << (len(counts) - 1).bit_length()
         some = [counts[m] for m in active]
         units = [weights.hidden[m] for m in active]
-        precision = "ieee" if dtype == torch.float32 else "tf32"
+        dependent = config.dependent and not self._interpret
+        text_tile = (config.block_t, config.block_d)
+        has_text = ids_dtype is not None
         found = _Recipe(
-            up_programs=up.tiles(some, units) + prefetch,
-            up_constants=(
-                entries,
-                up.block_r,
-                up.block_n,
-                up.block_k,
-                up.group_r,
-                align,
-                all(weights.widths[m] % up.block_k == 0 for m in active),
-                up.swap,
-                by_address,
-                dependent,
-                prefetch > 0,
-                precision,
+            up=self._up(weights, config.up, dtype, align, entries, by_address, dependent),
+            up_programs=config.up.tiles(some, units),
+            down=self._down(
+                weights, config.down, dtype, ids_dtype or torch.int64, align, entries, has_text,
+                text_tile, dependent,
             ),
-            up_options=(up.num_warps, up.num_stages),
-            down_programs=down.tiles(some, [weights.columns] * len(active)),
-            down_constants=(
-                entries,
-                down.block_r,
-                down.block_n,
-                down.block_k,
-                down.group_r,
-                align,
-                all(n % down.block_k == 0 for n in units),
-                down.swap,
-                has_slots,
-                has_text,
-                dependent,
-                precision,
-                config.block_t,
-                config.block_d,
-            ),
-            down_options=(down.num_warps, down.num_stages),
-            stride=-(-max(units) // HIDDEN_ALIGN) * HIDDEN_ALIGN,
-            prefetch=prefetch,
-            dependent=dependent,
+            down_programs=config.down.tiles(some, [weights.columns] * len(active)),
+            stride=-(-max(weights.hidden) // HIDDEN_ALIGN) * HIDDEN_ALIGN,
             block_t=config.block_t,
             block_d=config.block_d,
-        )
+            single=active[0] if len(active) == 1 else -1,
+        )  # fmt: skip
         if len(weights.recipes) >= _RECIPES_KEPT:
             weights.recipes.clear()
         weights.recipes[shape] = found
         return found
 
-    def _gather_text(
+    def _up(
         self,
-        input_ids: torch.Tensor | None,
-        slot_table: torch.Tensor | None,
-        token_table: torch.Tensor | None,
-        vocab_start: int,
-        out: torch.Tensor,
-        launch: Mode | LaunchConfig,
-    ) -> None:
-        if input_ids is None or slot_table is None or token_table is None:
-            raise AssertionError("text needs ids, a slot table and a token table")
-        tokens, columns = out.shape
-        align = _align_of(out.dtype.itemsize, FULL_ALIGN_BYTES, out, token_table)
-        block_d = min(1024, max(64, 1 << (columns - 1).bit_length()))
-        block_t = 4 if tokens <= LONG_TEXT else 16
-        if isinstance(launch, LaunchConfig):
-            block_t, block_d = launch.block_t, launch.block_d
-        self._text(
-            -(-tokens // block_t) * -(-columns // block_d),
-            (
-                input_ids,
-                slot_table,
-                token_table,
-                token_table.stride(0),
-                vocab_start,
-                token_table.shape[0],
-                out,
-                out.stride(0),
-                tokens,
-                columns,
-            ),
-            (align, block_t, block_d),
-            (4, 1),
-            self._key(align, out.dtype, input_ids.dtype),
+        weights: _Weights,
+        tile: TileConfig,
+        dtype: torch.dtype,
+        align: int,
+        entries: int,
+        by_address: bool,
+        dependent: bool,
+    ) -> Any:
+        constants = _tile_constants(tile, weights.widths, dtype, align, entries, dependent)
+        constants["BY_ADDRESS"] = by_address
+        return self._variant(
+            kernels._project_up_kernel, dtype, torch.int64, FULL_ALIGN_BYTES, constants, tile
         )
 
-    def _key(self, align: int, dtype: torch.dtype, *more: torch.dtype) -> tuple[Any, ...] | None:
-        """What fixes a compiled variant beside its constexprs; None: leave it to Triton."""
-        if self._interpret or align * dtype.itemsize != FULL_ALIGN_BYTES:
-            return None
-        return (dtype, *more)
+    def _down(
+        self,
+        weights: _Weights,
+        tile: TileConfig,
+        dtype: torch.dtype,
+        ids_dtype: torch.dtype,
+        align: int,
+        entries: int,
+        has_text: bool,
+        text_tile: tuple[int, int],
+        dependent: bool,
+    ) -> Any:
+        constants = _tile_constants(tile, weights.hidden, dtype, align, entries, dependent)
+        # Slots are listed where there are tokens; rows projected alone go to out[r].
+        constants |= {"HAS_SLOTS": has_text, "HAS_TEXT": has_text}
+        constants["BLOCK_T"], constants["BLOCK_D"] = text_tile
+        return self._variant(
+            kernels._project_down_kernel, dtype, ids_dtype, align * dtype.itemsize, constants, tile,
+            dependent,
+        )  # fmt: skip
+
+    def _gather_text(
+        self,
+        input_ids: torch.Tensor,
+        token_table: torch.Tensor,
+        vocab_start: int,
+        out: torch.Tensor,
+    ) -> None:
+        tokens, columns = out.shape
+        align = _align_of(out.dtype.itemsize, FULL_ALIGN_BYTES, out, token_table)
+        block_t, block_d = 8, min(1024, max(64, 1 << (columns - 1).bit_length()))
+        variant = self._variant(
+            kernels._gather_text_kernel,
+            out.dtype,
+            input_ids.dtype,
+            align * out.dtype.itemsize,
+            {"ALIGN": align, "BLOCK_T": block_t, "BLOCK_D": block_d},
+        )
+        variant(
+            -(-tokens // block_t) * -(-columns // block_d),
+            self._stream(),
+            self._at(input_ids),
+            self._at(token_table),
+            token_table.stride(0),
+            vocab_start,
+            token_table.shape[0],
+            self._at(out),
+            out.stride(0),
+            tokens,
+            columns,
+        )
+
+    def _variant(
+        self,
+        kernel: Any,
+        dtype: torch.dtype,
+        ids_dtype: torch.dtype,
+        align_bytes: int,
+        constants: dict[str, Any],
+        tile: TileConfig | None = None,
+        dependent: bool = False,
+    ) -> Any:
+        """A kernel compiled for these types and constants, once."""
+        aligned = align_bytes == FULL_ALIGN_BYTES
+        warps, stages = (4, 1) if tile is None else (tile.num_warps, tile.num_stages)
+        key = (
+            kernel, dtype, ids_dtype, aligned, tuple(constants.values()), warps, stages, dependent
+        )  # fmt: skip
+        found = self._variants.get(key)
+        if found is None:
+            in_order = [constants[name] for name in kernel.arg_names if name in constants]
+            if self._interpret:
+                found = _Interpreted(kernel, in_order)
+            else:
+                options: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
+                if dependent:
+                    options["launch_pdl"] = True
+                source = ast_source(kernel, constants, dtype, ids_dtype, aligned)
+                found = _Variant(source, options, in_order)
+            self._variants[key] = found
+        return found
+
+    # -- small things ---------------------------------------------------------------------------
+
+    def _at(self, tensor: torch.Tensor) -> Any:
+        """What a launch takes for a tensor: its address; the interpreter wants the tensor."""
+        return tensor if self._interpret else tensor.data_ptr()
+
+    def _part(self, buffer: torch.Tensor, at: int) -> Any:
+        """The same for the int64 words of a buffer from byte `at` on."""
+        return buffer[at:].view(torch.int64) if self._interpret else buffer.data_ptr() + at
+
+    def _stream(self) -> int:
+        if self._interpret:
+            return 0
+        return torch._C._cuda_getCurrentRawStream(self._device.index)
 
     def _on_device(self) -> Any:
         """Launches go to the current device: make it ours, at no cost where it is."""
@@ -517,6 +645,29 @@ class TritonBackend:
                 self._weights.pop(next(iter(self._weights)))
             self._weights[key] = found
         return found
+
+
+def _tile_constants(
+    tile: TileConfig,
+    depths: Sequence[int],
+    dtype: torch.dtype,
+    align: int,
+    entries: int,
+    dependent: bool,
+) -> dict[str, Any]:
+    """The constexprs that K1 and K2 share; `depths` are what they multiply along."""
+    return {
+        "NUM_ENTRIES": entries,
+        "BLOCK_R": tile.block_r,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "GROUP_R": tile.group_r,
+        "ALIGN": align,
+        "EVEN_K": all(depth % tile.block_k == 0 for depth in depths),
+        "SWAP": tile.swap,
+        "DEPENDENT": dependent,
+        "INPUT_PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+    }
 
 
 class _Nothing:

@@ -274,7 +274,8 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
             torch.zeros_like(input_ids), nothing, plan, projectors, backend=self._backend
         )
         rows = tensor_model_parallel_all_reduce(rows) if self._ranks > 1 else rows
-        return torch.where((plan.slot_table >= 0).unsqueeze(1), rows, text)
+        at = plan.all_slots
+        return text.index_copy_(0, at, rows.index_select(0, at))
 
     def _source(self, part: torch.Tensor) -> Any:
         """A slice as a row source; zeros for what `_open` had to replace."""

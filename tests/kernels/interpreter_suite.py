@@ -82,7 +82,11 @@ def test_rows_one_modality(rows: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("launch", [SMALL, SWAPPED])
 def test_rows_with_several_tiles(rows: int, launch: LaunchConfig) -> None:
     """Tiles smaller than the case, so that every edge is crossed; items found by address."""
-    check(make_case([48, 32], [rows, 19], torch.float16, item_rows=5), launch=launch)
+    case = make_case([48, 32], [rows, 19], torch.float16, item_rows=5)
+    assert plan_of(case).tables.addresses_at >= 0
+    check(case, launch=launch)
+    alone = make_case([48], [rows], torch.float16, item_rows=5)  # one entry: no tables
+    check(alone, launch=launch)
 
 
 # 77 and 385: what 770 and 385 are to a tile, widths that no 16-byte copy can serve.
@@ -350,11 +354,10 @@ def test_custom_ops_pass_torchs_own_check() -> None:
     args = (
         case.input_ids,
         case.table,
-        plan.slot_table,
-        plan.all_slots,
-        tables.entries,
-        tables.row_addresses,
-        tables.align_bytes,
+        plan.buffer,
+        plan.order_at,
+        tables.buffer,
+        list(tables[1:]),
         [x for part in plan.parts for x in part],
         list(plan.counts),
         list(case.projectors[0]),

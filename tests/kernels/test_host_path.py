@@ -7,8 +7,10 @@ compiled kernels are stubs that record how they are launched.
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fusion_cases import make_case
@@ -25,29 +27,30 @@ class Device:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.resident: set[int] = set()
+        self.copies: list[int] = []
         monkeypatch.setattr(plan_module, "_on_host", lambda p: p.data_ptr() not in self.resident)
-        self.staged: list[int] = []
+        monkeypatch.setattr(plan_module, "uploader", lambda device: self)
 
-        def staging(nbytes: int) -> torch.Tensor:
-            self.staged.append(nbytes)
-            return torch.full((nbytes,), 255, dtype=torch.uint8)
+    def lend(self, nbytes: int) -> SimpleNamespace:
+        return SimpleNamespace(bytes=np.full(nbytes + 100, 255, dtype=np.uint8))
 
-        monkeypatch.setattr(plan_module, "_staging", staging)
+    def upload(self, staging: Any, nbytes: int, complete: Any) -> torch.Tensor:
+        moved = torch.empty(nbytes, dtype=torch.uint8)
+        complete(moved.data_ptr())
+        moved.copy_(torch.from_numpy(staging.bytes[:nbytes]))
+        self.copies.append(nbytes)
+        return moved
 
     def put(self, rows: torch.Tensor) -> torch.Tensor:
         self.resident.add(rows.data_ptr())
         return rows
 
     def plan(self, sources: list[RowSource], slots: Any, tokens: int) -> RowPlan:
-        positions = plan_module.slots_of_mask(slots)
-        parts, of_rows, counts = plan_module._sort_sources(sources, WIDTHS)
-        order = slice(None) if of_rows is None else of_rows.argsort(kind="stable")
-        positions = positions[order].astype("int32")
-        table = torch.full((tokens,), -1, dtype=torch.int32).numpy()
-        table[positions] = range(len(positions))
-        return plan_module._finish_on_device(
-            parts, counts, positions, table, WIDTHS, torch.float32, torch.device("cpu")
-        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plan_module, "_settle", lambda rows, dtype, device: rows)
+            return plan_module.plan_rows(
+                sources, slots, tokens, WIDTHS, dtype=torch.float32, device="cuda:0"
+            )
 
 
 @pytest.fixture
@@ -55,16 +58,27 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     return Device(monkeypatch)
 
 
+def entries_of(plan: RowPlan) -> list[list[int]]:
+    tables = plan.tables
+    end = tables.entries_at + 64 * tables.num_entries
+    words = tables.buffer[tables.entries_at : end].view(torch.int64)
+    return words.view(-1, 8).tolist()
+
+
 def read_back(plan: RowPlan) -> list[torch.Tensor]:
     """Every row, in the order of the entries, by the addresses that the kernels get."""
     import ctypes
 
-    entries, addresses, align = plan.tables
+    tables = plan.tables
+    addresses = None
+    if tables.addresses_at >= 0:
+        end = tables.addresses_at + 8 * plan.num_rows
+        addresses = tables.buffer[tables.addresses_at : end].view(torch.int64).tolist()
     rows = []
-    for modality, first, count, base, stride, *_ in entries.tolist():
+    for modality, first, count, base, stride, *_ in entries_of(plan):
         for r in range(count):
-            where = base + r * stride * 4 if addresses is None else int(addresses[first + r])
-            assert where % align == 0
+            where = base + r * stride * 4 if addresses is None else addresses[first + r]
+            assert where % tables.align_bytes == 0
             rows.append(torch.tensor((ctypes.c_float * WIDTHS[modality]).from_address(where)))
     return rows
 
@@ -85,27 +99,28 @@ def test_rows_wherever_they_lie(device: Device, counts: list[int], resident: str
     got = read_back(made)
     assert len(got) == len(want)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    assert len(device.staged) == 1, "one copy"
+    assert len(device.copies) == 1, "one copy"
     twin = plan_module.plan_rows(
         case.items, case.slots, len(case.input_ids), WIDTHS, dtype=torch.float32, device="cpu"
     )
-    assert torch.equal(made.slot_table, twin.slot_table)
-    assert torch.equal(made.all_slots, twin.all_slots)
+    assert torch.equal(made.order, twin.order)
     for a, b in zip(made.rows, twin.rows, strict=True):
         assert (a is None and b is None) or torch.equal(a, b)  # type: ignore[arg-type]
-    everything_staged = resident == "none"
-    assert (made.tables.row_addresses is None) or not everything_staged
+    assert (made.tables.addresses_at < 0) or resident != "none"
+    assert made.tables.num_entries == (1 if sum(n > 0 for n in counts) == 1 else 4)
+    assert [made.tables.address, made.tables.stride] == entries_of(made)[0][3:5]
 
 
 def test_packs_are_staged_contiguously_and_aligned(device: Device) -> None:
     case = make_case(WIDTHS, [7, 0, 6], torch.float32, item_rows=2)
     pack = directory(pack_rows(case.items))  # type: ignore[arg-type]
     made = device.plan([pack[:4], pack[4:]], case.slots, len(case.input_ids))
-    assert made.tables.row_addresses is None
-    assert made.tables.entries[:, 4].tolist() == [8, 24]
-    for part in made.parts:
-        assert len(part) <= 1
-        assert all(p.is_contiguous() for p in part)
+    assert made.tables.addresses_at < 0
+    assert [entry[4] for entry in entries_of(made)] == [8, 24, 0, 0]
+    assert made.tables.align_bytes == 16
+    assert len(device.copies) == 1
+    want = [x for m in (0, 2) for index, item in case.items if index == m for x in item]  # type: ignore[misc]
+    assert all(torch.equal(a, b) for a, b in zip(read_back(made), want, strict=True))
 
 
 def test_rows_are_converted_while_they_are_staged(device: Device) -> None:
@@ -116,8 +131,11 @@ def test_rows_are_converted_while_they_are_staged(device: Device) -> None:
 
 def test_rows_too_far_apart_are_found_by_address() -> None:
     """In-tile offsets are int32: a huge row stride may not reach them."""
+    memory = torch.empty(plan_module._MAX_ROW_STRIDE + 8, dtype=torch.bfloat16)  # never touched
+    far = memory.as_strided((2, 8), (plan_module._MAX_ROW_STRIDE, 1))
+    assert plan_module.tables_of([[far]], [2], [8], torch.bfloat16).addresses_at >= 0
     spans = [[(4096, plan_module._MAX_ROW_STRIDE, 2)]]
-    entries, addresses, _ = plan_module._tables_of_spans(spans, [2], [8], 4)
+    entries, addresses, _ = plan_module._tables_of_spans(spans, [2], [8], 4, True)
     assert addresses is not None
     assert addresses[1] - addresses[0] == plan_module._MAX_ROW_STRIDE * 4
     assert entries[0, 2] == 2
@@ -126,55 +144,55 @@ def test_rows_too_far_apart_are_found_by_address() -> None:
 # -- launches ------------------------------------------------------------------------------------
 
 
-class StubKernel:
-    """Compiles at the first launch of a variant, as Triton does."""
+class Variant:
+    """A compiled kernel that remembers how it was made and launched."""
 
-    def __init__(self, names: list[str]) -> None:
-        self.names = names
-        self.compilations: list[dict[str, Any]] = []
-        self.launches: list[tuple[tuple[int, ...], dict[str, Any]]] = []
+    def __init__(self, source: Any, options: dict[str, Any], constants: Any) -> None:
+        names = source.fn.arg_names
+        self.name = source.fn.__name__
+        self.constants = dict(zip([n for n in names if n.isupper()], constants, strict=True))
+        self.arguments = [n for n in names if not n.isupper()]
+        self.options = options
+        self.launches: list[tuple[int, dict[str, Any]]] = []
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def first(*args: Any, **options: Any) -> Any:
-            assert len(args) == len(self.names), "every parameter by position"
-            self.compilations.append(options)
-            self.launches.append((grid, dict(zip(self.names, args, strict=True))))
-            return _Compiled(self)
-
-        return first
+    def __call__(self, programs: int, stream: int, *args: Any) -> None:
+        assert all(type(a) is int for a in args), "addresses and numbers alone"
+        self.launches.append((programs, dict(zip(self.arguments, args, strict=True))))
 
 
-class _Compiled:
-    def __init__(self, kernel: StubKernel) -> None:
-        self.kernel = kernel
+class Stubbed:
+    """A backend for an H100 whose kernels are stubs and whose memory is the host's."""
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        assert len(grid) == 3, "CompiledKernel takes a 3-tuple"
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from mmqwen_kernels import triton_backend as module
 
-        def again(*args: Any) -> None:
-            assert len(args) == len(self.kernel.names)
-            named = dict(zip(self.kernel.names, args, strict=True))
-            self.kernel.launches.append((grid, named))
+        self.variants: list[Variant] = []
 
-        return again
+        def make(*args: Any) -> Variant:
+            self.variants.append(Variant(*args))
+            return self.variants[-1]
+
+        monkeypatch.setattr(module, "_Variant", make)
+        self.backend = module.TritonBackend(torch.device("cpu"))
+        self.backend.capability, self.backend.num_sms = (9, 0), 132
+        self.backend._interpret = False
+        monkeypatch.setattr(self.backend, "_on_device", lambda: module._NOTHING)
+        monkeypatch.setattr(self.backend, "_stream", lambda: 0)
+
+    def of(self, name: str) -> list[Variant]:
+        return [v for v in self.variants if v.name == f"_{name}_kernel"]
+
+    def launches(self, name: str) -> list[tuple[int, dict[str, Any]]]:
+        return [launch for v in self.of(name) for launch in v.launches]
 
 
 @pytest.fixture
-def stubbed(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A backend for an H100 whose kernels are stubs and whose memory is the host's."""
+def stubbed(monkeypatch: pytest.MonkeyPatch) -> Stubbed:
     pytest.importorskip("triton")
-    from mmqwen_kernels import triton_backend as module
-
-    backend = module.TritonBackend(torch.device("cpu"))
-    backend.capability, backend.num_sms, backend._interpret = (9, 0), 132, False
-    monkeypatch.setattr(backend, "_on_device", lambda: module._NOTHING)
-    for name in ("_up", "_down", "_text", "_scatter"):
-        launcher = getattr(backend, name)
-        launcher._kernel = StubKernel(list(launcher._kernel.arg_names))
-    return backend
+    return Stubbed(monkeypatch)
 
 
-def run(backend: Any, case: Any, **more: Any) -> None:
+def run(stubbed: Stubbed, case: Any, **more: Any) -> None:
     plan = plan_module.plan_rows(
         case.items,
         case.slots,
@@ -183,11 +201,11 @@ def run(backend: Any, case: Any, **more: Any) -> None:
         dtype=case.table.dtype,
         device="cpu",
     )
-    backend.fuse(
+    stubbed.backend.fuse(
         case.input_ids,
         case.table,
-        plan.slot_table,
-        plan.all_slots,
+        plan.buffer,
+        plan.order_at,
         plan.tables,
         plan.counts,
         case.projectors,
@@ -202,59 +220,85 @@ def bf16_case(counts: list[int], **more: Any) -> Any:
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the JIT's names")
 class TestLaunches:
     @pytest.mark.parametrize("counts", [[1], [40], [500], [3, 70, 1, 9]])
-    def test_two_launches_and_no_more(self, stubbed: Any, counts: list[int]) -> None:
+    def test_two_launches_and_no_more(self, stubbed: Stubbed, counts: list[int]) -> None:
         run(stubbed, bf16_case(counts))
-        assert len(stubbed._up._kernel.launches) == len(stubbed._down._kernel.launches) == 1
-        assert not stubbed._text._kernel.launches
+        assert [v.name for v in stubbed.variants] == ["_project_up_kernel", "_project_down_kernel"]
+        assert [len(v.launches) for v in stubbed.variants] == [1, 1]
 
-    def test_grids_cover_tiles_and_text(self, stubbed: Any) -> None:
+    def test_grids_cover_tiles_and_text(self, stubbed: Stubbed) -> None:
         run(stubbed, bf16_case([40, 70], text=90))
-        (grid, up), (grid_down, down) = (
-            stubbed._up._kernel.launches[0],
-            stubbed._down._kernel.launches[0],
-        )
-        tiles = lambda n: -(-40 // up["BLOCK_R"]) * n + -(-70 // up["BLOCK_R"]) * n  # noqa: E731
-        assert grid == (tiles(-(-128 // up["BLOCK_N"])), 1, 1)
-        text = -(-200 // down["BLOCK_T"]) * -(-64 // down["BLOCK_D"])
-        assert grid_down == (tiles(-(-64 // down["BLOCK_N"])) + text, 1, 1)
-        assert down["num_tokens"] == 200
-        assert down["HAS_TEXT"]
+        up, down = stubbed.variants
+        programs, named = down.launches[0]
 
-    def test_no_rows_is_one_light_launch_and_no_text_none_of_its_tiles(self, stubbed: Any) -> None:
+        def tiles(v: Variant, width: int) -> int:
+            per_row_tile = -(-width // v.constants["BLOCK_N"])
+            return sum(-(-n // v.constants["BLOCK_R"]) for n in (40, 70)) * per_row_tile
+
+        assert up.launches[0][0] == tiles(up, 128)
+        text = -(-90 // down.constants["BLOCK_T"]) * -(-64 // down.constants["BLOCK_D"])
+        assert programs == tiles(down, 64) + text
+        assert named["num_text"] == 90
+        assert named["slots_ptr"] == named["text_ptr"] + 8 * 90
+
+    def test_one_modality_with_rows_needs_no_tables(self, stubbed: Stubbed) -> None:
+        case = bf16_case([0, 9, 0], item_rows=9)
+        run(stubbed, case)
+        up, down = stubbed.variants
+        assert up.constants["NUM_ENTRIES"] == down.constants["NUM_ENTRIES"] == 1
+        named = up.launches[0][1]
+        assert named["w_address"] == case.projectors[1].w1.data_ptr()
+        assert named["x_address"] == case.items[0][1].data_ptr()
+        assert (named["count"], named["width"], named["units"]) == (9, 64, 128)
+        assert down.launches[0][1]["w_address"] == case.projectors[1].w2.data_ptr()
+        run(stubbed, bf16_case([1, 9, 0]))
+        assert stubbed.variants[-1].constants["NUM_ENTRIES"] == 4, "room for all modalities"
+
+    def test_no_rows_is_one_light_launch(self, stubbed: Stubbed) -> None:
         run(stubbed, bf16_case([0]))
-        assert len(stubbed._text._kernel.launches) == 1
-        assert not stubbed._up._kernel.launches
+        assert [v.name for v in stubbed.variants] == ["_gather_text_kernel"]
         run(stubbed, bf16_case([9], text=0))
-        assert not stubbed._down._kernel.launches[0][1]["HAS_TEXT"]
+        assert stubbed.launches("project_down")[0][1]["num_text"] == 0
 
-    def test_new_counts_reuse_the_compiled_kernel(self, stubbed: Any) -> None:
+    def test_new_counts_reuse_the_compiled_kernel(self, stubbed: Stubbed) -> None:
         for count in range(33, 60):
             run(stubbed, bf16_case([count]))
-        assert len(stubbed._up._kernel.compilations) == 1
-        assert len(stubbed._down._kernel.compilations) == 1
-        assert len(stubbed._up._kernel.launches) == 27
+        assert len(stubbed.of("project_up")) == len(stubbed.of("project_down")) == 1
+        assert len(stubbed.launches("project_up")) == 27
 
-    def test_options_reach_the_compiler(self, stubbed: Any) -> None:
+    @pytest.mark.parametrize("counts", [[1, 0], [3, 40], [0, 128], [70, 200], [600, 9], [2000, 1]])
+    def test_warm_up_leaves_nothing_to_compile(self, stubbed: Stubbed, counts: list[int]) -> None:
+        case = make_case(
+            [64, 64], counts, torch.bfloat16, hidden=2048, columns=1024, text=9, item_rows=4000,
+            ids_dtype=torch.int32,
+        )  # fmt: skip
+        made = stubbed.backend.warm_up(case.projectors)
+        assert made == len(stubbed.variants) > 0
+        assert not any(v.launches for v in stubbed.variants)
+        run(stubbed, case)
+        assert len(stubbed.variants) == made
+        assert stubbed.backend.warm_up(case.projectors) == 0
+
+    def test_options_reach_the_compiler(self, stubbed: Stubbed) -> None:
         run(stubbed, bf16_case([5]))
-        up, down = stubbed._up._kernel.compilations[0], stubbed._down._kernel.compilations[0]
-        assert up == {"num_warps": 4, "num_stages": 6}
-        assert down == {"num_warps": 4, "num_stages": 4, "launch_pdl": True}
-        launched = stubbed._up._kernel.launches[0][1]
-        assert (launched["ALIGN"], launched["SWAP"], launched["DEPENDENT"]) == (8, True, True)
+        up, down = stubbed.variants
+        assert up.options == {"num_warps": 4, "num_stages": 6}
+        assert down.options == {"num_warps": 4, "num_stages": 8, "launch_pdl": True}
+        assert up.constants["ALIGN"] == 8
+        assert up.constants["SWAP"]
+        assert up.constants["DEPENDENT"]
 
-    def test_unaligned_rows_go_through_tritons_own_launch(self, stubbed: Any) -> None:
-        case = make_case([33], [5], torch.bfloat16, hidden=128, columns=64)
-        run(stubbed, case)
-        run(stubbed, case)
-        assert len(stubbed._up._kernel.compilations) == 2
-        launched = stubbed._up._kernel.launches[0][1]
-        assert launched["ALIGN"] == 1
-        assert not launched["EVEN_K"]
+    def test_unaligned_rows_are_said_to_be_so(self, stubbed: Stubbed) -> None:
+        run(stubbed, make_case([33], [5], torch.bfloat16, hidden=128, columns=64))
+        up, down = stubbed.variants
+        assert up.constants["ALIGN"] == down.constants["ALIGN"] == 1
+        assert not up.constants["EVEN_K"]
 
-    def test_weights_are_tabled_once(self, stubbed: Any) -> None:
-        case = bf16_case([5])
+    def test_weights_are_tabled_once(self, stubbed: Stubbed) -> None:
+        case = bf16_case([5, 3])
         for _ in range(3):
             run(stubbed, case)
-        tables = {id(n["weights_ptr"]) for _, n in stubbed._up._kernel.launches}
+        tables = {named["weights_ptr"] for _, named in stubbed.launches("project_up")}
         assert len(tables) == 1
-        assert stubbed._up._kernel.launches[0][1]["weights_ptr"][0, 4:6].tolist() == [64, 128]
+        (weights,) = stubbed.backend._weights.values()
+        assert weights.table[0, 4:6].tolist() == [64, 128]
+        assert weights.table[1, 0] == case.projectors[1].w1.data_ptr()

@@ -46,18 +46,34 @@ def test_every_choice_fits_the_gpu(capability: tuple[int, int]) -> None:
             assert config.reason
 
 
-def test_hopper_thresholds_follow_the_measured_winners() -> None:
-    assert choose([1]).up == launch.UP_16
-    assert choose([16]).down == launch.DOWN_16
-    assert choose([17]).down == launch.DOWN_32
-    assert choose([32]).up == launch.UP_32
-    assert choose([33]).up == choose([128]).up == launch.MIDDLE_NARROW
-    assert choose([8192]).up == launch.LARGE
-    assert choose([8192]).down == launch.LARGE_WIDE
-    assert choose([1]).up.swap
-    assert not choose([64]).up.swap
+def test_the_narrowest_tile_that_fits_one_wave() -> None:
+    """The winners of the sweep of 2026-11-24 (docs/kernels.md)."""
+
+    def tiles(counts: list[int], size: int = 4096) -> list[tuple[int, int]]:
+        config = choose(counts, size=size)
+        return [(t.block_r, t.block_n) for t in (config.up, config.down)]
+
+    assert tiles([1]) == tiles([16]) == [(16, 64), (16, 64)]
+    assert tiles([17]) == [(32, 64), (32, 64)]
+    assert tiles([64]) == [(64, 32), (64, 64)]
+    assert tiles([128]) == [(64, 64), (64, 64)]
+    assert tiles([64] * 4) == [(64, 128), (64, 128)]
+    assert tiles([128] * 4) == [(128, 128), (128, 128)]
+    assert tiles([256]) == [(128, 64), (128, 64)]
+    assert tiles([1024]) == [(128, 128), (128, 256)]
+    assert tiles([8192]) == [(128, 128), (128, 256)]
+    assert tiles([1024], size=1024) == [(128, 64), (128, 64)]
     # The largest modality decides, rows of others ride along.
-    assert choose([1, 1, 1, 64]).down == launch.MIDDLE_NARROW
+    assert tiles([1, 1, 1, 64])[1] == (64, 128)
+
+
+def test_several_waves_of_few_rows_take_a_shorter_pipeline() -> None:
+    """So that two programs share a multiprocessor."""
+    alone, four = choose([8]), choose([8] * 4)
+    assert alone.up.num_stages == 6
+    assert alone.down.num_stages == 8
+    assert four.up.num_stages == four.down.num_stages == 4
+    assert 2 * four.up.shared_bytes(2) <= shared_limit((9, 0))
 
 
 def test_wgmma_needs_64_rows_of_one_operand() -> None:
@@ -67,17 +83,19 @@ def test_wgmma_needs_64_rows_of_one_operand() -> None:
             assert (tile.block_n if tile.swap else tile.block_r) >= 64
 
 
-def test_mid_sizes_avoid_an_almost_empty_last_wave() -> None:
-    """Four modalities of 128 to 1024 rows: never worse than always taking the widest tile."""
-    columns = [4096] * 4
-
-    def cost(tile: TileConfig, counts: list[int]) -> float:
-        waves = -(-tile.tiles(counts, columns) // 132)
-        return waves * tile.block_r * tile.block_n / launch.EFFICIENCY[tile]
-
-    for rows in range(130, 1025, 37):
-        counts = [rows] * 4
-        assert cost(choose(counts).down, counts) <= cost(launch.LARGE_WIDE, counts)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("aligned", [True, False])
+def test_every_tile_names_all_that_can_be_chosen(
+    capability: tuple[int, int], aligned: bool
+) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        ups, downs = launch.every_tile(dtype, capability, aligned)
+        assert len(ups) == len(set(ups))
+        for counts in ([rows, other] for rows in ROWS for other in (0, 1, 200)):
+            for size in (64, 1024, 4096):
+                config = choose(counts, dtype, capability, size, aligned=aligned)
+                assert config.up in ups
+                assert config.down in downs
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -96,9 +114,9 @@ def test_batch_invariant_does_not_look_at_the_batch(
     assert len(tiles) == 1
 
 
-def test_dependent_launch_on_hopper_with_few_rows_only() -> None:
+def test_dependent_launch_from_hopper_on() -> None:
     assert choose([1]).dependent
-    assert not choose([8192]).dependent
+    assert choose([8192]).dependent
     assert not choose([1], capability=(8, 0)).dependent
 
 

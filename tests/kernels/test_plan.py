@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmqwen_kernels import PackError, directory, pack_rows, plan_rows
-from mmqwen_kernels.plan import RowPlan, RowSource, slots_of_mask
+from mmqwen_kernels.plan import RowPlan, RowSource
 
 WIDTHS = (3, 8, 5)
 DTYPE = torch.float32
@@ -70,12 +70,12 @@ def test_plan_equals_the_naive_assignment(
     assert sorted(seen) == sorted(positions.tolist())
     for slot, (_, row) in zip(positions.tolist(), expected, strict=True):
         assert torch.equal(seen[slot], row)
-    table = made.slot_table.tolist()
-    assert [t for t, at in enumerate(table) if at < 0] == sorted(
-        set(range(tokens)) - set(positions.tolist())
-    )
-    for at, slot in enumerate(made.all_slots.tolist()):
-        assert table[slot] == at
+    order = made.order.tolist()
+    assert order[: tokens - total] == sorted(set(range(tokens)) - set(positions.tolist()))
+    assert order[tokens - total :] == made.all_slots.tolist()
+    assert [slot for part in made.slots if part is not None for slot in part.tolist()] == order[
+        tokens - total :
+    ]
 
 
 @settings(max_examples=40, deadline=None)
@@ -99,8 +99,11 @@ def test_tables_lead_the_kernels_to_every_row(
                 part = wide[::2, 1:]
             items.append((m, part))
     made = plan(items, range(sum(counts)), sum(counts))
-    entries, addresses, align = made.tables
-    assert entries.shape[0] & (entries.shape[0] - 1) == 0
+    tables = made.tables
+    entries = tables.buffer[: 64 * tables.num_entries].view(torch.int64).view(-1, 8)
+    assert tables.num_entries == (1 if sum(count > 0 for count in counts) <= 1 else 4)
+    if sum(counts):
+        assert [tables.address, tables.stride] == entries[0, 3:5].tolist()
     at = 0
     for modality, first, count, base, stride, *_ in entries.tolist():
         if count == 0:
@@ -110,8 +113,8 @@ def test_tables_lead_the_kernels_to_every_row(
         rows = made.rows[modality]
         assert rows is not None
         for r in range(count):
-            where = base + r * stride * 4 if addresses is None else int(addresses[first + r])
-            assert where % align == 0
+            where = base + r * stride * 4
+            assert where % tables.align_bytes == 0
             raw = (ctypes.c_float * WIDTHS[modality]).from_address(where)
             assert np.array_equal(np.array(raw), rows[r].numpy())
         at += count
@@ -130,6 +133,17 @@ def test_a_single_item_is_not_copied() -> None:
     assert made.rows[0].data_ptr() == rows.data_ptr()
 
 
+def test_rows_of_packs_lie_together_and_aligned() -> None:
+    packs = [pack_rows([(0, torch.randn(2, 3)), (2, torch.randn(1, 5))]) for _ in range(3)]
+    made = plan([directory(pack) for pack in packs], range(9), 9)
+    assert made.parts == ((), (), ())
+    for m in (0, 2):
+        rows = made.rows[m]
+        assert rows is not None
+        assert (rows.data_ptr() - made.buffer.data_ptr()) % 16 == 0
+        assert rows.is_contiguous()
+
+
 def test_columns_that_are_not_adjacent_are_made_so() -> None:
     rows = torch.randn(3, 2).t()
     made = plan([(0, rows)], [1, 0], 2)
@@ -137,16 +151,11 @@ def test_columns_that_are_not_adjacent_are_made_so() -> None:
     assert torch.equal(made.rows[0], rows)
 
 
-@pytest.mark.parametrize("slots", [torch.tensor([True, False, True]), [0, 2], np.array([0, 2])])
-def test_slots_of_mask(slots: object) -> None:
-    assert slots_of_mask(slots).tolist() == [0, 2]  # type: ignore[arg-type]
-
-
 def test_no_rows() -> None:
     made = plan([], torch.zeros(4, dtype=torch.bool), 4)
     assert made.counts == (0, 0, 0)
     assert made.rows == (None, None, None)
-    assert made.slot_table.tolist() == [-1] * 4
+    assert made.order.tolist() == [0, 1, 2, 3]
     assert made.all_slots.numel() == 0
 
 
@@ -161,6 +170,8 @@ def test_no_rows() -> None:
         ([(0, torch.zeros(1, 3))], [4], 4, "outside the 4 tokens"),
         ([(0, torch.zeros(1, 3))], [-1], 4, "outside the 4 tokens"),
         ([(0, torch.zeros(2, 3))], [1, 1], 4, "more than one row"),
+        ([(0, torch.zeros(1, 3))], torch.tensor([True, False]), 4, "a mask of 2 slots for the 4"),
+        ([(0, torch.zeros(1, 3))], [[0]], 4, "expected one dimension"),
     ],
 )
 def test_plan_refuses(sources: list, slots: list[int], tokens: int, message: str) -> None:
