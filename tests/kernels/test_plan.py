@@ -104,6 +104,10 @@ def test_tables_lead_the_kernels_to_every_row(
     assert tables.num_entries == (1 if sum(count > 0 for count in counts) <= 1 else 4)
     if sum(counts):
         assert [tables.address, tables.stride] == entries[0, 3:5].tolist()
+    addresses = None
+    if tables.addresses_at >= 0:
+        words = tables.buffer[tables.addresses_at :].view(torch.int64)
+        addresses = words[: sum(counts)].tolist()
     at = 0
     for modality, first, count, base, stride, *_ in entries.tolist():
         if count == 0:
@@ -113,7 +117,7 @@ def test_tables_lead_the_kernels_to_every_row(
         rows = made.rows[modality]
         assert rows is not None
         for r in range(count):
-            where = base + r * stride * 4
+            where = base + r * stride * 4 if addresses is None else addresses[first + r]
             assert where % tables.align_bytes == 0
             raw = (ctypes.c_float * WIDTHS[modality]).from_address(where)
             assert np.array_equal(np.array(raw), rows[r].numpy())
