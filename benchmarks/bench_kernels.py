@@ -5,10 +5,17 @@
     python benchmarks/bench_kernels.py --sweep             launch configurations, for ours alone
     python benchmarks/bench_kernels.py --device cpu --quick --size 64   a smoke test
 
-Every point is checked against float64 before it is timed. Device time is the median between two
-events around one step, after a 256 MB write that empties L2 and while the stream is kept busy, so
-that launches are queued; with ours the row table's copy is inside. Host time is the same call's
-time on the CPU, stream idle.
+Every point is checked against float64 before it is timed. Three times, medians:
+
+    device    between two events around one step, after a read of 256 MB that empties L2 (a write
+              would leave L2 full of lines to be written back: up to 10 us more for everyone) and
+              while the stream is kept busy, so that launches are queued. Copies of peers stand in
+              the stream; ours runs on a stream of its own, as it does in an engine.
+    host      the call's time on the CPU, stream idle
+    latency   from the call to the end of its work, stream idle: nothing is hidden
+
+"ours_planned" is ours with the plan made beforehand: the kernels alone. "ours_packed" begins with
+rows in host memory, as an engine has them, and has no peer here.
 """
 
 from __future__ import annotations
@@ -39,7 +46,7 @@ from providers import (  # noqa: E402
     Workload,
     gate,
     make_workload,
-    prepare_ours,
+    prepare_planned,
     why_not,
 )
 
@@ -63,7 +70,8 @@ class Clock:
     def __init__(self, device: str) -> None:
         self.cuda = device != "cpu"
         if self.cuda:
-            self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+            self._flush = torch.ones(FLUSH_BYTES // 4, dtype=torch.float32, device=device)
+            self._sink = torch.empty((), dtype=torch.float32, device=device)
 
     def host(self, step: Step, samples: int) -> dict[str, float]:
         found = []
@@ -75,6 +83,19 @@ class Clock:
             found.append((time.perf_counter() - begin) * 1e6)
         return percentiles(found)
 
+    def latency(self, step: Step, samples: int) -> dict[str, float]:
+        if not self.cuda:
+            return self.host(step, samples)
+        found = []
+        for _ in range(samples):
+            torch.sum(self._flush, dim=0, out=self._sink)
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            step()
+            torch.cuda.synchronize()
+            found.append((time.perf_counter() - begin) * 1e6)
+        return percentiles(found)
+
     def device(self, step: Step, samples: int, host_us: float) -> dict[str, float]:
         if not self.cuda:
             return self.host(step, samples)
@@ -83,7 +104,7 @@ class Clock:
         found = []
         for _ in range(samples):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._flush.zero_()
+            torch.sum(self._flush, dim=0, out=self._sink)
             torch.cuda._sleep(cycles)
             begin.record()
             step()
@@ -170,6 +191,7 @@ def measure_point(
         found[name] = {
             "device_us": device,
             "host_us": host,
+            "latency_us": clock.latency(step, samples),
             "error": errors[name],
             "share_of_floor": floor / device["p50"],
         }
@@ -192,7 +214,8 @@ def line_of(point: dict[str, Any]) -> str:
     cells = [f"{point['size']:5d} {point['modalities']:2d} {point['rows']:5d}"]
     cells.append(f"floor {point['floor_us']:7.1f}")
     cells += [
-        f"{n} {f['device_us']['p50']:7.1f}/{f['host_us']['p50']:6.0f}" for n, f in found.items()
+        f"{n} {f['device_us']['p50']:.1f}/{f['host_us']['p50']:.0f}/{f['latency_us']['p50']:.0f}"
+        for n, f in found.items()
     ]
     if "ours" in found and peers:
         ours = found["ours"]["device_us"]["p50"]
@@ -202,41 +225,40 @@ def line_of(point: dict[str, Any]) -> str:
     return "  ".join(cells)
 
 
+def candidates(rows: int) -> list[TileConfig]:
+    """Tiles worth a try for `rows` rows a modality, around the ones that `launch` has."""
+    if rows <= 32:
+        r = 16 if rows <= 16 else 32
+        ring = [(64, 64, 4, 8), (64, 128, 4, 4), (64, 128, 4, 6), (64, 128, 4, 8)]
+        ring += [(64, 256, 4, 3), (64, 256, 4, 4), (64, 256, 8, 4), (128, 128, 8, 4)]
+        return [TileConfig(r, n, k, w, s, swap=True) for n, k, w, s in ring]
+    middle = [(64, 32, 128, 4, 6), (64, 32, 256, 4, 4), (64, 64, 64, 4, 8), (64, 64, 128, 4, 4)]
+    middle += [(64, 64, 128, 4, 6), (64, 128, 64, 4, 4), (64, 128, 128, 4, 4)]
+    wide = [(128, 64, 64, 4, 6), (128, 64, 128, 4, 4), (128, 64, 128, 8, 4)]
+    large = [(128, 128, 64, 4, 3), (128, 128, 64, 4, 4), (128, 128, 64, 8, 4)]
+    large += [(128, 256, 64, 8, 3), (128, 256, 64, 8, 4)]
+    found = [TileConfig(*t) for t in (middle if rows <= 128 else [])]
+    found += [TileConfig(*t) for t in (wide if rows > 64 else [])]
+    return found + [TileConfig(*t, group_r=g) for t in large if rows > 128 for g in (8, 16)]
+
+
 def variations(base: LaunchConfig, rows: int) -> Iterator[tuple[str, LaunchConfig]]:
-    """Configurations worth a try around the chosen one; the first session on a GPU starts here."""
+    """The chosen configuration and others, one part changed at a time."""
     yield "chosen", base
     yield "dependent flipped", replace(base, dependent=not base.dependent)
-    for stages in (2, 3, 4, 5, 6):
-        if stages != base.up.num_stages:
-            yield f"up {stages} stages", replace(base, up=replace(base.up, num_stages=stages))
-        if stages != base.down.num_stages:
-            yield f"down {stages} stages", replace(base, down=replace(base.down, num_stages=stages))
-    if rows <= 32:
-        for programs in (32, 68, 132):
-            yield f"prefetch by {programs}", replace(base, prefetch_programs=programs)
-        for block_n in (32, 128):
-            yield f"up {block_n} units", replace(base, up=replace(base.up, block_n=block_n))
-            yield f"down {block_n} columns", replace(base, down=replace(base.down, block_n=block_n))
-        for block_k in (64, 128, 256):
-            yield f"down K {block_k}", replace(base, down=replace(base.down, block_k=block_k))
-    else:
-        for r, n, warps, stages in (
-            (64, 64, 4, 4),
-            (64, 128, 4, 4),
-            (64, 256, 8, 3),
-            (128, 64, 4, 4),
-            (128, 128, 4, 3),
-            (128, 128, 8, 4),
-            (128, 256, 8, 4),
-        ):
-            tile = TileConfig(r, n, 64, warps, stages, group_r=8)
-            yield f"up {r}x{n}", replace(base, up=tile)
-            yield f"down {r}x{n}", replace(base, down=tile)
-    for block_t in (1, 8, 32):
+    for tile in candidates(rows):
+        name = f"{tile.block_r}x{tile.block_n}x{tile.block_k} {tile.num_warps} warps "
+        name += f"{tile.num_stages} stages groups of {tile.group_r}"
+        if tile != base.up:
+            yield f"up {name}", replace(base, up=tile)
+        if tile != base.down:
+            yield f"down {name}", replace(base, down=tile)
+    for block_t in (4, 16):
         yield f"text tiles of {block_t}", replace(base, block_t=block_t)
 
 
 def sweep(work: Workload, clock: Clock, roofs: dict[str, float], samples: int) -> dict[str, Any]:
+    """Device time of ours, plan made beforehand, in many configurations."""
     from mmqwen_kernels.triton_backend import triton_backend
 
     backend = triton_backend(torch.device(work.device))
@@ -248,12 +270,11 @@ def sweep(work: Workload, clock: Clock, roofs: dict[str, float], samples: int) -
         work.dtype,
         backend.capability,
         backend.num_sms,
-        num_tokens=len(work.input_ids),
     )
     want = PROVIDERS["D"](work)().clone()
     tried: list[dict[str, Any]] = []
     for label, config in variations(base, max(work.counts)):
-        step = prepare_ours(work, launch=config)
+        step = prepare_planned(work, launch=config)
         try:
             work.buffer.fill_(float("nan"))
             got = step()
@@ -287,9 +308,12 @@ def main() -> int:
     parser.add_argument("--size", type=int, action="append", help="D = H; may be repeated")
     parser.add_argument("--modalities", type=int, action="append", choices=MODALITIES)
     parser.add_argument("--rows", type=int, action="append")
-    parser.add_argument("--providers", default="B,D,E,ours,ours_invariant")
+    parser.add_argument("--providers", default="B,C,D,E,ours,ours_planned,ours_packed")
+    parser.add_argument("--compile-at", default="1:64,1:1024,4:64", help="modalities:rows of C")
+    parser.add_argument("--seconds", type=float, default=0, help="stop after so many; 0: never")
     parser.add_argument("--samples", type=int, default=0, help="0: 30, or 5 with --quick")
     parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--name", help="of the file in it")
     args = parser.parse_args()
     cuda = args.device != "cpu"
     dtype = torch.bfloat16 if cuda else torch.float32
@@ -301,8 +325,7 @@ def main() -> int:
     if unknown:
         parser.error(f"unknown providers {sorted(unknown)}, expected some of {list(PROVIDERS)}")
     if not cuda:
-        names = [n for n in names if n not in ("C", "E", "ours", "ours_invariant")]
-        names.append("ours_torch")
+        names = [n for n in names if n in ("A", "B", "D")] + ["ours_torch"]
 
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     report: dict[str, Any] = about(args.device)
@@ -314,25 +337,32 @@ def main() -> int:
         f"product {roofs['gemm_flops'] / 1e12:.1f} TFLOP/s",
         flush=True,
     )
-    print("    D  M     R  (device us / host us, medians)", flush=True)
+    print("    D  M     R  (device / host / latency, us, medians)", flush=True)
     points: list[dict[str, Any]] = []
     report["sweeps" if args.sweep else "points"] = points
     clock = Clock(args.device)
     slug = (report["gpu"] if cuda else "cpu").lower().replace(" ", "-")
     kind = "sweep" if args.sweep else "kernels"
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{kind}-{slug}-{report['date'][:10]}.json"
+    path = args.out / (args.name or f"{kind}-{slug}-{report['date'][:10]}.json")
+    # torch.compile takes seconds for each shape: at a few points.
+    compiled = {tuple(map(int, at.split(":"))) for at in args.compile_at.split(",") if at}
+    begin = time.monotonic()
     for size in sizes:
         for modalities in args.modalities or MODALITIES:
             for rows in rows_list:
                 if rows < modalities:
                     continue
+                if args.seconds and time.monotonic() - begin > args.seconds:
+                    print(f"stopped after {args.seconds:.0f} s: later points were not measured")
+                    return 0
+                here = [n for n in names if n != "C" or (modalities, rows) in compiled]
                 work = make_workload(size, modalities, rows, dtype=dtype, device=args.device)
                 if args.sweep:
                     print(f"{size:5d} {modalities:2d} {rows:5d}", flush=True)
                     points.append(sweep(work, clock, roofs, samples))
                 else:
-                    points.append(measure_point(work, names, clock, roofs, samples))
+                    points.append(measure_point(work, here, clock, roofs, samples))
                     print(line_of(points[-1]), flush=True)
                 # After every point: a run that is cut off leaves what it has.
                 path.write_text(json.dumps(report, indent=1) + "\n")

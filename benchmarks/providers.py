@@ -11,7 +11,8 @@ buffer. What a provider must do at every step (concatenate, move indices to the 
     D  torch at its best: one cat a modality, _addmm_activation, addmm, index_copy_
     E  torch._grouped_mm twice, over all modalities (CUDA, bf16 only)
     ours            the Triton kernels, plan and row table's copy included
-    ours_invariant  the same with launch="batch_invariant"
+    ours_planned    the same with the plan made beforehand: the kernels alone
+    ours_packed     the same with rows in packs on the host, as an engine has them
     ours_torch      the torch backend with our plan
 """
 
@@ -23,7 +24,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from mmqwen_kernels import Projector, fuse_embeddings
+from mmqwen_kernels import Projector, directory, fuse_embeddings, pack_rows, plan_rows
 from mmqwen_kernels.launch import LaunchConfig
 
 Step = Callable[[], torch.Tensor]
@@ -242,14 +243,28 @@ def prepare_e(work: Workload) -> Step:
     return step
 
 
-def prepare_ours(
-    work: Workload, backend: str = "triton", launch: str | LaunchConfig = "fastest"
+def prepare_planned(work: Workload, launch: str | LaunchConfig = "fastest") -> Step:
+    widths = [p.w1.shape[1] for p in work.projectors]
+    plan = plan_rows(
+        work.items, work.mask, len(work.input_ids), widths, dtype=work.dtype, device=work.device
+    )
+    return _fused(work, plan, "triton", launch)
+
+
+def prepare_packed(work: Workload) -> Step:
+    """One pack for all items; rows cross over to the device in the step."""
+    packs = [directory(pack_rows([(m, x.cpu()) for m, x in work.items]))]
+    return _fused(work, packs, "triton")
+
+
+def _fused(
+    work: Workload, rows: object, backend: str, launch: str | LaunchConfig = "fastest"
 ) -> Step:
     def step() -> torch.Tensor:
         return fuse_embeddings(
             work.input_ids,
             work.table,
-            work.items,
+            rows,  # type: ignore[arg-type]
             work.projectors,
             slots=work.mask,
             out=work.buffer,
@@ -266,9 +281,10 @@ PROVIDERS: dict[str, Callable[[Workload], Step]] = {
     "C": prepare_c,
     "D": prepare_d,
     "E": prepare_e,
-    "ours": prepare_ours,
-    "ours_invariant": lambda work: prepare_ours(work, launch="batch_invariant"),
-    "ours_torch": lambda work: prepare_ours(work, backend="torch"),
+    "ours": lambda work: _fused(work, work.items, "triton"),
+    "ours_planned": prepare_planned,
+    "ours_packed": prepare_packed,
+    "ours_torch": lambda work: _fused(work, work.items, "torch"),
 }
 PEERS = ("B", "C", "D", "E")
 
@@ -278,7 +294,7 @@ def why_not(name: str, work: Workload) -> str | None:
     if work.device == "cpu":
         if name in ("C", "E"):
             return "needs CUDA"
-        if name in ("ours", "ours_invariant"):
+        if name in ("ours", "ours_planned", "ours_packed"):
             return "the Triton kernels need CUDA"
     if name == "E" and work.dtype != torch.bfloat16:
         return "torch._grouped_mm takes bfloat16 only"

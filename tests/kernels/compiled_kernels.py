@@ -107,7 +107,7 @@ def compile_variant(v: Variant) -> Built:
     if v.kernel == "up":
         constants["BY_ADDRESS"] = v.by_address
     else:
-        constants |= {"BLOCK_T": 8, "BLOCK_D": 1024}
+        constants |= {"BLOCK_T": 4 if v.kernel == "scatter" else 8, "BLOCK_D": 1024}
     if v.kernel == "down":
         constants |= {"HAS_SLOTS": True, "HAS_TEXT": True}
     source = ast_source(kernel, constants, v.dtype, aligned=v.align_bytes == 16)
