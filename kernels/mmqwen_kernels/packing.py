@@ -321,20 +321,34 @@ def find_rows(
     if not tables:
         nothing = np.empty(0, dtype=np.int64)
         return HostRows(nothing, nothing)
-    entries = tables[0][:, 1] if len(tables) == 1 else np.concatenate([t[:, 1] for t in tables])
-    if np.any(entries >> _DTYPE_AT != _DTYPES.index(dtype)):
-        return None
-    modality = (entries >> _MODALITY_AT) & MAX_MODALITY
-    width = (entries >> _WIDTH_AT) & MAX_WIDTH
-    if modality.max() >= len(widths):
-        raise ValueError(f"modality index {modality.max()}, expected 0 to {len(widths) - 1}")
-    wrong = width != np.asarray(widths)[modality]
-    if wrong.any():
-        m = int(modality[wrong][0])
-        raise ValueError(
-            f"modality index {m}: rows are {width[wrong][0]} wide, expected [n, {widths[m]}]"
-        )
-    address = np.repeat(begins, counts) + (entries & _BEGIN_MASK)
-    if np.any(address + width * dtype.itemsize > np.repeat(ends, counts)):
+    code = _DTYPES.index(dtype)
+    if len(tables) == 1:
+        entries, begin, end = tables[0][:, 1], begins[0], ends[0]
+    else:
+        entries = np.concatenate([table[:, 1] for table in tables])
+        begin, end = np.repeat(np.array([begins, ends]), counts, axis=1)
+    kind = entries >> _WIDTH_AT  # width, modality and dtype
+    modality = (kind >> _WIDTH_BITS) & MAX_MODALITY
+    expected = np.array(
+        [
+            width | m << _WIDTH_BITS | code << (_DTYPE_AT - _WIDTH_AT)
+            for m, width in enumerate(widths)
+        ]
+    )
+    if (kind != expected.take(modality, mode="clip")).any():
+        if (kind >> (_DTYPE_AT - _WIDTH_AT) != code).any():
+            return None
+        _refuse_rows(kind & MAX_WIDTH, modality, widths)
+    address = (entries & _BEGIN_MASK) + begin
+    row_bytes = np.array(widths).take(modality) * dtype.itemsize
+    if (address + row_bytes > end).any():
         raise PackError("a slice reaches past the rows of its pack")
     return HostRows(modality, address)
+
+
+def _refuse_rows(width: np.ndarray, modality: np.ndarray, widths: Sequence[int]) -> None:
+    if modality.max() >= len(widths):
+        raise ValueError(f"modality index {modality.max()}, expected 0 to {len(widths) - 1}")
+    at = int((width != np.asarray(widths)[modality]).argmax())
+    m = int(modality[at])
+    raise ValueError(f"modality index {m}: rows are {width[at]} wide, expected [n, {widths[m]}]")

@@ -289,7 +289,7 @@ def _refuse(modality: int, rows: torch.Tensor, widths: Sequence[int]) -> None:
 
 def _settle(rows: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Rows on the device, in `dtype`, each row's elements adjacent; a view where they are so."""
-    if rows.device != device or rows.dtype != dtype:
+    if rows.dtype is not dtype or rows.device != device:
         rows = rows.to(device, dtype, non_blocking=True)
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
@@ -300,13 +300,14 @@ def _copy_rows(target: np.ndarray, begin: int, addresses: np.ndarray, nbytes: in
     Rows that follow each other in memory are copied at once. By this thread: torch's copy would
     wake its thread pool, which took 10 ms on a 16-core virtual machine.
     """
-    breaks = (np.diff(addresses) != nbytes).nonzero()[0] + 1
-    starts = [0, *breaks.tolist()]
-    sizes = np.diff([*starts, len(addresses)]).tolist()
+    breaks = (addresses[1:] - addresses[:-1] != nbytes).nonzero()[0].tolist()
     at = target.ctypes.data + begin
-    for address, rows in zip(addresses[starts].tolist(), sizes, strict=True):
-        ctypes.memmove(at, address, rows * nbytes)
-        at += rows * nbytes
+    first = 0
+    for last in (*breaks, len(addresses) - 1):
+        size = (last + 1 - first) * nbytes
+        ctypes.memmove(at, int(addresses[first]), size)
+        at += size
+        first = last + 1
 
 
 # -- on the CPU ----------------------------------------------------------------------------------
@@ -376,7 +377,7 @@ def _write_packed(
 
 
 def _on_host(rows: torch.Tensor) -> bool:
-    return rows.device.type == "cpu"
+    return rows.is_cpu
 
 
 _Span = tuple[int, int, int]
@@ -397,12 +398,17 @@ def _plan_on_device(
     itemsize, total = dtype.itemsize, len(positions)
     num_tokens = len(text) + total
     # Of each modality the rows that have to travel, and None in their places in `stay`.
-    travel: list[list[torch.Tensor]] = [[p for p in part if _on_host(p)] for part in parts]
-    stay = [[None if _on_host(p) else _settle(p, dtype, device) for p in part] for part in parts]
-    by_address = any(
-        (len(part) > 1 and len(of_host) < len(part)) or any(_is_far(p) for p in part)
-        for part, of_host in zip(stay, travel, strict=True)
-    )
+    travel: list[list[torch.Tensor]] = []
+    stay: list[list[torch.Tensor | None]] = []
+    by_address = False
+    for part in parts:
+        there: list[torch.Tensor | None] = [
+            None if _on_host(p) else _settle(p, dtype, device) for p in part
+        ]
+        travel.append([p for p, q in zip(part, there, strict=True) if q is None])
+        stay.append(there)
+        if len(there) > len(travel[-1]):
+            by_address = by_address or len(there) > 1 or _is_far(there[0])
     num_entries = _num_entries(counts)
     addresses_at = num_entries * ENTRY_BYTES
     order_at = addresses_at + (_aligned(8 * total) if by_address else 0)
@@ -441,11 +447,11 @@ def _plan_on_device(
 
     moved = up.upload(staging, at, complete)
     settled: list[tuple[torch.Tensor, ...]] = []
-    for m, part in enumerate(stay):
-        if len(travel[m]) == len(part):  # `RowPlan.rows` finds them in the buffer
+    for m, placed in enumerate(stay):
+        if len(travel[m]) == len(placed):  # `RowPlan.rows` finds them in the buffer
             settled.append(())
         else:
-            settled.append(_in_order(part, travel[m], moved, rows_at[m], widths[m], dtype))
+            settled.append(_in_order(placed, travel[m], moved, rows_at[m], widths[m], dtype))
     first = next((m for m, count in enumerate(counts) if count), None)
     address, stride = (0, 0) if first is None else spans[first][0][:2]
     return RowPlan(
