@@ -136,7 +136,9 @@ def measure_roofs(device: str, dtype: torch.dtype) -> dict[str, float]:
 
 
 def commit() -> str:
-    """HEAD, with "-dirty" where the tree differs; MMQWEN_COMMIT where there is no repository."""
+    """MMQWEN_COMMIT, for copies whose repository is another; else HEAD, "-dirty" if it differs."""
+    if "MMQWEN_COMMIT" in os.environ:
+        return os.environ["MMQWEN_COMMIT"]
     try:
         head = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=HERE
@@ -145,7 +147,7 @@ def commit() -> str:
             ["git", "status", "--porcelain"], capture_output=True, text=True, check=True, cwd=HERE
         ).stdout
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("MMQWEN_COMMIT", "unknown")
+        return "unknown"
     return head + ("-dirty" if dirty else "")
 
 

@@ -1,8 +1,10 @@
-"""Draw the roofline and the speed-ups of a result of `bench_kernels.py`, and make README's table.
+"""Draw the roofline and the speed-ups of a result of `bench_kernels.py`, and make the tables.
 
-    python benchmarks/plot_kernels.py benchmarks/results/kernels-X.json [--out DIR] [--readme FILE]
+    python benchmarks/plot_kernels.py benchmarks/results/kernels-X.json [--out DIR] \\
+        [--readme README.md] [--docs docs/kernels.md]
 
-`--readme` replaces what stands between `<!-- bench:begin -->` and `<!-- bench:end -->`.
+A table replaces what stands between `<!-- bench:begin -->` and `<!-- bench:end -->`: some points in
+README, all of them in docs.
 """
 
 from __future__ import annotations
@@ -101,8 +103,23 @@ def draw_speedups(report: dict[str, Any], path: Path) -> None:
     plt.close(fig)
 
 
+README_SIZES, README_ROWS = (1024, 4096), (1, 64, 1024, 8192)
+
+
+def some_of(report: dict[str, Any]) -> dict[str, Any]:
+    """The points that README shows."""
+    points = [
+        p
+        for p in report["points"]
+        if p["size"] in README_SIZES
+        and (p["rows"] in README_ROWS or (p["modalities"] == 4 and p["rows"] == 8))
+        and p["modalities"] in (1, 4)
+    ]
+    return {**report, "points": points}
+
+
 def table(report: dict[str, Any]) -> str:
-    """README's table, in Markdown."""
+    """The table, in Markdown."""
     where = report["gpu"] if report["gpu"] != "none" else f"no GPU, {report['cpu']}"
     lines = [
         f"{where}, torch {report['torch']}, triton {report['triton']}, {report['dtype']}, commit "
@@ -110,8 +127,8 @@ def table(report: dict[str, Any]) -> str:
         "brackets.",
         "",
         "| D = H | modalities | rows | floor | vLLM's way (B) | best peer | ours "
-        "| ours / best peer | ours / floor |",
-        "|-|-|-|-|-|-|-|-|-|",
+        "| ours / best peer | ours / floor | host, ours / B |",
+        "|-|-|-|-|-|-|-|-|-|-|",
     ]
     for p in report["points"]:
         ours, peer = ours_of(p), best_peer(p)
@@ -124,7 +141,8 @@ def table(report: dict[str, Any]) -> str:
             f"| {p['size']} | {p['modalities']} | {p['rows']} | {p['floor_us']:.1f} | {b} | "
             f"{median(p, peer):.0f} ({peer}) | {median(p, ours):.1f} "
             f"({median(p, ours, 'host_us'):.0f}) | {median(p, ours) / median(p, peer):.2f} | "
-            f"{median(p, ours) / p['floor_us']:.2f} |"
+            f"{median(p, ours) / p['floor_us']:.2f} | "
+            f"{median(p, ours, 'host_us') / median(p, 'B', 'host_us'):.2f} |"
         )
     return "\n".join(lines)
 
@@ -148,6 +166,7 @@ def main() -> int:
     parser.add_argument("result", type=Path)
     parser.add_argument("--out", type=Path, help="folder of the PNGs; the result's own by default")
     parser.add_argument("--readme", type=Path)
+    parser.add_argument("--docs", type=Path)
     args = parser.parse_args()
     report = json.loads(args.result.read_text())
     out = args.out or args.result.parent
@@ -159,7 +178,9 @@ def main() -> int:
     text = table(report)
     print(text)
     if args.readme:
-        put_into(args.readme, text)
+        put_into(args.readme, table(some_of(report)))
+    if args.docs:
+        put_into(args.docs, text)
     return 0
 
 
