@@ -177,16 +177,16 @@ def start(folder: Path, **options: Any) -> Any:
     from mmqwen.vllm_plugin import register
 
     register()
-    return LLM(
-        model=str(folder),
-        load_format="dummy",
-        dtype="bfloat16",
-        max_model_len=1024,
-        max_num_batched_tokens=8192,
-        enable_prefix_caching=False,
-        disable_log_stats=True,
+    settings: dict[str, Any] = {
+        "load_format": "dummy",
+        "dtype": "bfloat16",
+        "max_model_len": 1024,
+        "max_num_batched_tokens": 8192,
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
         **options,
-    )
+    }
+    return LLM(model=str(folder), **settings)
 
 
 def run_part(arguments: argparse.Namespace) -> dict[str, Any]:
