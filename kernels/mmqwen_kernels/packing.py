@@ -190,33 +190,48 @@ def directory(pack: torch.Tensor) -> torch.Tensor:
     Raises:
         PackError: `pack` is not a pack.
     """
-    if pack.ndim != 1 or pack.dtype != torch.int64 or pack.device.type != "cpu":
+    return open_pack(pack)[0]
+
+
+def open_pack(pack: torch.Tensor) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """Check a pack's header; 5 us, whatever the pack holds.
+
+    Returns:
+        Its directory, as `directory` returns it, and (modality index, width) of each of its groups.
+
+    Raises:
+        PackError: `pack` is not a pack.
+    """
+    if pack.ndim != 1 or pack.dtype != torch.int64 or not pack.is_cpu:
         raise PackError(
             f"expected a 1-D int64 CPU tensor, got {pack.ndim}-D {pack.dtype} on {pack.device}"
         )
-    if pack.numel() < _HEADER_WORDS or not pack.is_contiguous():
+    size = pack.numel()
+    if size < _HEADER_WORDS or not pack.is_contiguous():
         raise PackError("the tensor is too short, or not contiguous, to be a pack")
-    magic, total, groups, code = pack[:_HEADER_WORDS].tolist()
-    begin = _HEADER_WORDS + _GROUP_WORDS * groups
+    words = pack.detach().numpy() if pack.requires_grad else pack.numpy()
+    magic, total, groups, code = words[:_HEADER_WORDS].tolist()
     if magic != _MAGIC or total < 1 or groups < 1 or not 0 <= code < len(_DTYPES):
         raise PackError("the tensor is not a pack of mmqwen rows")
-    if pack.numel() < begin + 2 * total:
+    begin = _HEADER_WORDS + _GROUP_WORDS * groups
+    if size < begin + 2 * total:
         raise PackError("the pack is shorter than its header says")
-    _check_groups(pack, groups, _DTYPES[code], total)
-    return pack[begin : begin + 2 * total].view(total, 2)
-
-
-def _check_groups(pack: torch.Tensor, groups: int, dtype: torch.dtype, total: int) -> None:
-    table = pack[_HEADER_WORDS : _HEADER_WORDS + _GROUP_WORDS * groups].tolist()
+    if words[begin] != begin:
+        raise PackError("the pack's directory does not know its own place")
+    table = words[_HEADER_WORDS:begin].tolist()
+    itemsize = _DTYPES[code].itemsize
+    kinds: list[tuple[int, int]] = []
     rows = 0
-    for g in range(groups):
-        _, width, count, first = table[_GROUP_WORDS * g : _GROUP_WORDS * (g + 1)]
-        rows += count
-        words = -(-count * width * dtype.itemsize // 8)
-        if width < 1 or count < 1 or first < 0 or first + words > pack.numel():
+    for at in range(0, len(table), _GROUP_WORDS):
+        modality, width, count, first = table[at : at + _GROUP_WORDS]
+        words_of = -(-count * width * itemsize // 8)
+        if width < 1 or count < 1 or first < 0 or first + words_of > size:
             raise PackError("a modality's rows reach past the end of the pack")
+        kinds.append((modality, width))
+        rows += count
     if rows != total:
         raise PackError(f"the modalities hold {rows} rows, the directory {total}")
+    return pack.as_strided((total, 2), (2, 1), pack.storage_offset() + begin), kinds
 
 
 def read_slice(part: torch.Tensor) -> tuple[np.ndarray, list[RowGroup]]:
