@@ -1,9 +1,9 @@
 """Rows that spell tokens: a reference for served rows that needs no second implementation.
 
-A modality as wide as the model, with the projector W1 = [I; -I], W2 = [I, -I] and no biases, projects
-a row to itself exactly, relu(x) - relu(-x) = x. An item of some tokens' embedding rows must then be
-answered as those tokens are, by the same engine, whatever the text model, its quantisation, the
-parallelism or the schedule.
+A modality as wide as the model, with the projector W1 = [I; -I], W2 = [I, -I] and no biases,
+projects a row to itself exactly: relu(x) - relu(-x) = x. An item of some tokens' embedding rows
+must then be answered as those tokens are, by the same engine, whatever the text model, its
+quantisation, the parallelism or the schedule.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ Answer = tuple[list[int], list[dict[int, float]]]
 
 
 def answers_of(outputs: Any) -> list[Answer]:
-    """What `compare` needs of vLLM's outputs: sampled tokens, and prompt log-probabilities first."""
+    """What `compare` needs of vLLM's outputs."""
     answers = []
     for output in outputs:
         sampled = output.outputs[0]

@@ -111,6 +111,14 @@ def pack_groups(
     return pack
 
 
+_RAMP = np.arange(4096, dtype=np.int64)
+_RAMP.flags.writeable = False
+
+
+def _ramp(count: int) -> np.ndarray:
+    return _RAMP[:count] if count <= len(_RAMP) else np.arange(count, dtype=np.int64)
+
+
 def allocate_pack(
     order: Sequence[int],
     counts: Sequence[int],
@@ -153,16 +161,16 @@ def allocate_pack(
     pack = torch.empty(at, dtype=torch.int64)
     numbers = pack.numpy()
     numbers[:directory_at] = header
-    table = numbers[directory_at:filled].reshape(total, 2)
-    table[:, 0] = np.arange(directory_at, filled, 2)
-    entries = table[:, 1]
+    ramp = _ramp(total)
+    np.multiply(ramp, 2, out=numbers[directory_at:filled:2])
+    numbers[directory_at:filled:2] += directory_at
+    entries = numbers[directory_at + 1 : filled : 2]
     if len(order) == len(shapes):  # one run a modality
         begin = 0
         for modality, count in zip(order, counts, strict=True):
             if modality not in shapes or shapes[modality][0] != count:
                 raise PackError(f"modality {modality}: {count} places, {shapes.get(modality)} rows")
-            first = modality << _ORDINAL_BITS
-            entries[begin : begin + count] = np.arange(first, first + count)
+            np.add(ramp[:count], modality << _ORDINAL_BITS, out=entries[begin : begin + count])
             begin += count
     else:
         per_row = np.repeat(np.asarray(order, dtype=np.int64), counts)
@@ -170,8 +178,7 @@ def allocate_pack(
             places = np.flatnonzero(per_row == modality)
             if len(places) != count:
                 raise PackError(f"modality {modality}: {count} rows for {len(places)} places")
-            first = modality << _ORDINAL_BITS
-            entries[places] = np.arange(first, first + count)
+            entries[places] = ramp[:count] + (modality << _ORDINAL_BITS)
     data = pack.view(dtype)
     scale = 8 // itemsize
     views: dict[int, torch.Tensor] = {}
