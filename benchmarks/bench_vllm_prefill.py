@@ -1,18 +1,28 @@
 """What embeddings cost inside vLLM, against the same tokens as text and against its peers.
 
     python benchmarks/bench_vllm_prefill.py --shape 0.6B --out benchmarks/results/
+    python benchmarks/bench_vllm_prefill.py --parts ours --workloads 8x8 --kinds text,ours-kernels
+    python benchmarks/bench_vllm_prefill.py --parts profile
 
-Prefill alone (`max_tokens=1`), random weights, prefix cache off, fresh embeddings at each repeat,
-`LLM.generate` wall time. In one run on one engine: text of the same lengths, ours (kernels), ours
-(torch backend), and LLaVA's way (project at encoding, vLLM's own merge); then, on a second engine,
-vLLM's `prompt_embeds`, with text again, since the two engines differ. Writes raw JSON, then prints
-a table of ratios to text.
+Prefill alone (`max_tokens=1`), random weights, fresh embeddings at each repeat, `LLM.generate` wall
+time. Each part is an engine in a process of its own; kinds of one part are interleaved, after a
+round that warms up:
+
+- `ours`: text, `ours-torch`, `ours-kernels` and `llava` on one engine, switched in the worker.
+  `llava` projects in `embed_multimodal`, a modality of a batch at a time, and merges as vLLM does;
+  its front end is ours.
+- `plain`: text on vLLM's own Qwen3 class.
+- `prompt_embeds`: vLLM's `prompt_embeds`, whole prompts at the model's width, and text.
+- `multiturn`: conversations that grow by a turn, prefix cache on, ours and text.
+- `profile`: where the time goes, by process and stage (`stage_timers.py`).
+
+Raw JSON is written after each workload, so that a run that is cut keeps what it has. Ends with a
+table of ratios to text on the same engine.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import statistics
@@ -20,6 +30,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +68,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 WIDTHS = {"m1": 768, "m2": 512}
 WORKLOADS = {"1x64": (1, 64), "8x8": (8, 8), "32x2": (32, 2), "128x1": (128, 1)}
 TEXT_TOKENS = 64
+TURN_TOKEN = "<|im_end|>"
+TURNS = 5
+KINDS = ("text", "ours-torch", "ours-kernels", "llava", "prompt_embeds", "ours")
+PARTS = ("ours", "plain", "prompt_embeds", "multiturn", "profile")
 
 
 def write_checkpoint(folder: Path, shape: str) -> Path:
@@ -70,6 +86,7 @@ def write_checkpoint(folder: Path, shape: str) -> Path:
     words = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=alphabet[0])
+    tokenizer.add_tokens([TURN_TOKEN], special_tokens=True)
     first = len(tokenizer)
     modalities = {
         name: {"dim": width, "token_id": first + at}
@@ -85,142 +102,369 @@ def write_checkpoint(folder: Path, shape: str) -> Path:
     return folder
 
 
-def make_requests(count: int, items: int, rows: int, seed: int) -> list[dict[str, Any]]:
-    """Requests of 64 text tokens and `items` items of about `rows` rows, of the two modalities."""
+# -- requests ----------------------------------------------------------------------------------
+
+TURN_ID = 256
+MARKERS = {name: TURN_ID + 1 + at for at, name in enumerate(WIDTHS)}
+
+
+def make_request(
+    items: int, rows: int, generator: torch.Generator, *, markers: bool = False
+) -> dict[str, Any]:
+    """64 text tokens and `items` items of about `rows` rows, of the two modalities in turn.
+
+    With markers the items stand spread over the text; else they go before it.
+    """
+    data: dict[str, list[torch.Tensor]] = {name: [] for name in WIDTHS}
+    order: list[int] = []
+    for at in range(items):
+        name = list(WIDTHS)[at % 2]
+        spread = 0 if rows == 1 or items == 1 else max(1, rows // 4)
+        jitter = int(torch.randint(-spread, spread + 1, (1,), generator=generator)) if spread else 0
+        data[name].append(torch.randn(rows + jitter, WIDTHS[name], generator=generator))
+        order.append(MARKERS[name])
+    ids = torch.randint(1, 200, (TEXT_TOKENS,), generator=generator).tolist()
+    if markers:
+        for at, marker in reversed(list(enumerate(order))):
+            ids.insert(at * TEXT_TOKENS // items, marker)
+    data = {name: value for name, value in data.items() if value}
+    return {"prompt_token_ids": ids, "multi_modal_data": data}
+
+
+def make_requests(
+    count: int, items: int, rows: int, seed: int, *, markers: bool = False
+) -> list[dict[str, Any]]:
+    """Requests with fresh embeddings; see `make_request`."""
     generator = torch.Generator().manual_seed(seed)
-    requests = []
-    for _ in range(count):
-        data: dict[str, list[torch.Tensor]] = {name: [] for name in WIDTHS}
-        for at in range(items):
-            name = list(WIDTHS)[at % 2]
-            spread = 0 if rows == 1 or items == 1 else max(1, rows // 4)
-            jitter = (
-                int(torch.randint(-spread, spread + 1, (1,), generator=generator)) if spread else 0
-            )
-            data[name].append(torch.randn(rows + jitter, WIDTHS[name], generator=generator))
-        ids = torch.randint(1, 200, (TEXT_TOKENS,), generator=generator).tolist()
-        data = {name: value for name, value in data.items() if value}
-        requests.append({"prompt_token_ids": ids, "multi_modal_data": data})
-    return requests
+    return [make_request(items, rows, generator, markers=markers) for _ in range(count)]
+
+
+def length_of(request: dict[str, Any]) -> int:
+    """Tokens of the expanded prompt."""
+    items = [item for value in request["multi_modal_data"].values() for item in value]
+    markers = sum(token in MARKERS.values() for token in request["prompt_token_ids"])
+    return len(request["prompt_token_ids"]) - markers + sum(map(len, items))
 
 
 def as_text(requests: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
     """Token prompts of the same lengths."""
     generator = torch.Generator().manual_seed(seed)
-    texts = []
-    for request in requests:
-        rows = sum(len(item) for items in request["multi_modal_data"].values() for item in items)
-        ids = torch.randint(1, 200, (TEXT_TOKENS + rows,), generator=generator).tolist()
-        texts.append({"prompt_token_ids": ids})
-    return texts
-
-
-def as_prompt_embeds(requests: list[dict[str, Any]], hidden: int) -> list[dict[str, Any]]:
-    """The whole prompt as embeddings of the model's width, as the client would send it."""
-    embeds = []
-    for request in requests:
-        rows = sum(len(item) for items in request["multi_modal_data"].values() for item in items)
-        tensor = torch.randn(TEXT_TOKENS + rows, hidden).to(torch.bfloat16)
-        embeds.append({"prompt_embeds": tensor})
-    return embeds
-
-
-class Timer:
-    """Wall times of `LLM.generate` on one engine."""
-
-    def __init__(self, llm: Any) -> None:
-        from vllm import SamplingParams
-
-        self.llm = llm
-        self.params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
-
-    def once(self, requests: list[dict[str, Any]]) -> float:
-        begin = time.perf_counter()
-        outputs = self.llm.generate(requests, self.params, use_tqdm=False)
-        seconds = time.perf_counter() - begin
-        if len(outputs) != len(requests) or not all(o.outputs[0].token_ids for o in outputs):
-            raise RuntimeError("the engine did not answer every request")
-        return 1e3 * seconds
-
-
-def measure(timer: Timer, kinds: dict[str, Any], count: int, repeats: int) -> dict[str, Any]:
-    """Median, least and all times in ms of each kind, for each workload, interleaved."""
-    results: dict[str, Any] = {}
-    for name, (items, rows) in WORKLOADS.items():
-        times: dict[str, list[float]] = {kind: [] for kind in kinds}
-        alone: dict[str, list[float]] = {kind: [] for kind in kinds}
-        for repeat in range(repeats + 1):
-            for at, (kind, (prepare, convert)) in enumerate(kinds.items()):
-                prepare()
-                seed = 1000 * repeat + 10 * at
-                requests = convert(make_requests(count, items, rows, seed), seed)
-                single = [convert(make_requests(1, items, rows, seed + 1), seed) for _ in range(5)]
-                elapsed = timer.once(requests)
-                waits = [timer.once(one) for one in single]
-                if repeat:  # the first round warms up
-                    times[kind].append(elapsed)
-                    alone[kind] += waits
-        results[name] = {
-            kind: {
-                "median_ms": statistics.median(times[kind]),
-                "all_ms": times[kind],
-                "alone_median_ms": statistics.median(alone[kind]),
-            }
-            for kind in kinds
+    return [
+        {
+            "prompt_token_ids": torch.randint(
+                1, 200, (length_of(request),), generator=generator
+            ).tolist()
         }
-    return results
+        for request in requests
+    ]
+
+
+def as_prompt_embeds(
+    requests: list[dict[str, Any]], seed: int, *, hidden: int
+) -> list[dict[str, Any]]:
+    """The whole prompt as embeddings of the model's width, as the client would send it."""
+    return [
+        {"prompt_embeds": torch.randn(length_of(request), hidden).to(torch.bfloat16)}
+        for request in requests
+    ]
+
+
+def as_they_are(requests: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    return requests
+
+
+# -- the worker --------------------------------------------------------------------------------
+
+
+def switch(worker: Any, kind: str) -> str:
+    """Run in the worker: serve rows the way of `kind` from now on.
+
+    A function with its helpers inside: it travels to the worker by value.
+    """
+    import torch
+    from vllm.model_executor.models.utils import _merge_multimodal_embeddings
+
+    from mmqwen_kernels.packing import read_slice
+
+    model = getattr(worker, "worker", worker).get_model()
+    for name in ("embed_multimodal", "embed_input_ids"):
+        model.__dict__.pop(name, None)
+    if kind in ("ours-torch", "ours-kernels"):
+        model._backend = "torch" if kind == "ours-torch" else "triton"
+    if kind != "llava":
+        return f"{kind}: {model._backend}"
+
+    def embed_multimodal(**kwargs: Any) -> list[torch.Tensor]:
+        packs = [model._open(pack) for pack in kwargs["pack"]]
+        table = model.language_model.model.embed_tokens.weight
+        opened = [read_slice(pack) for pack in packs]
+        order = torch.cat([torch.from_numpy(modality) for modality, _ in opened])
+        out = table.new_empty(len(order), table.shape[1])
+        for at, projector in enumerate(model.projectors.values()):
+            rows = [group.rows for _, groups in opened for group in groups if group.modality == at]
+            if not rows:
+                continue
+            weights = projector.weights()
+            there = torch.cat(rows).to(out.device, out.dtype, non_blocking=True)
+            hidden = torch.nn.functional.linear(there, weights.w1, weights.b1).relu_()
+            projected = torch.nn.functional.linear(hidden, weights.w2, weights.b2)
+            out[(order == at).nonzero().flatten().to(out.device, non_blocking=True)] = projected
+        return list(out.split([len(modality) for modality, _ in opened]))
+
+    def embed_input_ids(
+        input_ids: torch.Tensor,
+        multimodal_embeddings: Any = None,
+        *,
+        is_multimodal: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        text = model.language_model.embed_input_ids(input_ids)
+        if not multimodal_embeddings or is_multimodal is None:
+            return text
+        return _merge_multimodal_embeddings(text, multimodal_embeddings, is_multimodal)
+
+    model.__dict__["embed_multimodal"] = embed_multimodal
+    model.__dict__["embed_input_ids"] = embed_input_ids
+    return kind
 
 
 def start(folder: Path, **options: Any) -> Any:
+    """An engine with the benchmark's settings."""
     from vllm import LLM
 
     from mmqwen.vllm_plugin import register
 
     register()
-    return LLM(
-        model=str(folder),
-        load_format="dummy",
-        dtype="bfloat16",
-        max_model_len=1024,
-        max_num_batched_tokens=8192,
-        enable_prefix_caching=False,
-        disable_log_stats=True,
+    settings: dict[str, Any] = {
+        "load_format": "dummy",
+        "dtype": "bfloat16",
+        "max_model_len": 1024,
+        "max_num_batched_tokens": 8192,
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
         **options,
-    )
+    }
+    return LLM(model=str(folder), **settings)
 
 
-def run_part(arguments: argparse.Namespace) -> dict[str, Any]:
-    """One engine's measurements, in this process."""
+# -- measuring ---------------------------------------------------------------------------------
+
+
+class Clock:
+    """Wall times of `LLM.generate` on one engine, until a deadline."""
+
+    def __init__(self, llm: Any, deadline: float) -> None:
+        from vllm import SamplingParams
+
+        self.llm = llm
+        self.deadline = deadline
+        self.params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+
+    @property
+    def over(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def once(self, requests: list[dict[str, Any]]) -> tuple[float, Any]:
+        """Milliseconds, and the outputs."""
+        begin = time.perf_counter()
+        outputs = self.llm.generate(requests, self.params, use_tqdm=False)
+        seconds = time.perf_counter() - begin
+        if len(outputs) != len(requests) or not all(o.outputs[0].token_ids for o in outputs):
+            raise RuntimeError("the engine did not answer every request")
+        return 1e3 * seconds, outputs
+
+
+Convert = Callable[[list[dict[str, Any]], int], list[dict[str, Any]]]
+
+
+def summary(times: list[float], alone: list[float]) -> dict[str, Any]:
+    return {
+        "median_ms": statistics.median(times) if times else None,
+        "all_ms": [round(t, 2) for t in times],
+        "alone_median_ms": statistics.median(alone) if alone else None,
+        "alone_all_ms": [round(t, 2) for t in alone],
+    }
+
+
+def measure(
+    clock: Clock,
+    kinds: dict[str, Convert],
+    arguments: argparse.Namespace,
+    save: Callable[[dict[str, Any]], None],
+) -> None:
+    """All times in ms of each kind, for each workload, interleaved; saved workload by workload."""
+    results: dict[str, Any] = {}
+    switching = "ours-torch" in kinds or "ours-kernels" in kinds or "llava" in kinds
+    for workload in arguments.workloads:
+        items, rows = WORKLOADS[workload]
+        times: dict[str, list[float]] = {kind: [] for kind in kinds}
+        alone: dict[str, list[float]] = {kind: [] for kind in kinds}
+        make = partial(make_requests, items=items, rows=rows, markers=arguments.markers)
+        for repeat in range(arguments.repeats + 1):
+            for at, (kind, convert) in enumerate(kinds.items()):
+                if clock.over:
+                    break
+                if switching and kind != "text":
+                    clock.llm.collective_rpc(switch, args=(kind,))
+                seed = 1000 * repeat + 10 * at
+                requests = convert(make(arguments.requests, seed=seed), seed)
+                single = [convert(make(1, seed=seed + 1 + k), seed) for k in range(5)]
+                elapsed, _ = clock.once(requests)
+                waits = [clock.once(one)[0] for one in single]
+                if repeat:  # the first round warms up
+                    times[kind].append(elapsed)
+                    alone[kind] += waits
+        results[workload] = {kind: summary(times[kind], alone[kind]) for kind in kinds}
+        save(results)
+        if clock.over:
+            results["cut"] = f"the time limit passed in {workload}"
+            save(results)
+            return
+
+
+def measure_turns(
+    clock: Clock, arguments: argparse.Namespace, save: Callable[[dict[str, Any]], None]
+) -> None:
+    """Conversations of `TURNS` turns, each turn sent with all before it; times by turn."""
+    results: dict[str, Any] = {}
+    count = max(1, arguments.requests // 4)
+    for workload in arguments.workloads:
+        items, rows = WORKLOADS[workload]
+        times: dict[str, list[list[float]]] = {"text": [], "ours": []}
+        hits: dict[str, list[float]] = {"text": [], "ours": []}
+        for repeat in range(arguments.repeats + 1):
+            for kind in times:
+                generator = torch.Generator().manual_seed(100 * repeat + len(kind))
+                talks: list[dict[str, Any]] = [
+                    {"prompt_token_ids": [], "multi_modal_data": {}} for _ in range(count)
+                ]
+                spent, cached, total = [], 0, 0
+                for _ in range(TURNS):
+                    if clock.over:
+                        break
+                    for talk in talks:
+                        turn = make_request(items, rows, generator, markers=True)
+                        if kind == "text":
+                            length = length_of(turn)
+                            ids = torch.randint(1, 200, (length,), generator=generator).tolist()
+                            turn = {"prompt_token_ids": ids, "multi_modal_data": {}}
+                        talk["prompt_token_ids"] += [*turn["prompt_token_ids"], TURN_ID]
+                        for name, value in turn["multi_modal_data"].items():
+                            talk["multi_modal_data"].setdefault(name, []).extend(value)
+                    prompts = [
+                        {k: v for k, v in talk.items() if v}
+                        | {"prompt_token_ids": list(talk["prompt_token_ids"])}
+                        for talk in talks
+                    ]
+                    elapsed, outputs = clock.once(prompts)
+                    spent.append(elapsed)
+                    cached += sum(o.num_cached_tokens or 0 for o in outputs)
+                    total += sum(len(o.prompt_token_ids) for o in outputs)
+                if repeat and len(spent) == TURNS:
+                    times[kind].append(spent)
+                    hits[kind].append(cached / total)
+        results[workload] = {
+            kind: {
+                **summary([sum(turns) for turns in times[kind]], []),
+                "by_turn_ms": [round(statistics.median(t), 2) for t in zip(*times[kind])],  # noqa: B905
+                "cached_share": statistics.median(hits[kind]) if hits[kind] else None,
+                "conversations": count,
+            }
+            for kind in times
+        }
+        save(results)
+        if clock.over:
+            return
+
+
+def measure_stages(
+    clock: Clock,
+    kinds: dict[str, Convert],
+    arguments: argparse.Namespace,
+    save: Callable[[dict[str, Any]], None],
+) -> None:
+    """Time by process and stage of each kind and workload; see `stage_timers.py`."""
+    import stage_timers
+
+    source = Path(stage_timers.__file__).read_text()
+    results: dict[str, Any] = {}
+    stage_timers.install()
+    results["not_found"] = {
+        "front end": stage_timers.NOT_FOUND,
+        "engine core": clock.llm.collective_rpc(stage_timers.remote, args=(source, "install"))[0],
+    }
+    for workload in arguments.workloads:
+        items, rows = WORKLOADS[workload]
+        results[workload] = {}
+        for kind, convert in kinds.items():
+            for repeat in range(2):  # the first one warms up
+                if clock.over:
+                    break
+                if kind != "text":
+                    clock.llm.collective_rpc(switch, args=(kind,))
+                requests = convert(
+                    make_requests(
+                        arguments.requests, items, rows, repeat, markers=arguments.markers
+                    ),
+                    repeat,
+                )
+                stage_timers.take()
+                clock.llm.collective_rpc(stage_timers.remote, args=(source, "take"))
+                elapsed, _ = clock.once(requests)
+                core = clock.llm.collective_rpc(stage_timers.remote, args=(source, "take"))[0]
+                results[workload][kind] = {
+                    "wall_ms": elapsed,
+                    "front end": stage_timers.take(),
+                    "engine core": core,
+                }
+        save(results)
+
+
+def run_part(arguments: argparse.Namespace) -> None:
+    """One engine's measurements, in this process; written to `--raw` as they come."""
+    deadline = time.monotonic() + arguments.timeout - 5
+    hidden = SHAPES[arguments.shape]["hidden_size"]
+
+    def save(results: dict[str, Any]) -> None:
+        part = arguments.raw.with_suffix(".part")
+        part.write_text(json.dumps(results))
+        part.replace(arguments.raw)
+
+    options = json.loads(arguments.engine_options)
+    # The worker's functions travel pickled, from this process to its own.
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    cuda = torch.cuda.device_count() > 0
+    if cuda and "ours-kernels" in arguments.kinds:
+        os.environ.setdefault("MMQWEN_BACKEND", "triton")  # so that its start warms them up
+    all_kinds: dict[str, Convert] = {"text": as_text, "ours-torch": as_they_are}
+    if cuda:
+        all_kinds["ours-kernels"] = as_they_are
+    all_kinds["llava"] = as_they_are
+    if arguments.part == "plain":
+        all_kinds = {"text": as_text}
+    elif arguments.part == "prompt_embeds":
+        all_kinds = {"text": as_text, "prompt_embeds": partial(as_prompt_embeds, hidden=hidden)}
+        options = {"enable_prompt_embeds": True, **options}
+    elif arguments.part == "multiturn":
+        options = {"enable_prefix_caching": True, "max_model_len": 2048, **options}
+    kinds = {kind: all_kinds[kind] for kind in all_kinds if kind in arguments.kinds}
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_checkpoint(Path(scratch), arguments.shape)
-        hidden = SHAPES[arguments.shape]["hidden_size"]
-
-        def keep(requests: Any, seed: int) -> Any:
-            return requests
-
-        def nothing() -> None:
-            pass
-
-        options = json.loads(arguments.engine_options)
-        if arguments.part == "ours":
-            timer = Timer(start(folder / "ours", **options))
-            kinds = {"text": (nothing, as_text), "ours": (nothing, keep)}
-        elif arguments.part == "plain":
-            timer = Timer(start(folder / "plain", **options))
-            kinds = {"text": (nothing, as_text)}
+        plain = arguments.part in ("plain", "prompt_embeds")
+        begin = time.monotonic()
+        llm = start(folder / ("plain" if plain else "ours"), **options)
+        print(f"{arguments.part}: ready in {time.monotonic() - begin:.0f} s", file=sys.stderr)
+        clock = Clock(llm, deadline)
+        if arguments.part == "multiturn":
+            measure_turns(clock, arguments, save)
+        elif arguments.part == "profile":
+            measure_stages(clock, kinds, arguments, save)
         else:
-            timer = Timer(start(folder / "plain", enable_prompt_embeds=True, **options))
-            kinds = {
-                "text": (nothing, as_text),
-                "prompt_embeds": (nothing, lambda r, _: as_prompt_embeds(r, hidden)),
-            }
-        results = measure(timer, kinds, arguments.requests, arguments.repeats)
-        del timer
-        gc.collect()
-        return results
+            measure(clock, kinds, arguments, save)
 
 
 def environment() -> dict[str, Any]:
+    """Versions, GPU, commit and date."""
     import importlib.metadata as metadata
 
     def git(*words: str) -> str:
@@ -244,64 +488,128 @@ def environment() -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    def among(known: Any) -> Callable[[str], list[str]]:
+        def parse(text: str) -> list[str]:
+            names = text.split(",")
+            if not set(names) <= set(known):
+                raise argparse.ArgumentTypeError(f"{text}: expected some of {list(known)}")
+            return names
+
+        return parse
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="0.6B")
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=4)
-    parser.add_argument("--part", choices=["ours", "plain", "prompt_embeds"])
-    parser.add_argument("--parts", default="ours,plain,prompt_embeds")
+    parser.add_argument("--parts", type=among(PARTS), default=["ours", "plain", "prompt_embeds"])
+    parser.add_argument("--kinds", type=among(KINDS), default=list(KINDS))
+    parser.add_argument("--workloads", type=among(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--markers", action="store_true", help="items spread over the text")
     parser.add_argument("--engine-options", default="{}", help="JSON, further LLM(...) options")
-    parser.add_argument("--timeout", type=int, default=280, help="seconds for each engine")
+    parser.add_argument("--timeout", type=int, default=180, help="seconds for each part")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--name", help="of the raw file; vllm_prefill_SHAPE unless given")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--raw", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part:
-        print("RESULT " + json.dumps(run_part(arguments)), flush=True)
-        return 0
+        run_part(arguments)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # all is saved, and engines take long to end
 
     record: dict[str, Any] = {"environment": environment(), "shape": arguments.shape}
     record["requests"] = arguments.requests
-    for part in arguments.parts.split(","):
-        command = [sys.executable, __file__, "--part", part, "--shape", arguments.shape]
-        command += ["--requests", str(arguments.requests), "--repeats", str(arguments.repeats)]
-        command += ["--engine-options", arguments.engine_options]
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=arguments.timeout, check=False
-            )
-        except subprocess.TimeoutExpired:
-            record[part] = {"error": f"no answer in {arguments.timeout} s"}
-            continue
-        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        if lines:
-            record[part] = json.loads(lines[-1].removeprefix("RESULT "))
-        else:
-            record[part] = {"error": (done.stdout[-1500:] + done.stderr[-3000:])}
+    record["repeats"] = arguments.repeats
+    record["markers"] = arguments.markers
     arguments.out.mkdir(parents=True, exist_ok=True)
-    target = arguments.out / f"vllm_prefill_{arguments.shape}.json"
-    target.write_text(json.dumps(record, indent=1) + "\n")
+    target = arguments.out / f"{arguments.name or f'vllm_prefill_{arguments.shape}'}.json"
+    for part in arguments.parts:
+        record[part] = run_child(part, arguments)
+        target.write_text(json.dumps(record, indent=1) + "\n")
     print_table(record)
     return 0
 
 
+def run_child(part: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One part in a process of its own: its results, as far as they came, and what went wrong."""
+    with tempfile.TemporaryDirectory() as scratch:
+        raw = Path(scratch) / "raw.json"
+        command = [
+            sys.executable, __file__, "--part", part, "--raw", str(raw),
+            "--shape", arguments.shape, "--requests", str(arguments.requests),
+            "--repeats", str(arguments.repeats), "--timeout", str(arguments.timeout),
+            "--engine-options", arguments.engine_options, "--kinds", ",".join(arguments.kinds),
+            "--workloads", ",".join(arguments.workloads),
+            *(["--markers"] if arguments.markers else []),
+        ]  # fmt: skip
+        log = Path(scratch) / "log.txt"
+        failure = None
+        begin = time.monotonic()
+        with log.open("w") as out:
+            child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+            try:
+                child.wait(timeout=arguments.timeout + 10)
+            except subprocess.TimeoutExpired:
+                child.terminate()
+                try:
+                    child.wait(timeout=10)
+                except subprocess.TimeoutExpired:
+                    child.kill()
+                    child.wait()
+                failure = f"stopped after {arguments.timeout + 10} s"
+        if failure is None and child.returncode != 0:
+            failure = f"exit status {child.returncode}"
+        result: dict[str, Any] = json.loads(raw.read_text()) if raw.exists() else {}
+        if failure is not None or not result:
+            result["error"] = f"{failure}: {log.read_text()[-3000:]}"
+        result["seconds"] = round(time.monotonic() - begin, 1)
+        return result
+
+
 def print_table(record: dict[str, Any]) -> None:
-    """Times in ms and ratios to text on the same engine."""
+    """Times in ms and ratios to text on the same engine; text's own is to the plain class."""
     print(f"{record['shape']}, {record['requests']} requests, {record['environment']}")
-    for part in ("ours", "plain", "prompt_embeds"):
+    plain = record.get("plain", {})
+    for part in PARTS:
         found = record.get(part)
         if found is None:
             continue
         if "error" in found:
             print(part, "failed:", found["error"])
-            continue
-        for workload, kinds in found.items():
-            text = kinds["text"]
+        for workload in WORKLOADS:
+            kinds = found.get(workload)
+            if not kinds:
+                continue
+            if part == "profile":
+                _print_stages(workload, kinds, record["requests"])
+                continue
             for kind, entry in kinds.items():
-                ratio = entry["median_ms"] / text["median_ms"]
-                single = entry["alone_median_ms"] / text["alone_median_ms"]
-                print(
-                    f"{part:14}{workload:7}{kind:14}{entry['median_ms']:9.1f} ms {ratio:6.2f}  "
-                    f"alone {entry['alone_median_ms']:7.2f} ms {single:6.2f}"
-                )
+                base = kinds.get("text", {})
+                if kind == "text" and part == "ours":
+                    base = plain.get(workload, {}).get("text", {})
+                cells = ""
+                for field in ("median_ms", "alone_median_ms"):
+                    own, other = entry.get(field), base.get(field)
+                    ratio = f"{own / other:7.3f}" if own and other else "      -"
+                    cells += (f"{own:9.2f} ms" if own else "          - ") + ratio
+                extra = f"  cached {entry['cached_share']:.2f}" if entry.get("cached_share") else ""
+                print(f"{part:14}{workload:7}{kind:14}{cells}{extra}")
+
+
+def _print_stages(workload: str, kinds: dict[str, Any], requests: int) -> None:
+    for process in ("front end", "engine core"):
+        stages = sorted({s for entry in kinds.values() for s in entry.get(process, {})})
+        print(f"{workload}, {process}, us a request:", list(kinds))
+        for stage in stages:
+            cells = [
+                1e3 * entry.get(process, {}).get(stage, {}).get("ms", 0.0) / requests
+                for entry in kinds.values()
+            ]
+            print(f"  {stage:55}" + "".join(f"{cell:9.1f}" for cell in cells))
+    print(f"{workload}, wall ms:", [round(entry["wall_ms"], 1) for entry in kinds.values()])
 
 
 if __name__ == "__main__":

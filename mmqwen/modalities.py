@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 NAME_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
@@ -147,13 +148,28 @@ class Expansion:
 
     Attributes:
         token_ids: the expanded prompt.
-        items: (modality, index among that modality's items), in the order of the prompt.
-        starts: for each of `items`, the position of its first placeholder.
+        names: modality of each item, in the order of the prompt.
+        counts: rows of each.
+        starts: position of each one's first placeholder.
+        unmarked: how many of them, the first ones, stand before the text without a marker.
     """
 
     token_ids: list[int]
-    items: list[tuple[str, int]]
+    names: list[str]
+    counts: list[int]
     starts: list[int]
+    unmarked: int
+
+    @property
+    def items(self) -> list[tuple[str, int]]:
+        """(modality, index among that modality's items), in the order of the prompt."""
+        seen: dict[str, int] = {}
+        found: list[tuple[str, int]] = []
+        for name in self.names:
+            index = seen.get(name, 0)
+            seen[name] = index + 1
+            found.append((name, index))
+        return found
 
 
 def expand_markers(
@@ -180,7 +196,10 @@ def expand_markers(
         if name not in specs:
             raise ModalityError(f"unknown modality {name!r}; expected one of {sorted(specs)}")
     by_id = {spec.token_id: name for name, spec in specs.items()}
-    found = [(at, by_id[token]) for at, token in enumerate(token_ids) if token in by_id]
+    if by_id.keys().isdisjoint(token_ids):
+        found = []
+    else:
+        found = [(at, by_id[token]) for at, token in enumerate(token_ids) if token in by_id]
     seen: dict[str, int] = {}
     for _, name in found:
         seen[name] = seen.get(name, 0) + 1
@@ -188,27 +207,28 @@ def expand_markers(
         check_marker_count(specs[name], markers, len(row_counts.get(name, ())))
 
     out: list[int] = []
-    items: list[tuple[str, int]] = []
+    names: list[str] = []
+    counts: list[int] = []
     starts: list[int] = []
-
-    def place(name: str, index: int) -> None:
-        items.append((name, index))
-        starts.append(len(out))
-        out.extend([specs[name].token_id] * row_counts[name][index])  # type: ignore[list-item]
-
     for name, rows in row_counts.items():
-        if name not in seen:
-            for index in range(len(rows)):
-                place(name, index)
-    used: dict[str, int] = {}
+        if name not in seen and rows:
+            names += [name] * len(rows)
+            counts += rows
+            starts += accumulate(rows[:-1], initial=len(out))
+            out += [specs[name].token_id] * sum(rows)  # type: ignore[list-item]
+    unmarked = len(names)
+    left = {name: iter(row_counts[name]) for name in seen}
     last = 0
     for at, name in found:
-        out.extend(token_ids[last:at])
-        place(name, used.get(name, 0))
-        used[name] = used.get(name, 0) + 1
+        out += token_ids[last:at]
+        count = next(left[name])
+        names.append(name)
+        counts.append(count)
+        starts.append(len(out))
+        out += [token_ids[at]] * count
         last = at + 1
-    out.extend(token_ids[last:])
-    return Expansion(out, items, starts)
+    out += token_ids[last:] if last else token_ids
+    return Expansion(out, names, counts, starts, unmarked)
 
 
 def check_marker_count(spec: ModalitySpec, markers: int, items: int) -> None:
@@ -237,5 +257,7 @@ def check_no_markers(token_ids: Iterable[int], specs: Mapping[str, ModalitySpec]
     """
     by_id = {spec.token_id: spec for spec in specs.values() if spec.token_id is not None}
     token_ids = list(token_ids)
+    if by_id.keys().isdisjoint(token_ids):
+        return
     for token_id in by_id.keys() & set(token_ids):
         check_marker_count(by_id[token_id], token_ids.count(token_id), 0)

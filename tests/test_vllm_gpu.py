@@ -1,4 +1,4 @@
-"""vLLM on a CUDA GPU against transformers there; `make test-gpu`."""
+"""vLLM on a CUDA GPU: `run_gpu_engine.py`, all configurations in one run; `make test-gpu`."""
 
 from __future__ import annotations
 
@@ -9,27 +9,47 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_gpu_engine import CONFIGURATIONS
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 
+NAMES = [
+    name
+    for name, entry in CONFIGURATIONS.items()
+    if torch.cuda.device_count() > 1 or not entry.options.get("distributed_executor_backend")
+]
 
-@pytest.mark.parametrize(
-    "configuration",
-    ["bf16-graphs", "bf16-chunked", "bf16-preempted", "fp32-eager", "fp32-qwen2"],
-)
-def test_parity_with_transformers(configuration):
+
+@pytest.fixture(scope="module")
+def results():
     script = Path(__file__).with_name("run_gpu_engine.py")
     done = subprocess.run(
-        [sys.executable, str(script), configuration],
+        [sys.executable, str(script), *NAMES, "--jobs", "4", "--time-limit", "1500"],
         capture_output=True,
         text=True,
-        timeout=400,
         check=False,
     )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, done.stdout[-2000:] + done.stderr[-4000:]
-    result = json.loads(lines[-1].removeprefix("RESULT "))
+    lines = [
+        json.loads(line.removeprefix("RESULT "))
+        for line in done.stdout.splitlines()
+        if line.startswith("RESULT ")
+    ]
+    assert lines, done.stderr[-4000:]
+    return lines
+
+
+@pytest.mark.parametrize("configuration", NAMES)
+def test_configuration(results, configuration):
+    (result,) = (line for line in results if line.get("configuration") == configuration)
     assert result["ok"], result
+
+
+def test_a_step_with_the_kernels_is_two_launches_and_one_copy(results):
+    (result,) = (line for line in results if line.get("configuration") == "bf16-kernels")
+    assert result["step"]["backend"] == "triton"
+    assert result["step"]["kernels"] <= 2, result["step"]
+    assert result["step"]["copies"] <= 1, result["step"]
+    assert not result["step"]["synchronised"], result["step"]

@@ -106,62 +106,110 @@ def pack_groups(
             an entry of the directory can say.
     """
     dtypes = {rows.dtype for rows in groups.values()}
-    if len(dtypes) != 1 or not dtypes <= set(_DTYPES):
-        raise PackError(
-            f"expected rows of one dtype among {[str(d) for d in _DTYPES]}, got "
-            f"{sorted(map(str, dtypes))}"
-        )
-    dtype = dtypes.pop()
-    per_row = np.repeat(np.asarray(order, dtype=np.int64), counts)
-    total = len(per_row)
-    directory_at = _HEADER_WORDS + _GROUP_WORDS * len(groups)
-    at = _align(directory_at + 2 * total)
-    code = _DTYPES.index(dtype)
-    header = [_MAGIC, total, len(groups), code]
-    entries = (per_row << _MODALITY_AT) | (code << _DTYPE_AT)
-    placed = 0
-    spans: list[tuple[int, int, torch.Tensor]] = []
+    if len(dtypes) != 1:
+        raise PackError(f"expected rows of one dtype, got {sorted(map(str, dtypes))}")
     for modality, rows in groups.items():
         if rows.ndim != 2:
             raise PackError(f"modality {modality}: expected [n, d] rows, got {tuple(rows.shape)}")
-        count, width = rows.shape
-        mask = slice(None) if len(groups) == 1 else per_row == modality
-        in_order = entries[mask]
-        if count < 1 or len(in_order) != count:
-            raise PackError(f"modality {modality}: {count} rows for {len(in_order)} places")
-        if not (0 <= modality <= MAX_MODALITY and 0 < width <= MAX_WIDTH):
+    shapes = {modality: (rows.shape[0], rows.shape[1]) for modality, rows in groups.items()}
+    pack, places = allocate_pack(order, counts, shapes, dtypes.pop())
+    for modality, rows in groups.items():
+        # numpy copies on this thread. torch's copy wakes its thread pool from 32,768 elements on,
+        # which took 10 ms a request on a 16-core virtual machine.
+        raw = rows.contiguous().view(torch.uint8).numpy()
+        places[modality].view(torch.uint8).numpy()[...] = raw
+    return pack
+
+
+_RAMP = np.arange(4096, dtype=np.int64)
+_RAMP.flags.writeable = False
+
+
+def _ramp(count: int) -> np.ndarray:
+    return _RAMP[:count] if count <= len(_RAMP) else np.arange(count, dtype=np.int64)
+
+
+def allocate_pack(
+    order: Sequence[int],
+    counts: Sequence[int],
+    shapes: Mapping[int, tuple[int, int]],
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    """A pack that is complete but for its rows, so that they can be converted straight into it.
+
+    Args:
+        order: the modality index of each item, or of each run of items, in the order of the slots.
+        counts: the rows of each.
+        shapes: per modality (R_m, d_m).
+        dtype: float32, float16 or bfloat16.
+
+    Returns:
+        The pack, 1-D int64, and per modality the view `[R_m, d_m]` to fill.
+
+    Raises:
+        PackError: another dtype, no rows, or shapes that do not hold as many rows as their items.
+    """
+    if dtype not in _DTYPES:
+        raise PackError(f"expected rows of one of {[str(d) for d in _DTYPES]}, got {dtype}")
+    total = sum(counts)
+    itemsize = dtype.itemsize
+    directory_at = _HEADER_WORDS + _GROUP_WORDS * len(shapes)
+    filled = directory_at + 2 * total
+    at = _align(filled)
+    code = _DTYPES.index(dtype)
+    header = [_MAGIC, total, len(shapes), code]
+    spans: list[tuple[int, int]] = []
+    first_entries: dict[int, int] = {}
+    for modality, (count, width) in shapes.items():
+        words = -(-count * width * itemsize // 8)
+        if count < 1 or not (0 <= modality <= MAX_MODALITY and 0 < width <= MAX_WIDTH):
             raise PackError(
-                f"modality {modality}, width {width}: expected at most {MAX_MODALITY}, {MAX_WIDTH}"
+                f"modality {modality}: {count} rows of width {width}; expected a modality up to "
+                f"{MAX_MODALITY} and a width up to {MAX_WIDTH}"
             )
-        begins = 8 * at + np.arange(count) * (width * dtype.itemsize)
-        entries[mask] = in_order | begins | (width << _WIDTH_AT)
-        placed += count
+        kind = width | modality << _WIDTH_BITS | code << (_DTYPE_AT - _WIDTH_AT)
+        first_entries[modality] = kind << _WIDTH_AT | 8 * at
         header += [modality, width, count, at]
-        words = -(-count * width * dtype.itemsize // 8)
-        spans.append((at, words, rows))
+        spans.append((at, words))
         at = _align(at + words)
-    if placed != total:
-        raise PackError(f"the groups hold {placed} rows, the items {total}")
+    if sum(count for count, _ in shapes.values()) != total:
+        raise PackError(f"{ {m: n for m, (n, _) in shapes.items()} } rows for {total} places")
     if 8 * at > _BEGIN_MASK:
         raise PackError(f"a pack of {8 * at} bytes, expected at most {_BEGIN_MASK}")
 
     pack = torch.empty(at, dtype=torch.int64)
     numbers = pack.numpy()
     numbers[:directory_at] = header
-    table = numbers[directory_at : directory_at + 2 * total].reshape(total, 2)
-    table[:, 0] = np.arange(directory_at, directory_at + 2 * total, 2)
-    table[:, 1] = entries
-    filled = directory_at + 2 * total
-    for begin, words, rows in spans:
+    ramp = _ramp(total)
+    np.multiply(ramp, 2, out=numbers[directory_at:filled:2])
+    numbers[directory_at:filled:2] += directory_at
+    entries = numbers[directory_at + 1 : filled : 2]
+    if len(order) == len(shapes):  # one run a modality
+        begin = 0
+        for modality, count in zip(order, counts, strict=True):
+            if modality not in shapes or shapes[modality][0] != count:
+                raise PackError(f"modality {modality}: {count} places, {shapes.get(modality)} rows")
+            own = entries[begin : begin + count]
+            np.multiply(ramp[:count], shapes[modality][1] * itemsize, out=own)
+            own += first_entries[modality]
+            begin += count
+    else:
+        per_row = np.repeat(np.asarray(order, dtype=np.int64), counts)
+        for modality, (count, width) in shapes.items():
+            places = np.flatnonzero(per_row == modality)
+            if len(places) != count:
+                raise PackError(f"modality {modality}: {count} rows for {len(places)} places")
+            entries[places] = ramp[:count] * (width * itemsize) + first_entries[modality]
+    data = pack.view(dtype)
+    scale = 8 // itemsize
+    views: dict[int, torch.Tensor] = {}
+    for (modality, (count, width)), (begin, words) in zip(shapes.items(), spans, strict=True):
         numbers[filled:begin] = 0  # padding is hashed, so it is defined
         numbers[begin + words - 1] = 0
-        # numpy copies on this thread. torch's copy wakes its thread pool from 32,768 elements on,
-        # which took 10 ms a request on a 16-core virtual machine.
-        raw = rows.contiguous().view(torch.uint8).numpy().reshape(-1)
-        numbers[begin : begin + words].view(np.uint8)[: raw.size] = raw
         filled = begin + words
+        views[modality] = data.as_strided((count, width), (width, 1), begin * scale)
     numbers[filled:] = 0
-    return pack
+    return pack, views
 
 
 def directory(pack: torch.Tensor) -> torch.Tensor:
@@ -170,33 +218,48 @@ def directory(pack: torch.Tensor) -> torch.Tensor:
     Raises:
         PackError: `pack` is not a pack.
     """
-    if pack.ndim != 1 or pack.dtype != torch.int64 or pack.device.type != "cpu":
+    return open_pack(pack)[0]
+
+
+def open_pack(pack: torch.Tensor) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """Check a pack's header; 5 us, whatever the pack holds.
+
+    Returns:
+        Its directory, as `directory` returns it, and (modality index, width) of each of its groups.
+
+    Raises:
+        PackError: `pack` is not a pack.
+    """
+    if pack.ndim != 1 or pack.dtype != torch.int64 or not pack.is_cpu:
         raise PackError(
             f"expected a 1-D int64 CPU tensor, got {pack.ndim}-D {pack.dtype} on {pack.device}"
         )
-    if pack.numel() < _HEADER_WORDS or not pack.is_contiguous():
+    size = pack.numel()
+    if size < _HEADER_WORDS or not pack.is_contiguous():
         raise PackError("the tensor is too short, or not contiguous, to be a pack")
-    magic, total, groups, code = pack[:_HEADER_WORDS].tolist()
-    begin = _HEADER_WORDS + _GROUP_WORDS * groups
+    words = pack.detach().numpy() if pack.requires_grad else pack.numpy()
+    magic, total, groups, code = words[:_HEADER_WORDS].tolist()
     if magic != _MAGIC or total < 1 or groups < 1 or not 0 <= code < len(_DTYPES):
         raise PackError("the tensor is not a pack of mmqwen rows")
-    if pack.numel() < begin + 2 * total:
+    begin = _HEADER_WORDS + _GROUP_WORDS * groups
+    if size < begin + 2 * total:
         raise PackError("the pack is shorter than its header says")
-    _check_groups(pack, groups, _DTYPES[code], total)
-    return pack[begin : begin + 2 * total].view(total, 2)
-
-
-def _check_groups(pack: torch.Tensor, groups: int, dtype: torch.dtype, total: int) -> None:
-    table = pack[_HEADER_WORDS : _HEADER_WORDS + _GROUP_WORDS * groups].tolist()
+    if words[begin] != begin:
+        raise PackError("the pack's directory does not know its own place")
+    table = words[_HEADER_WORDS:begin].tolist()
+    itemsize = _DTYPES[code].itemsize
+    kinds: list[tuple[int, int]] = []
     rows = 0
-    for g in range(groups):
-        _, width, count, first = table[_GROUP_WORDS * g : _GROUP_WORDS * (g + 1)]
-        rows += count
-        words = -(-count * width * dtype.itemsize // 8)
-        if width < 1 or count < 1 or first < 0 or first + words > pack.numel():
+    for at in range(0, len(table), _GROUP_WORDS):
+        modality, width, count, first = table[at : at + _GROUP_WORDS]
+        words_of = -(-count * width * itemsize // 8)
+        if width < 1 or count < 1 or first < 0 or first + words_of > size:
             raise PackError("a modality's rows reach past the end of the pack")
+        kinds.append((modality, width))
+        rows += count
     if rows != total:
         raise PackError(f"the modalities hold {rows} rows, the directory {total}")
+    return pack.as_strided((total, 2), (2, 1), pack.storage_offset() + begin), kinds
 
 
 def read_slice(part: torch.Tensor) -> tuple[np.ndarray, list[RowGroup]]:

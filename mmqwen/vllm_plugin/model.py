@@ -34,12 +34,12 @@ from mmqwen.vllm_plugin.processing import DummyInputs, PackingProcessor, Process
 from mmqwen.vllm_plugin.projector import ShardedProjector
 from mmqwen_kernels import (
     PackError,
-    directory,
     fuse_embeddings,
     plan_rows,
     select_backend,
+    warm_up,
 )
-from mmqwen_kernels.packing import read_slice
+from mmqwen_kernels.packing import open_pack
 
 logger = init_logger(__name__)
 
@@ -47,9 +47,6 @@ DRAFTERS_WITHOUT_EMBEDDINGS = frozenset({"ngram", "ngram_gpu", "suffix"})
 """Speculative methods that read token ids alone; others would be fed raw rows."""
 
 PROJECTOR_PREFIX = "projectors."
-
-WARM_UP_ROWS = (1, 24, 48, 128, 512, 4096)
-"""Rows of a step at which launch configurations differ (`mmqwen_kernels.launch`)."""
 
 BACKEND_VARIABLE = "MMQWEN_BACKEND"
 """Environment variable that names the fusion backend; see `select_backend`."""
@@ -164,14 +161,14 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         try:
             if not isinstance(pack, torch.Tensor):
                 raise PackError(f"expected a tensor, got {type(pack).__name__}")
-            rows = directory(pack)
-            for group in read_slice(rows)[1]:
-                if not 0 <= group.modality < len(self._widths):
-                    raise PackError(f"modality index {group.modality} is unknown")
-                if group.rows.shape[1] != self._widths[group.modality]:
+            rows, kinds = open_pack(pack)
+            for modality, width in kinds:
+                if not 0 <= modality < len(self._widths):
+                    raise PackError(f"modality index {modality} is unknown")
+                if width != self._widths[modality]:
                     raise PackError(
-                        f"modality {self._spec_list[group.modality].name!r}: rows are "
-                        f"{group.rows.shape[1]} wide, expected {self._widths[group.modality]}"
+                        f"modality {self._spec_list[modality].name!r}: rows are {width} wide, "
+                        f"expected {self._widths[modality]}"
                     )
             return rows
         except PackError as error:
@@ -195,29 +192,8 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
             backend=self._backend,
         )
         if self._choice.name == "triton":
-            self._warm_up()
-
-    def _warm_up(self) -> None:
-        """Compile what requests will need, so that none waits for a compiler."""
-        weights = [self._projector(spec.name).weights() for spec in self._spec_list]
-        dtype, device = weights[0].w1.dtype, weights[0].w1.device
-        table = weights[0].w2.new_zeros(1, weights[0].w2.shape[0])
-        every = range(len(weights))
-        for rows in (rows for rows in WARM_UP_ROWS if rows <= self._max_tokens):
-            for modalities in [every[:1], every] if len(weights) > 1 else [every]:
-                share = -(-rows // len(modalities))
-                sources: list[Any] = [
-                    (m, torch.zeros(share, self._widths[m], dtype=dtype)) for m in modalities
-                ]
-                tokens = share * len(modalities)
-                fuse_embeddings(
-                    torch.zeros(tokens, dtype=torch.int32, device=device),
-                    table,
-                    sources,
-                    weights,
-                    slots=range(tokens),
-                    backend=self._backend,
-                )
+            every = [self._projector(spec.name).weights() for spec in self._spec_list]
+            logger.info("Fusion kernels made ready: %d", warm_up(every, backend=self._backend))
 
     def _projector(self, name: str) -> ShardedProjector:
         return cast(ShardedProjector, self.projectors[name])

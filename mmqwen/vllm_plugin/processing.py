@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
+from os import urandom
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ import torch
 from vllm.inputs import mm_input
 from vllm.multimodal.inputs import (
     MultiModalFieldConfig,
+    MultiModalFieldElem,
+    MultiModalKwargsItem,
     MultiModalKwargsItems,
     PlaceholderRange,
 )
@@ -24,11 +27,11 @@ from vllm.multimodal.processing import (
 )
 
 from mmqwen import transport
-from mmqwen.modalities import ModalityError, ModalitySpec, expand_markers
+from mmqwen.modalities import Expansion, ModalityError, ModalitySpec, expand_markers
 from mmqwen.tokens import add_placeholder_tokens
 from mmqwen.vllm_plugin import PACK_MODALITY, compat
 from mmqwen.vllm_plugin.modality_table import modality_table
-from mmqwen_kernels.packing import pack_groups
+from mmqwen_kernels.packing import allocate_pack
 
 CUT_GAP = 256
 """Text tokens between two rows from which a new pack begins.
@@ -43,10 +46,10 @@ TURN_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 
 class ModalityItems(ModalityDataItems[torch.Tensor, torch.Tensor]):
-    """The checked items of one modality.
+    """The items of one modality, checked but for their values.
 
     Attributes:
-        data: all rows `[R, d]` in the model's dtype.
+        data: all rows `[R, d]` in the dtype in which they came.
         counts: rows of each item.
     """
 
@@ -69,29 +72,29 @@ class ModalityItems(ModalityDataItems[torch.Tensor, torch.Tensor]):
 
 
 class RowsParser(MultiModalDataParser):
-    """`multi_modal_data` -> checked rows, under the user's own modality names."""
+    """`multi_modal_data` -> joined rows, under the user's own modality names."""
 
-    def __init__(self, specs: Mapping[str, ModalitySpec], dtype: torch.dtype) -> None:
+    def __init__(self, specs: Mapping[str, ModalitySpec]) -> None:
         super().__init__()
         self._specs = specs
-        self._dtype = dtype
 
     def parse_mm_data(self, mm_data: Mapping[str, Any]) -> MultiModalDataItems:
-        """See `transport.concat_items` for what is accepted.
+        """See `join` for what is accepted."""
+        return MultiModalDataItems(self.join(mm_data))
+
+    def join(self, mm_data: Mapping[str, Any]) -> dict[str, ModalityItems]:
+        """See `transport.join_items` for what is accepted; values are looked at when packed.
 
         Raises:
             EmbeddingError: an unknown modality, or an item that cannot be served.
         """
-        items = MultiModalDataItems()
-        with compat.single_threaded():
-            for name, value in mm_data.items():
-                spec = self._specs.get(name)
-                if spec is None:
-                    transport.refuse_unknown(name, self._specs)
-                rows, counts = transport.concat_items(
-                    transport.as_items(value, name), spec, self._dtype
-                )
-                items[name] = ModalityItems(rows, counts, name)
+        items: dict[str, ModalityItems] = {}
+        for name, value in mm_data.items():
+            spec = self._specs.get(name)
+            if spec is None:
+                transport.refuse_unknown(name, self._specs)
+            rows, counts = transport.join_items(transport.as_items(value, name), spec)
+            items[name] = ModalityItems(rows, counts, name)
         return items
 
 
@@ -112,10 +115,7 @@ class ProcessingInfo(BaseProcessingInfo):
         return self.get_tokenizer()
 
     def get_data_parser(self) -> MultiModalDataParser:
-        dtype = self.ctx.model_config.dtype
-        if not isinstance(dtype, torch.dtype):
-            raise TypeError(f"model dtype is {dtype!r}, expected a torch dtype")
-        return RowsParser(self.specs, dtype)
+        return RowsParser(self.specs)
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {**dict.fromkeys(self.specs, None), PACK_MODALITY: None}
@@ -156,46 +156,75 @@ class DummyInputs(BaseDummyInputsBuilder[ProcessingInfo]):
 class PackingProcessor(BaseMultiModalProcessor[ProcessingInfo]):
     """Replaces vLLM's generic processor by one pass over the prompt.
 
-    Host cost does not grow with the number of items beyond the copies of their rows.
+    Host cost hardly grows with the number of items beyond the copies of their rows.
+
+    Attributes:
+        hash_content: whether packs are named by what they hold. Off where nothing is reused from
+            one request to the next (`MultimodalQwen3Renderer` settles it): then by a random number,
+            as vLLM does it for its own models.
     """
 
+    hash_content = True
+
     def apply(self, inputs: Any, timing_ctx: Any = None) -> Any:
-        """Expand markers, pack rows, hash.
+        """Expand markers, pack rows, hash: vLLM's own way in.
 
         Raises:
+            EmbeddingError, ModalityError: as `pack`.
+        """
+        with compat.single_threaded():
+            token_ids = compat.prompt_token_ids(inputs, self.info)
+            return self.pack(token_ids, dict(inputs.mm_data_items.items()))
+
+    def join(self, mm_data: Mapping[str, Any]) -> dict[str, ModalityItems]:
+        """What a prompt brings, joined by modality; see `RowsParser.join`.
+
+        Raises:
+            EmbeddingError: an unknown modality, or an item that cannot be served.
+            ValueError: more items than `--limit-mm-per-prompt` allows.
+        """
+        items = self._parser.join(mm_data)
+        if self._limited:
+            for name, entry in items.items():
+                self.info.validate_num_items(name, len(entry.counts))
+        return items
+
+    def pack(self, token_ids: list[int], items: Mapping[str, ModalityItems]) -> Any:
+        """vLLM's input of a prompt with one marker, or none at all, per item.
+
+        Raises:
+            EmbeddingError: a row that is not finite in the model's dtype.
             ModalityError: markers and items do not match, or the prompt is too long.
         """
-        token_ids = compat.prompt_token_ids(inputs, self.info)
-        items: dict[str, ModalityItems] = dict(inputs.mm_data_items.items())
         expansion = expand_markers(
             token_ids, self._specs, {name: entry.counts for name, entry in items.items()}
         )
         self._check_length(expansion.token_ids, items)
-        counts = [items[name].counts[index] for name, index in expansion.items]
-        order = [self._index[name] for name, _ in expansion.items]
+        marked = expansion.unmarked < len(expansion.names)
+        tokens = np.asarray(expansion.token_ids, dtype=np.int64) if marked else None
+        left = {name: entry.data for name, entry in items.items() if entry.counts}
         packs: list[torch.Tensor] = []
         hashes: list[str] = []
         ranges: list[PlaceholderRange] = []
-        token_array = np.asarray(expansion.token_ids, dtype=np.int64)
-        rows_left = {self._index[name]: entry.data for name, entry in items.items()}
-        for first, last in self._cut(token_array, expansion.starts, counts):
-            pack = pack_groups(
-                order[first:last],
-                counts[first:last],
-                _take(rows_left, order[first:last], counts[first:last]),
-            )
+        for first, last in self._cut(expansion, tokens):
+            counts = expansion.counts[first:last]
+            if marked:
+                order, runs = expansion.names[first:last], counts
+                needed = _total_by_name(order, runs)
+            else:
+                needed = {name: len(rows) for name, rows in left.items()}
+                order, runs = list(needed), list(needed.values())
+            pack = self._fill(order, runs, needed, left, items)
             packs.append(pack)
-            hashes.append(content_hash(pack, counts[first:last]))
+            hashes.append(content_hash(pack, counts) if self.hash_content else urandom(16).hex())
             offset = expansion.starts[first]
-            length = expansion.starts[last - 1] + counts[last - 1] - offset
-            mask = self._placeholder_mask[token_array[offset : offset + length]]
-            ranges.append(
-                PlaceholderRange(
-                    offset=offset,
-                    length=length,
-                    is_embed=None if mask.all() else torch.from_numpy(mask),
-                )
-            )
+            length = expansion.starts[last - 1] + counts[-1] - offset
+            mask = None
+            if length != sum(runs):
+                assert tokens is not None
+                inside = tokens[offset : offset + length]
+                mask = torch.from_numpy(self._is_placeholder.take(inside, mode="clip"))
+            ranges.append(PlaceholderRange(offset=offset, length=length, is_embed=mask))
         return mm_input(
             prompt_token_ids=expansion.token_ids,
             mm_kwargs=_kwargs_items(packs),
@@ -203,27 +232,70 @@ class PackingProcessor(BaseMultiModalProcessor[ProcessingInfo]):
             mm_placeholders={PACK_MODALITY: ranges},
         )
 
+    def _fill(
+        self,
+        order: Sequence[str],
+        runs: Sequence[int],
+        needed: Mapping[str, int],
+        left: dict[str, torch.Tensor],
+        items: Mapping[str, ModalityItems],
+    ) -> torch.Tensor:
+        """A pack of the first rows of what is `left`, which loses them."""
+        pack, views = allocate_pack(
+            [self._index[name] for name in order],
+            runs,
+            {self._index[name]: (count, left[name].shape[1]) for name, count in needed.items()},
+            self._dtype,
+        )
+        for (name, count), view in zip(needed.items(), views.values(), strict=True):
+            rows = left[name]
+            if count < len(rows):
+                rows, left[name] = rows[:count], rows[count:]
+            if not transport.convert_rows(rows, view):
+                entry = items[name]
+                transport.refuse_non_finite(
+                    entry.data, entry.counts, self._specs[name], self._dtype
+                )
+        return pack
+
     @cached_property
     def _specs(self) -> dict[str, ModalitySpec]:
         return self.info.specs
 
     @cached_property
+    def _parser(self) -> RowsParser:
+        return RowsParser(self._specs)
+
+    @cached_property
+    def _limited(self) -> bool:
+        return bool(self.info.ctx.get_mm_config().limit_per_prompt)
+
+    @cached_property
+    def _dtype(self) -> torch.dtype:
+        dtype = self.info.ctx.model_config.dtype
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"model dtype is {dtype!r}, expected a torch dtype")
+        return dtype
+
+    @cached_property
     def _index(self) -> dict[str, int]:
         return {name: at for at, name in enumerate(self._specs)}
 
-    @cached_property
-    def _placeholder_mask(self) -> np.ndarray:
-        """bool `[V]`: True at placeholder ids."""
-        ids = [spec.token_id for spec in self._specs.values() if spec.token_id is not None]
-        size = max(self.info.ctx.model_config.get_vocab_size(), max(ids) + 1)
-        mask = np.zeros(size, dtype=np.bool_)
-        mask[ids] = True
-        return mask
+    def _table_of(self, ids: Sequence[int]) -> np.ndarray:
+        """bool `[V + 1]`: True at these ids; ids that lie outside meet False."""
+        size = max(self.info.ctx.model_config.get_vocab_size(), max(ids, default=0) + 1)
+        table = np.zeros(size + 1, dtype=np.bool_)
+        table[list(ids)] = True
+        return table
 
     @cached_property
-    def _turn_ids(self) -> np.ndarray:
+    def _is_placeholder(self) -> np.ndarray:
+        return self._table_of([s.token_id for s in self._specs.values() if s.token_id is not None])
+
+    @cached_property
+    def _ends_turn(self) -> np.ndarray:
         vocab = self.info.get_tokenizer().get_vocab()
-        return np.array([vocab[token] for token in TURN_TOKENS if token in vocab], dtype=np.int64)
+        return self._table_of([vocab[token] for token in TURN_TOKENS if token in vocab])
 
     def _check_length(self, token_ids: Sequence[int], items: Mapping[str, ModalityItems]) -> None:
         limit = self.info.ctx.model_config.max_model_len
@@ -234,19 +306,21 @@ class PackingProcessor(BaseMultiModalProcessor[ProcessingInfo]):
                 f"modality; expected at most {limit} (max_model_len)"
             )
 
-    def _cut(
-        self, token_ids: np.ndarray, starts: Sequence[int], counts: Sequence[int]
-    ) -> list[tuple[int, int]]:
+    def _cut(self, expansion: Expansion, tokens: np.ndarray | None) -> list[tuple[int, int]]:
         """Ranges of items that share a pack: cut at ends of turns and at long stretches of text."""
-        if not starts:
+        if not expansion.names:
             return []
-        begin = np.asarray(starts, dtype=np.int64)
-        end = begin + np.asarray(counts, dtype=np.int64)
+        if tokens is None or len(expansion.names) == 1:
+            return [(0, len(expansion.names))]
+        begin = np.asarray(expansion.starts, dtype=np.int64)
+        end = begin + np.asarray(expansion.counts, dtype=np.int64)
         cut = begin[1:] - end[:-1] >= CUT_GAP
-        if len(self._turn_ids):
-            turns = np.flatnonzero(np.isin(token_ids, self._turn_ids))
+        first, last = int(begin[0]), int(end[-1])
+        turns = np.flatnonzero(self._ends_turn.take(tokens[first:last], mode="clip"))
+        if len(turns):
+            turns += first
             cut |= np.searchsorted(turns, begin[1:]) > np.searchsorted(turns, end[:-1])
-        edges = [0, *(np.flatnonzero(cut) + 1).tolist(), len(starts)]
+        edges = [0, *(np.flatnonzero(cut) + 1).tolist(), len(expansion.names)]
         return list(pairwise(edges))
 
     def _get_mm_fields_config(self, *args: Any, **kwargs: Any) -> Any:
@@ -258,28 +332,22 @@ class PackingProcessor(BaseMultiModalProcessor[ProcessingInfo]):
 
 # keep_on_cpu: packs stay in host memory; see docs/adr/0002-packs-stay-on-the-host.md.
 _FIELDS = {"pack": MultiModalFieldConfig.batched(PACK_MODALITY, keep_on_cpu=True)}
+_FIELD = _FIELDS["pack"].field
 
 
 def _kwargs_items(packs: Sequence[torch.Tensor]) -> MultiModalKwargsItems:
     # Each pack in a list of its own: vLLM stacks (copies) bare tensors of equal length.
-    return MultiModalKwargsItems.from_hf_inputs({"pack": [[pack] for pack in packs]}, _FIELDS)
+    members = [
+        MultiModalKwargsItem({"pack": MultiModalFieldElem([pack], _FIELD)}) for pack in packs
+    ]
+    return MultiModalKwargsItems({PACK_MODALITY: members} if members else {})
 
 
-def _take(
-    left: dict[int, torch.Tensor], order: Sequence[int], counts: Sequence[int]
-) -> dict[int, torch.Tensor]:
-    """Split off, from the front of what is `left` of each modality, the rows of these items."""
-    needed: dict[int, int] = {}
-    for modality, count in zip(order, counts, strict=True):
-        needed[modality] = needed.get(modality, 0) + count
-    taken: dict[int, torch.Tensor] = {}
-    for modality, count in needed.items():
-        rows = left[modality]
-        if count == rows.shape[0]:
-            taken[modality] = rows
-        else:
-            taken[modality], left[modality] = rows[:count], rows[count:]
-    return taken
+def _total_by_name(names: Sequence[str], counts: Sequence[int]) -> dict[str, int]:
+    totals: dict[str, int] = {}
+    for name, count in zip(names, counts, strict=True):
+        totals[name] = totals.get(name, 0) + count
+    return totals
 
 
 def content_hash(pack: torch.Tensor, counts: Sequence[int]) -> str:

@@ -48,7 +48,13 @@ class MultimodalQwen3Renderer(HfRenderer):
             if tokenizer is not None:
                 add_placeholder_tokens(tokenizer, self._specs)
             prepare(self._specs)
+            # vLLM's processor cache spares a second conversion and transfer of equal items. Packs
+            # never take part, so its other half, in the engine core, would only keep up to 4 GiB
+            # of them, and count their bytes at each request.
+            config.model_config.multimodal_config.mm_processor_cache_gb = 0.0
         super().__init__(config, tokenizer)
+        if self._specs:
+            self.get_mm_processor().hash_content = reuses_rows(config)
 
     # -- chat -----------------------------------------------------------------------------------
 
@@ -95,28 +101,35 @@ class MultimodalQwen3Renderer(HfRenderer):
         if not self._specs:
             return super()._process_tokens(prompt, *args, **kwargs)
         with _refusals_counted():
-            items = self._check(prompt)
-            processed = super()._process_tokens(prompt, *args, **kwargs)
-        if items:
-            count_accepted(items)
-        return processed
+            self._check(prompt)
+            return super()._process_tokens(prompt, *args, **kwargs)
 
     async def _process_tokens_async(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
         if not self._specs:
             return await super()._process_tokens_async(prompt, *args, **kwargs)
         with _refusals_counted():
-            items = self._check(prompt)
-            processed = await super()._process_tokens_async(prompt, *args, **kwargs)
-        if items:
-            count_accepted(items)
+            self._check(prompt)
+            return await super()._process_tokens_async(prompt, *args, **kwargs)
+
+    def _process_multimodal(self, prompt: Any, mm_data: Any, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's own, without what serves other processors: ids, timing, cache statistics.
+
+        A client's `multi_modal_uuids` are not looked at: they could name another client's rows.
+        """
+        if not self._specs or isinstance(prompt, str):
+            return super()._process_multimodal(prompt, mm_data, *args, **kwargs)
+        processor = self.get_mm_processor()
+        with compat.single_threaded():
+            items = processor.join(mm_data)
+            processed = processor.pack(prompt, items)
+        count_accepted(
+            (name, len(entry.counts), len(entry.data), entry.data.nbytes)
+            for name, entry in items.items()
+        )
         return processed
 
-    def _check(self, prompt: Any) -> Mapping[str, Any]:
-        """Refuse placeholders without items, and parts whose marker the chat template left out.
-
-        Returns:
-            The prompt's items.
-        """
+    def _check(self, prompt: Any) -> None:
+        """Refuse placeholders without items, and parts whose marker the chat template left out."""
         items: Mapping[str, Any] = prompt.get("multi_modal_data") or {}
         token_ids = prompt["prompt_token_ids"]
         if not items:
@@ -131,7 +144,15 @@ class MultimodalQwen3Renderer(HfRenderer):
                         f"modality {name!r}: the rendered prompt holds none of the messages' "
                         f"{len(members)} part(s); the chat template, or truncation, dropped them"
                     )
-        return items
+
+
+def reuses_rows(config: Any) -> bool:
+    """Whether anything in vLLM looks for a pack of an earlier request, or of another engine."""
+    return bool(
+        config.cache_config.enable_prefix_caching
+        or config.kv_transfer_config is not None
+        or getattr(config, "ec_transfer_config", None) is not None
+    )
 
 
 def _with_items(prompt: Any, items: Mapping[str, list[Any]]) -> Any:

