@@ -37,7 +37,7 @@ class RowTables(NamedTuple):
     Attributes:
         buffer: uint8 `[N]` on the device.
         entries_at: int64 `[A, 8]`, see `triton_kernels.py`.
-        num_entries: A; 1 where one modality has rows, else a power of two.
+        num_entries: A, a power of two.
         addresses_at: int64 `[R]`, the address of each row; -1 where each modality is one tensor.
         align_bytes: 1 to 16; every address, row stride and row length is a multiple of it.
         address: of the first modality's first row.
@@ -409,8 +409,8 @@ def _plan_on_device(
         stay.append(there)
         if len(there) > len(travel[-1]):
             by_address = by_address or len(there) > 1 or _is_far(there[0])
-    num_entries = _num_entries(counts)
-    addresses_at = num_entries * ENTRY_BYTES
+    entries_here = num_entries(len(counts))
+    addresses_at = entries_here * ENTRY_BYTES
     order_at = addresses_at + (_aligned(8 * total) if by_address else 0)
     at = order_at + 8 * num_tokens
     rows_at = [-1] * len(widths)
@@ -464,16 +464,14 @@ def _plan_on_device(
         order_at,
         tuple(rows_at),
         RowTables(
-            moved, 0, num_entries, addresses_at if by_address else -1, align, address, stride
+            moved, 0, entries_here, addresses_at if by_address else -1, align, address, stride
         ),
     )
 
 
-def _num_entries(counts: Sequence[int]) -> int:
-    """1, or else room for all modalities, so that it takes but two values in an engine."""
-    if sum(count > 0 for count in counts) <= 1:
-        return 1
-    return 1 << (len(counts) - 1).bit_length()
+def num_entries(modalities: int) -> int:
+    """A power of two with room for all modalities: one value an engine, so one set of kernels."""
+    return 1 << max(modalities - 1, 0).bit_length()
 
 
 def _is_far(rows: torch.Tensor | None) -> bool:
@@ -580,7 +578,6 @@ def _tables_of_spans(
 ) -> tuple[np.ndarray, np.ndarray | None, int]:
     """The entries `[A, 8]`, the row addresses `[R]` if wanted, and the alignment in bytes."""
     active = [m for m, count in enumerate(counts) if count]
-    num_entries = _num_entries(counts)
     table: list[tuple[int, ...]] = []
     first, align = 0, ALIGN_BYTES
     for m in active:
@@ -590,7 +587,7 @@ def _tables_of_spans(
         align = math.gcd(align, widths[m] * itemsize)
         if not by_address:
             align = math.gcd(align, address, stride * itemsize)
-    table += [(0,) * ENTRY_FIELDS] * (num_entries - len(table))
+    table += [(0,) * ENTRY_FIELDS] * (num_entries(len(counts)) - len(table))
     entries = np.array(table, dtype=np.int64)
     if not by_address:
         return entries, None, align

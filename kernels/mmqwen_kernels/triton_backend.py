@@ -14,7 +14,7 @@ from triton.compiler import ASTSource
 
 from mmqwen_kernels import triton_kernels as kernels
 from mmqwen_kernels.launch import LaunchConfig, Mode, TileConfig, choose_config, every_tile
-from mmqwen_kernels.plan import RowTables, tables_of
+from mmqwen_kernels.plan import RowTables, num_entries, tables_of
 from mmqwen_kernels.reference import Projector
 
 FULL_ALIGN_BYTES = 16
@@ -132,8 +132,6 @@ class _Recipe(NamedTuple):
     stride: int
     block_t: int
     block_d: int
-    single: int
-    """Index of the only modality with rows, or -1."""
 
 
 class _Weights:
@@ -362,15 +360,15 @@ class TritonBackend:
             block_d = min(1024, max(64, 1 << (weights.columns - 1).bit_length()))
             dependent = self.capability >= (9, 0)
             before = len(self._variants)
-            for entries in {1, 1 << (len(projectors) - 1).bit_length()}:
-                for tile in ups:
-                    self._up(weights, tile, dtype, align, entries, False, dependent)
-                for tile in downs:
-                    for ids_dtype in ids_dtypes:
-                        self._down(
-                            weights, tile, dtype, ids_dtype, align, entries, True,
-                            (LaunchConfig.block_t, block_d), dependent,
-                        )  # fmt: skip
+            entries = num_entries(len(projectors))
+            for tile in ups:
+                self._up(weights, tile, dtype, align, entries, False, dependent)
+            for tile in downs:
+                for ids_dtype in ids_dtypes:
+                    self._down(
+                        weights, tile, dtype, ids_dtype, align, entries, True,
+                        (LaunchConfig.block_t, block_d), dependent,
+                    )  # fmt: skip
             return len(self._variants) - before
 
     # -- launches -------------------------------------------------------------------------------
@@ -413,8 +411,9 @@ class TritonBackend:
         addresses = entries
         if tables.addresses_at >= 0:
             addresses = self._part(tables.buffer, tables.addresses_at)
-        w1, b1, w2, b2, width, units, w1_stride, w2_stride = weights.rows[max(recipe.single, 0)]
-        count = counts[recipe.single]
+        # For one modality; with several the kernels read their tables.
+        w1, b1, w2, b2, width, units, w1_stride, w2_stride = weights.rows[0]
+        count = counts[0]
         recipe.up(
             recipe.up_programs,
             stream,
@@ -489,7 +488,7 @@ class TritonBackend:
                 mode=config,
             )
         active = [m for m, count in enumerate(counts) if count]
-        entries = 1 if len(active) == 1 else 1 << (len(counts) - 1).bit_length()
+        entries = num_entries(len(counts))
         some = [counts[m] for m in active]
         units = [weights.hidden[m] for m in active]
         dependent = config.dependent and not self._interpret
@@ -506,7 +505,6 @@ class TritonBackend:
             stride=-(-max(weights.hidden) // HIDDEN_ALIGN) * HIDDEN_ALIGN,
             block_t=config.block_t,
             block_d=config.block_d,
-            single=active[0] if len(active) == 1 else -1,
         )  # fmt: skip
         if len(weights.recipes) >= _RECIPES_KEPT:
             weights.recipes.clear()

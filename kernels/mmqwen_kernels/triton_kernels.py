@@ -9,12 +9,12 @@ Both are grouped over modalities by two small int64 tables in device memory, so 
 stacked, padded or concatenated:
 
     entries [A, 8]   modality, first row, count, address of its first row, row stride in elements,
-                     three unused; A is 1 where one modality has rows, else a power of two that
-                     has room for all modalities, the rest rows of count 0
+                     three unused: one a modality with rows, then rows of count 0 up to a power of
+                     two that has room for all modalities
     weights [M, 8]   addresses of w1, b1, w2, b2 (0: none), then d, H, row strides of w1, w2
 
-With one entry (A = 1) both tables come as arguments instead: two dependent loads less before the
-first weight is asked for.
+With one modality (A = 1) both tables come as arguments instead: two dependent loads less before
+the first weight is asked for.
 
 Scalars are not specialised, so a new count never compiles anything; everything that may change
 the code is a constexpr, so that `triton.compile` builds exactly what a launch runs:

@@ -94,7 +94,7 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         self._widths = [spec.dim for spec in self._spec_list]
         self._max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self._max_model_len = model_config.max_model_len
-        self._profiled = False
+        self._prepared = False
         self._backend = os.environ.get(BACKEND_VARIABLE, DEFAULT_BACKEND)
         self._choice = choice = select_backend(
             current_platform.device_type, cast(torch.dtype, model_config.dtype), self._backend
@@ -148,10 +148,6 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         the processor. It is logged and read as rows of zeros: raising here would end the engine,
         and with it every other request.
         """
-        if not self._profiled:
-            # vLLM profiles memory by calling this; it never calls embed_input_ids with rows.
-            self._profiled = True
-            self._run_projectors_once()
         packs = kwargs.get("pack")
         return [self._open(pack) for pack in packs] if isinstance(packs, (list, tuple)) else []
 
@@ -175,8 +171,13 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
             logger.error("A request bypassed the processor and sent no pack of rows: %s", error)
             return torch.zeros(1, 2, dtype=torch.int64).expand(self._max_model_len, 2)
 
-    def _run_projectors_once(self) -> None:
-        """Claim the memory that the largest step needs, while vLLM profiles."""
+    def _prepare(self) -> None:
+        """Claim the memory that the largest step needs, and compile what requests will need.
+
+        At the first forward pass, which is vLLM's profiling run: it never calls `embed_input_ids`
+        with rows, and its V2 runner not even `embed_multimodal`.
+        """
+        self._prepared = True
         if not self._place:
             return
         spec_at = max(range(len(self._spec_list)), key=lambda at: self._needed_bytes(at))
@@ -285,6 +286,8 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         **kwargs: object,
     ) -> Any:
         """The text model's forward."""
+        if not self._prepared:
+            self._prepare()
         if intermediate_tensors is not None:
             inputs_embeds = None
         return self.language_model.model(
