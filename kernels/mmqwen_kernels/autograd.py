@@ -1,4 +1,4 @@
-"""Projection and placement with gradients: forward as in serving, and a backward that copies little.
+"""Projection and placement with gradients: forward as in serving, a backward that copies little.
 
 What is kept from forward to backward, for R rows of width d, H hidden units, D outputs, T tokens,
 b bytes an element:
