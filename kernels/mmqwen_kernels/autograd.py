@@ -28,6 +28,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from mmqwen_kernels.backward import (
+    GROUP_OF,
     backward_kernels,
     hidden_of,
     keeps_hidden,
@@ -281,27 +282,28 @@ def projector_gradients(
         engine: see `backward.select_backward`.
     """
     result: list[list[torch.Tensor | None]] = [[None] * _PER_MODALITY for _ in groups]
-    active = []
+    together: list[int] = []
     for m, (tensors, need) in enumerate(zip(groups, needs, strict=True)):
-        if any(need) and tensors[0].shape[0]:
-            active.append(m)
-        else:
+        if not (any(need) and tensors[0].shape[0]):
             result[m] = [
                 torch.zeros_like(t) if n else None for t, n in zip(tensors, need, strict=True)
             ]
-    if not active:
-        return [gradient for gradients in result for gradient in gradients]
-    if not kept:
-        some, wanted = [groups[m] for m in active], [needs[m] for m in active]
-        if select_backward(some, grad, compute, wanted, engine).name == "kernels":
-            need_x = [need[0] for need in wanted]
-            found = backward_kernels(grad.device).gradients(grad, some, need_x)
-            for m, gradients in zip(active, found, strict=True):
-                result[m] = gradients
-            return [gradient for gradients in result for gradient in gradients]
-    for m in active:
-        hidden = kept[m] if kept else None
-        result[m] = modality_by_torch(grad, groups[m], needs[m], compute, hidden)
+        elif (
+            not kept
+            and select_backward(tensors, grad, compute, need, engine).name == "kernels"
+            and (not together or groups[together[0]][2].dtype == tensors[2].dtype)
+        ):
+            together.append(m)
+        else:
+            hidden = kept[m] if kept else None
+            result[m] = modality_by_torch(grad, tensors, need, compute, hidden)
+    for begin in range(0, len(together), GROUP_OF):
+        some = together[begin : begin + GROUP_OF]
+        found = backward_kernels(grad.device).gradients(
+            grad, [groups[m] for m in some], [needs[m][0] for m in some]
+        )
+        for m, gradients in zip(some, found, strict=True):
+            result[m] = gradients
     return [gradient for gradients in result for gradient in gradients]
 
 

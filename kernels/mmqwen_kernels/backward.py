@@ -46,16 +46,16 @@ def keeps_hidden(rows: int, width: int, units: int, columns: int, itemsize: int)
 
 
 def select_backward(
-    tensors: Sequence[Sequence[Any]],
+    tensors: Sequence[Any],
     grad: torch.Tensor,
     compute: torch.dtype,
-    needs: Sequence[Sequence[bool]],
+    needs: Sequence[bool],
     engine: str = "auto",
 ) -> BackendChoice:
-    """Say whether gradients come from the kernels or from torch, and why.
+    """Say whether a modality's gradients come from the kernels or from torch, and why.
 
     Args:
-        tensors: per modality with rows: x, slots, W1, b1, W2, b2.
+        tensors: x, slots, W1, b1, W2, b2.
         grad: `[T, D]`.
         compute: dtype of the products.
         needs: which of `tensors` get a gradient.
@@ -75,17 +75,14 @@ def select_backward(
         return BackendChoice("torch", refusal)
     if engine == "kernels":
         return BackendChoice("kernels", "asked for")
-    most = max(t[0].shape[0] * t[4].numel() for t in tensors)
-    if most > KERNEL_PRODUCT:
-        return BackendChoice("torch", f"products of {most:.0e} terms: cuBLAS")
-    return BackendChoice("kernels", f"products of {most:.0e} terms, up to {KERNEL_PRODUCT:.0e}")
+    terms = tensors[0].shape[0] * tensors[4].numel()
+    if terms > KERNEL_PRODUCT:
+        return BackendChoice("torch", f"products of {terms:.0e} terms: cuBLAS")
+    return BackendChoice("kernels", f"products of {terms:.0e} terms, up to {KERNEL_PRODUCT:.0e}")
 
 
 def _why_no_kernels(
-    tensors: Sequence[Sequence[Any]],
-    grad: torch.Tensor,
-    compute: torch.dtype,
-    needs: Sequence[Sequence[bool]],
+    tensors: Sequence[Any], grad: torch.Tensor, compute: torch.dtype, needs: Sequence[bool]
 ) -> str | None:
     device = grad.device
     if device.type != "cuda":
@@ -100,21 +97,21 @@ def _why_no_kernels(
         return f"products in {compute}, but an output in {grad.dtype}"
     if grad.numel() >= 1 << 31 or grad.stride(1) != 1 or grad.stride(0) % step:
         return "the output's gradient is too large, or not in rows aligned to 16 bytes"
-    if grad.data_ptr() % 16 or not 0 < len(tensors) <= GROUP_OF:
-        return f"no modality with rows, or more than {GROUP_OF}"
-    out_dtype = tensors[0][2].dtype
-    for (x, _, w1, b1, w2, b2), need in zip(tensors, needs, strict=True):
-        units, width = w1.shape
-        if not (need[2] and need[3] and need[4] and (b2 is None or need[5])):
-            return "some weights are frozen"
-        if width % step or units % step or w2.shape[0] % step:
-            return f"sizes that are no multiples of {step}"
-        if x.stride(1) != 1 or x.stride(0) % step or x.data_ptr() % 16:
-            return "rows that are not aligned to 16 bytes"
-        if not w1.dtype == b1.dtype == w2.dtype == out_dtype or x.dtype != compute:
-            return "rows or weights of several dtypes"
-        if x.shape[0] * units >= 1 << 31:
-            return "too many rows"
+    if grad.data_ptr() % 16:
+        return "the output's gradient is not aligned to 16 bytes"
+    x, _, w1, b1, w2, b2 = tensors
+    units, width = w1.shape
+    if not (needs[2] and needs[3] and needs[4] and (b2 is None or needs[5])):
+        return "some weights are frozen"
+    if width % step or units % step or w2.shape[0] % step:
+        return f"sizes that are no multiples of {step}"
+    if not w1.dtype == b1.dtype == w2.dtype:
+        return "weights of several dtypes"
+    for weight in (w1, w2):
+        if weight.dtype == compute and (weight.stride(0) % step or weight.data_ptr() % 16):
+            return "weights that are not aligned to 16 bytes"
+    if x.shape[0] * units >= 1 << 31:
+        return "too many rows"
     return None
 
 
@@ -204,6 +201,13 @@ def modality_by_torch(
 
 
 # -- kernels ---------------------------------------------------------------------------------------
+
+
+def _readable(x: torch.Tensor, dtype: torch.dtype, step: int) -> torch.Tensor:
+    """Rows in `dtype`, each aligned to 16 bytes; the same tensor where they are."""
+    x = x if x.dtype == dtype else x.to(dtype)
+    aligned = x.stride(1) == 1 and not x.stride(0) % step and not x.data_ptr() % 16
+    return x if aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 class Tile(NamedTuple):
@@ -304,7 +308,7 @@ class BackwardKernels:
         Args:
             grad: `[T, D]` in the dtype of the products.
             tensors: per modality with rows: x, slots, W1, b1, W2, b2. x and weights are read in
-                the dtype of `grad`, and weights' gradients are given in that of the weights.
+                the dtype of `grad`; gradients are given in that of the weights, which is one.
             need_x: which of the rows want a gradient.
             hidden: `[R, stride]` hidden activations of all modalities in their order, or None.
 
@@ -313,7 +317,8 @@ class BackwardKernels:
         """
         dtype = grad.dtype
         itemsize = dtype.itemsize
-        xs = [t[0] if t[0].dtype == dtype else t[0].to(dtype) for t in tensors]
+        step = 16 // itemsize
+        xs = [_readable(t[0], dtype, step) for t in tensors]
         first = [t[2] if t[2].dtype == dtype else t[2].to(dtype) for t in tensors]
         second = [t[4] if t[4].dtype == dtype else t[4].to(dtype) for t in tensors]
         biases = [t[3] if t[3].dtype == dtype else t[3].to(dtype) for t in tensors]
@@ -325,7 +330,6 @@ class BackwardKernels:
         counts = [x.shape[0] for x in xs]
         units = [w.shape[0] for w in first]
         columns = grad.shape[1]
-        step = 16 // itemsize
         stride = max(units) if hidden is None else hidden.stride(0)
         total = sum(counts)
         four = [*range(entries), *[0] * (GROUP_OF - entries)]

@@ -53,10 +53,17 @@ def test_tiles(swap, place, monkeypatch):
     check(make((70, 35), (40, 104, 88), tokens=150, dtype=torch.float32, width_step=16))
 
 
-def test_five_modalities_are_left_to_torch():
-    inputs = make((2,) * 5, (24, 40, 48), tokens=30, dtype=torch.float32, width_step=8)
-    with pytest.raises(ValueError, match="more than 4"):
-        both(inputs)
+def test_five_modalities():
+    check(make((2,) * 5, (24, 40, 48), tokens=30, dtype=torch.float32, width_step=8))
+
+
+def test_an_odd_width_beside_even_ones():
+    """By torch, while the others go by the kernels."""
+    inputs = make((4, 3, 5), (24, 40, 48), tokens=30, dtype=torch.float32)  # 24, 25 and 26 wide
+    weight = torch.randn(30, 48, dtype=torch.float64)
+    got = gradients(fused_embed, inputs, weight, backend="triton")
+    want = gradients(fused_embed, inputs, weight, backend="triton", engine="torch")
+    torch.testing.assert_close(got, want)
 
 
 def test_no_output_bias_and_strided_rows():
