@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Subset
 
 from mmqwen._version import __version__
 from mmqwen.checkpoint import read_config
-from mmqwen.data import Example, RowsDataset, validate
+from mmqwen.data import DatasetError, Example, RowsDataset, validate
 from mmqwen.hf import MultimodalQwen3Config, MultimodalQwen3ForConditionalGeneration
 from mmqwen.shards import CheckpointError, check_output, staged
 from mmqwen.tokens import add_placeholder_tokens
@@ -184,9 +184,9 @@ def _load_tokenizer(settings: TrainSettings, config: MultimodalQwen3Config) -> A
 
 
 def _open_data(settings: TrainSettings) -> tuple[Dataset[Example], Dataset[Example] | None]:
-    whole = RowsDataset(settings.data)
+    whole = _open(settings.data)
     if settings.eval_data is not None:
-        return whole, RowsDataset(settings.eval_data)
+        return whole, _open(settings.eval_data)
     held_out = round(len(whole) * settings.eval_share)
     if settings.eval_share and not 0 < held_out < len(whole):
         raise TrainingError(
@@ -197,6 +197,13 @@ def _open_data(settings: TrainSettings) -> tuple[Dataset[Example], Dataset[Examp
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(settings.seed))
     train_part, eval_part = sorted(order[held_out:].tolist()), sorted(order[:held_out].tolist())
     return Subset(whole, train_part), Subset(whole, eval_part)
+
+
+def _open(path: str) -> RowsDataset:
+    dataset = RowsDataset(path)
+    if not len(dataset):
+        raise DatasetError(f"{path}: there is no sample")
+    return dataset
 
 
 def _stored_dtype(config: MultimodalQwen3Config) -> torch.dtype:
