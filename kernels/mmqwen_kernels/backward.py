@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from mmqwen_kernels.ops import BackendChoice
 
 ENGINES = ("auto", "kernels", "torch")
+_RECIPES_KEPT = 4096
 GROUP_OF = 4
 """Modalities with rows that share a launch."""
 KERNEL_PRODUCT = 2**34
@@ -269,13 +270,33 @@ def _tiles(tile: Tile, counts: Sequence[int], columns: Sequence[int]) -> int:
     )
 
 
+class _Launch(NamedTuple):
+    """A launch but for its tensors and numbers; constexprs in the order of the parameters."""
+
+    programs: int
+    constants: tuple[Any, ...]
+    warps: int
+    stages: int
+
+
+class _Recipe(NamedTuple):
+    """The launches of one backward; `before`: W2's half where hidden will be overwritten."""
+
+    hidden: _Launch
+    before: _Launch | None
+    below: _Launch
+    after: _Launch
+
+
 class _Facts(NamedTuple):
     """The device table of some projectors, and the parts of their gradients' buffer."""
 
     table: torch.Tensor
-    sizes: list[int]
-    shapes: list[tuple[torch.Size, torch.Size]]
+    size: int
+    places: list[tuple[tuple[int, ...], tuple[int, ...], int]]  # shape, strides, offset
     with_b2: list[bool]
+    units: list[int]
+    recipes: dict[tuple[Any, ...], _Recipe]
 
 
 class BackwardKernels:
@@ -317,81 +338,53 @@ class BackwardKernels:
         """
         dtype = grad.dtype
         itemsize = dtype.itemsize
-        step = 16 // itemsize
-        xs = [_readable(t[0], dtype, step) for t in tensors]
+        xs = [_readable(t[0], dtype, 16 // itemsize) for t in tensors]
         first = [t[2] if t[2].dtype == dtype else t[2].to(dtype) for t in tensors]
         second = [t[4] if t[4].dtype == dtype else t[4].to(dtype) for t in tensors]
         biases = [t[3] if t[3].dtype == dtype else t[3].to(dtype) for t in tensors]
         first = [w if w.stride(1) == 1 else w.contiguous() for w in first]
         second = [w if w.stride(1) == 1 else w.contiguous() for w in second]
         facts = self._facts_of(first, biases, second, [t[5] is not None for t in tensors])
-        entries = len(tensors)
-        slots = tensors[0][1] if entries == 1 else torch.cat([t[1] for t in tensors])
-        counts = [x.shape[0] for x in xs]
-        units = [w.shape[0] for w in first]
-        columns = grad.shape[1]
+        slots = tensors[0][1] if len(tensors) == 1 else torch.cat([t[1] for t in tensors])
+        counts = tuple([x.shape[0] for x in xs])
+        units = facts.units
         stride = max(units) if hidden is None else hidden.stride(0)
         total = sum(counts)
-        four = [*range(entries), *[0] * (GROUP_OF - entries)]
-        x_args = (*[xs[m] for m in four], *[xs[m].stride(0) for m in four])
-        n_args = (*counts, *[0] * (GROUP_OF - entries))
-        tile = row_tile(counts, units, self.num_sms, itemsize)
-        programs = _tiles(tile, counts, units)
-        kernels = self._kernels
-        shape = (entries, tile.a, tile.b, tile.k, tile.group, step)
         recomputed = hidden is None
+        in_place = recomputed and total * stride * itemsize >= IN_PLACE_BYTES
+        how = facts.recipes.get((counts, in_place))
+        if how is None:
+            how = self._recipe(counts, in_place, first, grad.shape[1], itemsize)
+            if len(facts.recipes) >= _RECIPES_KEPT:
+                facts.recipes.clear()
+            facts.recipes[counts, in_place] = how
+        entries, spare = len(xs), GROUP_OF - len(xs)
+        x_args = (*xs, *xs[:1] * spare, *[x.stride(0) for x in xs], *[0] * spare)
+        n_args = (*counts, *[0] * spare)
+        kernels = self._kernels
         if hidden is None:
             hidden = torch.empty(total, stride, dtype=dtype, device=grad.device)
-            even = all(w.shape[1] % tile.k == 0 for w in first)
             self._launch(
                 kernels._hidden_kernel,
-                programs,
+                how.hidden,
                 (facts.table, hidden, stride, *x_args, *n_args),
-                (*shape, even, tile.swap),
-                tile,
                 dtype,
             )
-        flat = torch.empty(sum(facts.sizes), dtype=tensors[0][2].dtype, device=grad.device)
-        in_place = recomputed and hidden.numel() * itemsize >= IN_PLACE_BYTES
+        flat = torch.empty(facts.size, dtype=tensors[0][2].dtype, device=grad.device)
         below = hidden if in_place else torch.empty_like(hidden)
-        sources = (facts.table, grad, grad.stride(0), columns, slots, hidden, below, stride)
-        keys = (dtype, slots.dtype, flat.dtype)
+        sources = (facts.table, grad, grad.stride(0), grad.shape[1], slots, hidden, below, stride)
+        dtypes = (dtype, slots.dtype, flat.dtype)
+        weights = (*sources, *x_args, *n_args, flat)
+        if how.before is not None:
+            self._launch(kernels._weight_gradient_kernel, how.before, weights, dtypes)
+        self._launch(kernels._hidden_gradient_kernel, how.below, (*sources, *n_args), dtypes)
+        self._launch(kernels._weight_gradient_kernel, how.after, weights, dtypes)
 
-        def weights(with_first: bool, with_second: bool) -> None:
-            sizes: list[tuple[int, int]] = []
-            for w in first:
-                sizes += [(columns, w.shape[0])] * with_second + [tuple(w.shape)] * with_first  # type: ignore[list-item]
-            t = weight_tile(counts, sizes, self.num_sms, itemsize)
-            if not with_second:  # no slots to look up, which take a stage
-                t = t._replace(stages=max(t.stages - 1, 2))
-            self._launch(
-                kernels._weight_gradient_kernel,
-                sum(math.ceil(a / t.a) * (math.ceil(b / t.b) + 1) for a, b in sizes),
-                (*sources, *x_args, *n_args, flat),
-                (entries, with_first, with_second, t.a, t.b, t.k, 64, t.group, step),
-                t,
-                keys,
-            )
-
-        if in_place:
-            weights(False, True)
-        self._launch(
-            kernels._hidden_gradient_kernel,
-            programs,
-            (*sources, *n_args),
-            (*shape, columns % tile.k == 0, tile.swap),
-            tile,
-            keys,
-        )
-        weights(True, not in_place)
-
-        parts = iter(flat.split_with_sizes(facts.sizes))
+        parts = iter([flat.as_strided(*place) for place in facts.places])
         result: list[list[torch.Tensor | None]] = []
         row = 0
         for m in range(entries):
-            w1_shape, w2_shape = facts.shapes[m]
-            of_w1, of_b1 = next(parts).view(w1_shape), next(parts)
-            of_w2 = next(parts).view(w2_shape)
+            of_w1, of_b1, of_w2 = next(parts), next(parts), next(parts)
             of_b2 = next(parts) if facts.with_b2[m] else None
             of_x = None
             if need_x[m]:
@@ -400,6 +393,46 @@ class BackwardKernels:
             row += counts[m]
             result.append([of_x, None, of_w1, of_b1, of_w2, of_b2])
         return result
+
+    def _recipe(
+        self,
+        counts: Sequence[int],
+        in_place: bool,
+        first: Sequence[torch.Tensor],
+        columns: int,
+        itemsize: int,
+    ) -> _Recipe:
+        """The launches for these numbers of rows."""
+        units = [w.shape[0] for w in first]
+        entries, step = len(counts), 16 // itemsize
+        tile = row_tile(counts, units, self.num_sms, itemsize)
+        shape = (entries, tile.a, tile.b, tile.k, tile.group, step)
+        programs = _tiles(tile, counts, units)
+        even = all(w.shape[1] % tile.k == 0 for w in first)
+
+        def launch(constants: tuple[Any, ...], programs: int, tile: Tile) -> _Launch:
+            return _Launch(programs, constants, tile.warps, tile.stages)
+
+        def weights(with_first: bool, with_second: bool) -> _Launch:
+            sizes: list[tuple[int, int]] = []
+            for w in first:
+                if with_second:
+                    sizes.append((columns, w.shape[0]))
+                if with_first:
+                    sizes.append((w.shape[0], w.shape[1]))
+            t = weight_tile(counts, sizes, self.num_sms, itemsize)
+            if not with_second:  # no slots to look up, which take a stage
+                t = t._replace(stages=max(t.stages - 1, 2))
+            programs = sum(math.ceil(a / t.a) * (math.ceil(b / t.b) + 1) for a, b in sizes)
+            constants = (entries, with_first, with_second, t.a, t.b, t.k, 64, t.group, step)
+            return launch(constants, programs, t)
+
+        return _Recipe(
+            launch((*shape, even, tile.swap), programs, tile),
+            weights(False, True) if in_place else None,
+            launch((*shape, columns % tile.k == 0, tile.swap), programs, tile),
+            weights(True, not in_place),
+        )
 
     def _facts_of(
         self,
@@ -418,8 +451,7 @@ class BackwardKernels:
         found = self._facts.get(key)
         if found is None:
             table: list[list[int]] = []
-            sizes: list[int] = []
-            shapes = []
+            places: list[tuple[tuple[int, ...], tuple[int, ...], int]] = []
             at = 0
             for w1, b1, w2, b2 in zip(first, biases, second, with_b2, strict=True):
                 (units, width), columns = w1.shape, w2.shape[0]
@@ -430,35 +462,30 @@ class BackwardKernels:
                     + [w2.stride(0), *offsets]
                     + [0] * (self._kernels.FACTS - 11)
                 )
+                places.append(((units, width), (width, 1), offsets[0]))
+                places.append(((units,), (1,), offsets[1]))
+                places.append(((columns, units), (units, 1), offsets[2]))
+                if b2:
+                    places.append(((columns,), (1,), offsets[3]))
                 at += sum(own)
-                sizes += own
-                shapes.append((w1.shape, w2.shape))
             host = torch.tensor(table, dtype=torch.int64)
             if self._on_gpu:
                 host = host.pin_memory().to(self._device, non_blocking=True)
-            found = _Facts(host, sizes, shapes, list(with_b2))
+            found = _Facts(host, at, places, list(with_b2), [w.shape[0] for w in first], {})
             while len(self._facts) >= 64:
                 self._facts.pop(next(iter(self._facts)))
             self._facts[key] = found
         return found
 
-    def _launch(
-        self,
-        kernel: Any,
-        programs: int,
-        args: tuple[Any, ...],
-        constants: tuple[Any, ...],
-        tile: Tile,
-        dtypes: Any,
-    ) -> None:
+    def _launch(self, kernel: Any, how: _Launch, args: tuple[Any, ...], dtypes: Any) -> None:
         """Launch; from the second time on without Triton's handling of each argument."""
-        key = (kernel, constants, tile.warps, tile.stages, dtypes)
-        grid = (programs, 1, 1)
+        key = (kernel, how.constants, how.warps, how.stages, dtypes)
+        grid = (how.programs, 1, 1)
         compiled = self._compiled.get(key)
         if compiled is not None:
-            compiled[grid](*args, *constants)
+            compiled[grid](*args, *how.constants)
             return
-        compiled = kernel[grid](*args, *constants, num_warps=tile.warps, num_stages=tile.stages)
+        compiled = kernel[grid](*args, *how.constants, num_warps=how.warps, num_stages=how.stages)
         if self._on_gpu and compiled is not None:
             self._compiled[key] = compiled
 

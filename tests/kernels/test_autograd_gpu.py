@@ -83,8 +83,8 @@ def check(inputs, **options):
     return got
 
 
-COUNTS = [(1,), (16,), (33,), (64,), (300,), (2000,)]
-COUNTS += [(5, 0, 130), (16, 16, 16, 16), (700, 1, 64, 0), (0, 0)]
+COUNTS = [(1,), (33,), (64,), (300,), (2000,)]
+COUNTS += [(5, 0, 130), (16, 16, 16, 16), (0, 0)]
 
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
@@ -117,15 +117,17 @@ def test_odd_sizes(shape, dtype):
 def test_tiles_of_every_kind(monkeypatch):
     """Each tile that a launch may choose, on sizes that are no multiples of it."""
     inputs = make((200, 77), (768, 1064, 1032))
-    narrow = [Tile(64, 64, tile.k, 4, 3) for _, tile in backward.WEIGHT_TILES]
+    narrow = Tile(64, 64, 64, 4, 3)
     for tile in (*[t for _, t in backward.FEW_ROWS], *backward.ROW_TILES):
+        monkeypatch.setattr(backward, "_KERNELS", {})  # what was chosen before is remembered
         monkeypatch.setattr(backward, "row_tile", lambda *_, tile=tile: tile)
         check(inputs, backend="triton", engine="kernels")
     monkeypatch.undo()
     wide = [t for _, t in backward.WEIGHT_TILES] + [backward.WEIGHT_TILE_LARGE]
-    for tile in (*wide, *narrow):
+    for tile in (*wide, narrow):
+        monkeypatch.setattr(backward, "_KERNELS", {})
         monkeypatch.setattr(backward, "weight_tile", lambda *_, tile=tile: tile)
-        for limit in (0, 1 << 40):
+        for limit in (0, 1 << 40) if tile == backward.WEIGHT_TILE_LARGE else (1 << 40,):
             monkeypatch.setattr(backward, "IN_PLACE_BYTES", limit)
             check(inputs, backend="triton", engine="kernels")
 
