@@ -1,11 +1,20 @@
-"""Forward and backward of projector and placement: time, peak memory, and what is saved between.
+"""Forward and backward of projector and placement: time, memory, and what is saved between.
 
-    python benchmarks/bench_training.py                       # H100: the grid of docs/training.md
-    python benchmarks/bench_training.py --smoke               # any machine, seconds
+    python benchmarks/bench_training.py --seconds 165        # H100: the grid of docs/training.md
+    python benchmarks/bench_training.py --smoke              # any machine, seconds
 
 Peers compute the same with torch's autograd: `eager` as the transformers model does it, `compile`
-through torch.compile. Gradients of each peer are checked against float64 before anything is timed.
-Results go to benchmarks/results/training-<device>.json.
+through torch.compile, compiled once per (modalities, width) with the number of rows dynamic.
+`fused` is `fused_embed` as it chooses by itself; `fused-kernels` and `fused-cublas` force the
+backward's engine; `torch-saved` and `torch-recomputed` are its torch forward with the hidden
+activations kept or not. Gradients of each are checked against float64 before anything is timed.
+
+Times of a step, in milliseconds, p20, p50 and p80:
+
+    device   kernels alone: steps queued behind a pause of the GPU, so that no step waits for Python
+    wall     one step from an idle GPU to an idle GPU, Python included
+
+The file of results is written after every point; points that the limit left out are named in it.
 """
 
 from __future__ import annotations
@@ -13,11 +22,14 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import platform
+import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import date
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
@@ -25,7 +37,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from mmqwen_kernels import Projector
+from mmqwen_kernels import Projector, autograd
 from mmqwen_kernels.autograd import fused_embed
 from mmqwen_kernels.reference import project_rows_torch
 
@@ -33,8 +45,14 @@ RESULTS = Path(__file__).parent / "results"
 WIDTHS = (768, 512, 1024, 384)
 VOCABULARY = 32768
 ROWS = (64, 256, 1024, 4096, 16384)
+BOTH_KEPT = (1024, 16384)
+"""Rows at which `torch-saved` and `torch-recomputed` are compared."""
 SLACK = 1.1
-"""A peer's error against float64 may be this many times eager's."""
+"""A gradient's error against float64 may be this many times eager's."""
+STEPS_QUEUED = 10
+PAUSE_CYCLES = 40_000_000
+"""About 20 ms: longer than Python takes for `STEPS_QUEUED` steps."""
+Step = Callable[..., torch.Tensor]
 
 
 class Case:
@@ -52,18 +70,18 @@ class Case:
     def __init__(
         self, rows: int, modalities: int, width: int, device: str, dtype: torch.dtype, train: str
     ) -> None:
-        g = torch.Generator().manual_seed(0)
-        options = {"device": device, "dtype": dtype}
+        g = torch.Generator(device).manual_seed(0)
+        options = {"device": device, "generator": g}
 
         def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
-            return (torch.randn(*shape, generator=g) * scale).to(**options)
+            return torch.randn(*shape, **options).mul_(scale).to(dtype)
 
         tokens = 2 * rows
-        self.ids = torch.randint(VOCABULARY, (tokens,), generator=g).to(device)
+        self.ids = torch.randint(VOCABULARY, (tokens,), **options)
         self.table = draw(VOCABULARY, width, scale=0.02).requires_grad_(train == "full")
         counts = [rows // modalities] * modalities
-        order = torch.randperm(tokens, generator=g)[: sum(counts)].sort().values.to(device)
-        self.slots = list(order.split(counts))
+        order = torch.randperm(tokens, **options)[: sum(counts)].sort().values
+        self.slots = [part.clone() for part in order.split(counts)]
         self.rows = [
             draw(n, d).requires_grad_(train == "full") for n, d in zip(counts, WIDTHS, strict=False)
         ]
@@ -101,6 +119,11 @@ class Case:
         other.projectors = [Projector(*map(raised, p)) for p in self.projectors]
         return other
 
+    def mark_rows_dynamic(self) -> None:
+        """Tell torch.compile that the numbers of rows and tokens change from call to call."""
+        for tensor in (self.ids, *self.slots, *self.rows):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
 
 def eager(ids: Any, table: Any, rows: Any, slots: Any, projectors: Any) -> torch.Tensor:
     """What `MultimodalQwen3ForConditionalGeneration.fuse` does."""
@@ -109,61 +132,73 @@ def eager(ids: Any, table: Any, rows: Any, slots: Any, projectors: Any) -> torch
     return text.index_put((torch.cat(list(slots)),), torch.cat(placed))
 
 
-def peers(device: str, compiled: bool) -> dict[str, Callable[..., torch.Tensor]]:
+@contextmanager
+def keeping(hidden: bool) -> Iterator[None]:
+    """Hidden activations are kept, or not, whatever the rule says."""
+    own = autograd.keeps_hidden
+    autograd.keeps_hidden = lambda *_: hidden
+    try:
+        yield
+    finally:
+        autograd.keeps_hidden = own
+
+
+def peers(device: str, compiled: Step | None, rows: int) -> dict[str, Step]:
     """Name to function."""
 
-    def with_kernels(*inputs: Any) -> torch.Tensor:
-        return fused_embed(*inputs, backend="triton")
+    def engine(name: str) -> Step:
+        return lambda *inputs: fused_embed(*inputs, backend="triton", engine=name)
 
-    def recomputing(*inputs: Any) -> torch.Tensor:
-        return fused_embed(*inputs, backend="torch")
+    def kept(hidden: bool) -> Step:
+        def run(*inputs: Any) -> torch.Tensor:
+            with keeping(hidden):
+                return fused_embed(*inputs, backend="torch")
 
-    found: dict[str, Callable[..., torch.Tensor]] = {"eager": eager}
-    if compiled:
-        found["compile"] = torch.compile(eager, dynamic=False)
-    found["fused-torch"] = recomputing
+        return run
+
+    found: dict[str, Step] = {"eager": eager}
+    if compiled is not None:
+        found["compile"] = compiled
+    found["fused"] = fused_embed
     if device == "cuda":
-        found["fused-triton"] = with_kernels
+        found["fused-kernels"] = engine("kernels")
+        found["fused-cublas"] = engine("torch")
+    if rows in BOTH_KEPT or device != "cuda":
+        found["torch-saved"], found["torch-recomputed"] = kept(True), kept(False)
     return found
 
 
-def step(function: Callable[..., torch.Tensor], case: Case) -> tuple[torch.Tensor, ...]:
+def forward(function: Step, case: Case) -> torch.Tensor:
+    """One forward."""
+    return function(case.ids, case.table, case.rows, case.slots, case.projectors)
+
+
+def step(function: Step, case: Case) -> tuple[torch.Tensor, ...]:
     """One forward and backward."""
-    out = function(case.ids, case.table, case.rows, case.slots, case.projectors)
-    return torch.autograd.grad(out, case.leaves(), case.grad)
+    return torch.autograd.grad(forward(function, case), case.leaves(), case.grad)
 
 
-def synchronize(device: str) -> None:
-    """Wait for the device."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+def errors(function: Step, case: Case, exact: tuple[torch.Tensor, ...]) -> list[float]:
+    """Norm of each gradient's error."""
+    return [
+        float((got.double() - want).norm())
+        for got, want in zip(step(function, case), exact, strict=True)
+    ]
 
 
-def check(functions: dict[str, Callable[..., torch.Tensor]], case: Case) -> dict[str, float]:
-    """Largest error of any gradient, relative to eager's error, by peer.
+def check(name: str, own: list[float], peer: list[float]) -> float:
+    """Largest error of any gradient of `name`, relative to eager's error.
 
     Raises:
-        RuntimeError: a peer is worse than `SLACK` times eager.
+        RuntimeError: one of ours is worse than `SLACK` times eager.
     """
-    exact = step(eager, case.double())
-    errors = {
-        name: [
-            float((got.double() - want).norm())
-            for got, want in zip(step(function, case), exact, strict=True)
-        ]
-        for name, function in functions.items()
-    }
-    ratios = {
-        name: max(e / max(own, 1e-30) for e, own in zip(error, errors["eager"], strict=True))
-        for name, error in errors.items()
-    }
-    for name, ratio in ratios.items():
-        if ratio > SLACK:
-            raise RuntimeError(f"{name}: a gradient's error is {ratio:.2f} times eager's")
-    return ratios
+    ratio = max(e / max(base, 1e-30) for e, base in zip(own, peer, strict=True))
+    if not ratio <= SLACK and name not in ("eager", "compile"):
+        raise RuntimeError(f"a gradient's error is {ratio:.2f} times eager's")
+    return ratio
 
 
-def saved_bytes(function: Callable[..., torch.Tensor], case: Case) -> int:
+def saved_bytes(function: Step, case: Case) -> int:
     """Bytes kept from forward to backward, beyond the inputs themselves."""
     own = [case.ids, *case.slots, *case.rows, case.table, *(w for p in case.projectors for w in p)]
     known = {tensor.untyped_storage().data_ptr() for tensor in own}
@@ -176,48 +211,149 @@ def saved_bytes(function: Callable[..., torch.Tensor], case: Case) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = function(case.ids, case.table, case.rows, case.slots, case.projectors)
+        out = forward(function, case)
     kept.pop(out.untyped_storage().data_ptr(), None)
     return sum(kept.values())
 
 
-def peak_bytes(function: Callable[..., torch.Tensor], case: Case, device: str) -> int | None:
-    """Most memory over a step above what is there before it, gradients included; CUDA only."""
-    if device != "cuda":
-        return None
-    step(function, case)
+def peak_bytes(function: Step, case: Case, gradients: int) -> dict[str, int]:
+    """Most memory above what was there before, on CUDA.
+
+    `step` counts everything; `activations` leaves out the gradients of the weights (but not those
+    of the activations), which any way of computing them has to give.
+    """
     gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    step(function, case)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    out = forward(function, case)
+    ahead = torch.cuda.max_memory_allocated() - before
+    torch.cuda.reset_peak_memory_stats()
+    torch.autograd.grad(out, case.leaves(), case.grad)
+    back = torch.cuda.max_memory_allocated() - before
+    return {"step": max(ahead, back), "activations": max(ahead, back - gradients)}
 
 
-def measure(
-    function: Callable[..., torch.Tensor], case: Case, device: str, repeats: int
-) -> dict[str, float]:
-    """p20, p50 and p80 of the time of a step, in milliseconds."""
-    for _ in range(3):
-        step(function, case)
+def percentiles(times: list[float]) -> dict[str, float]:
+    """p20, p50 and p80."""
+    cuts = quantiles(times, n=10)
+    return {"p20": round(cuts[1], 5), "p50": round(cuts[4], 5), "p80": round(cuts[7], 5)}
+
+
+def wall_times(function: Step, case: Case, device: str, repeats: int) -> list[float]:
+    """Milliseconds of steps, each from an idle device to an idle device."""
     times = []
     for _ in range(repeats):
-        synchronize(device)
         begin = time.perf_counter()
         step(function, case)
-        synchronize(device)
+        if device == "cuda":
+            torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - begin))
-    cuts = quantiles(times, n=10)
-    return {"p20": cuts[1], "p50": cuts[4], "p80": cuts[7]}
+    return times
 
 
-def points(smoke: bool) -> Iterator[tuple[int, int, int, str]]:
-    """Rows, modalities, width and what is trained, of each point."""
+def device_times(function: Step, case: Case, batches: int = 2) -> list[float]:
+    """Milliseconds of steps on the GPU alone: queued while the GPU is kept busy."""
+    times = []
+    for _ in range(batches):
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(STEPS_QUEUED + 1)]
+        torch.cuda._sleep(PAUSE_CYCLES)
+        marks[0].record()
+        for mark in marks[1:]:
+            step(function, case)
+            mark.record()
+        torch.cuda.synchronize()
+        times += [a.elapsed_time(b) for a, b in pairwise(marks)]
+    return times
+
+
+def measure(function: Step, case: Case, device: str, repeats: int) -> dict[str, Any]:
+    """Times and memory of one peer at one point, after warming up."""
+    for _ in range(5):
+        step(function, case)
+    gradients = sum(tensor.nbytes for tensor in case.leaves())
+    entry: dict[str, Any] = {"gradient_bytes": gradients}
+    if device == "cuda":
+        torch.cuda.synchronize()
+        entry["device_ms"] = percentiles(device_times(function, case))
+        entry["peak_bytes"] = peak_bytes(function, case, gradients)
+    entry["wall_ms"] = percentiles(wall_times(function, case, device, repeats))
+    return entry
+
+
+def points(smoke: bool) -> list[tuple[int, int, int, str]]:
+    """(rows, modalities, width, what is trained), those with one compilation together."""
     if smoke:
-        yield from product((16, 64), (1, 4), (32,), ("projector", "full"))
-    else:
-        yield from product(ROWS, (1, 4), (1024, 4096), ("projector", "full"))
+        return list(product((16, 64), (1, 4), (32,), ("projector", "full")))
+    grid = [
+        (rows, modalities, width, "projector")
+        for modalities, width in product((1, 4), (4096, 1024))
+        for rows in ROWS
+    ]
+    return [*grid, (1024, 1, 1024, "full"), (1024, 4, 4096, "full")]
+
+
+def commit() -> str:
+    """The commit that ran: of the checkout, or as MMQWEN_COMMIT says."""
+    told = os.environ.get("MMQWEN_COMMIT")
+    if told:
+        return told
+    try:
+        run = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return run.stdout.strip()
+
+
+def about(device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Where and with what."""
+    found: dict[str, Any] = {"device": platform.machine(), "dtype": str(dtype)}
+    if device == "cuda":
+        found["device"] = torch.cuda.get_device_name()
+    try:
+        import triton
+
+        found["triton"] = triton.__version__
+    except ImportError:
+        found["triton"] = None
+    found |= {"torch": torch.__version__, "commit": commit(), "date": date.today().isoformat()}
+    return found
+
+
+def table(results: list[dict[str, Any]]) -> list[str]:
+    """A line a point: `fused` over the best peer in time and memory, and its engines."""
+    by_point: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for r in results:
+        key = (r["trained"], r["modalities"], r["width"], r["rows"])
+        by_point.setdefault(key, {})[r["peer"]] = r
+    lines = [
+        "| trained | modalities | D = H | rows | clock | best peer, ms | fused | kernels | cublas "
+        "| activations | peak |",
+        "|-|-|-|-|-|-|-|-|-|-|-|",
+    ]
+    for key, found in by_point.items():
+        rivals = [found[name] for name in ("eager", "compile") if name in found]
+        if "fused" not in found or not rivals:
+            continue
+        for clock in ("device_ms", "wall_ms"):
+            if clock not in rivals[0]:
+                continue
+            best = min(r[clock]["p50"] for r in rivals)
+            cells = [*map(str, key), clock[:-3], f"{best:.4f}"]
+            for name in ("fused", "fused-kernels", "fused-cublas"):
+                one = found.get(name)
+                cells.append(f"{one[clock]['p50'] / best:.2f}" if one else "")
+            for what in ("activations", "step"):
+                if "peak_bytes" not in rivals[0]:
+                    cells.append("")
+                    continue
+                least = min(r["peak_bytes"][what] for r in rivals)
+                cells.append(f"{found['fused']['peak_bytes'][what] / max(least, 1):.2f}")
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -225,38 +361,57 @@ def main(argv: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="tiny, float32, no torch.compile")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=165, help="no point begins after this")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args(argv)
+    start = time.perf_counter()
     device = arguments.device
     dtype = torch.float32 if arguments.smoke else torch.bfloat16
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
-    results = []
-    for rows, modalities, width, trained in points(arguments.smoke):
-        torch.compiler.reset()
-        case = Case(rows, modalities, width, device, dtype, trained)
-        functions = peers(device, compiled=not arguments.smoke)
-        ratios = check(functions, case)
-        for peer, function in functions.items():
-            entry = {
-                "peer": peer,
-                "rows": rows,
-                "modalities": modalities,
-                "width": width,
-                "trained": trained,
-                "milliseconds": measure(function, case, device, arguments.repeats),
-                "peak_bytes": peak_bytes(function, case, device),
-                "saved_bytes": saved_bytes(function, case),
-                "gradient_bytes": sum(t.nbytes for t in case.leaves()),
-                "error_over_eager": ratios[peer],
-            }
-            results.append(entry)
-            print(json.dumps(entry), flush=True)
     output = arguments.output or RESULTS / f"training-{device}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    about = {"device": name, "dtype": str(dtype), "torch": torch.__version__}
-    about["date"] = date.today().isoformat()
-    output.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+    report: dict[str, Any] = {**about(device, dtype), "results": [], "failed": [], "not_run": []}
+    compiled: Step | None = None
+    kind: tuple[Any, ...] | None = None
+    for rows, modalities, width, trained in points(arguments.smoke):
+        where = {"rows": rows, "modalities": modalities, "width": width, "trained": trained}
+        if time.perf_counter() - start > arguments.seconds:
+            report["not_run"].append(where)
+            continue
+        case = Case(rows, modalities, width, device, dtype, trained)
+        if not (arguments.smoke or arguments.no_compile):
+            if kind != (modalities, width, trained):
+                torch.compiler.reset()
+                compiled = torch.compile(eager)
+                kind = (modalities, width, trained)
+            case.mark_rows_dynamic()
+        functions = peers(device, compiled, rows)
+        exact = step(eager, case.double())
+        eager_errors = errors(eager, case, exact)
+        for peer, function in functions.items():
+            entry: dict[str, Any] = {"peer": peer, **where}
+            try:
+                begin = time.perf_counter()
+                ratio = check(peer, errors(function, case, exact), eager_errors)
+                entry["check_s"] = round(time.perf_counter() - begin, 2)  # with any compilation
+                entry["error_over_eager"] = round(ratio, 4)
+                entry |= measure(function, case, device, arguments.repeats)
+                if peer != "compile":  # hooks would compile it anew
+                    entry["saved_bytes"] = saved_bytes(function, case)
+                report["results"].append(entry)
+            except Exception as error:  # the others are worth having
+                entry["error"] = f"{type(error).__name__}: {error}"[:2000]
+                report["failed"].append(entry)
+            print(json.dumps(entry), flush=True)
+        report["seconds"] = round(time.perf_counter() - start, 1)
+        output.write_text(json.dumps(report, indent=1) + "\n")
+        del case, functions, exact
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    output.write_text(json.dumps(report, indent=1) + "\n")
+    print("\n".join(table(report["results"])))
+    print(f"{len(report['failed'])} failed, {len(report['not_run'])} not run", flush=True)
     return output
 
 

@@ -6,7 +6,7 @@
 set -eu
 report="$(mktemp)"
 "${PYTHON:-python3.11}" -m pip install --quiet --dry-run --ignore-installed --report "$report" "$1" \
-    accelerate build hypothesis matplotlib mypy peft pytest pytest-benchmark pytest-timeout ruff \
+    accelerate build hypothesis matplotlib mypy peft pyarrow pytest pytest-benchmark pytest-timeout ruff \
     scikit-learn tensorboard typer rich types-requests "setuptools==78.1.1" wheel >&2
 "${PYTHON:-python3.11}" - "$report" "$1" <<'PYTHON'
 import json, sys

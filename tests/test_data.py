@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -314,6 +315,93 @@ def test_length_is_checked_with_a_tokenizer(tmp_path, tokenizer_and_specs):
         DatasetError, match=r"data.jsonl:1: \d+ tokens with rows, expected at most 8"
     ):
         validate(path, specs, tokenizer=tokenizer, max_length=8)
+
+
+def test_an_empty_dataset(tmp_path):
+    path = write_small(tmp_path / "data")
+    (path / "data.jsonl").write_text("")
+    with pytest.raises(DatasetError, match=r"data.jsonl:1: there is no sample"):
+        validate(path, SPECS)
+    assert len(RowsDataset(path)) == 0
+
+
+# -- Parquet -----------------------------------------------------------------------------------
+
+
+def to_parquet(path: Path, items: str = "map", **options) -> Path:
+    """The dataset with its text as Parquet."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    lines = [json.loads(line) for line in (path / "data.jsonl").read_text().splitlines()]
+    numbers = arrow.list_(arrow.int64())
+    kinds = {"map": arrow.map_(arrow.string(), numbers)}
+    kinds["struct"] = arrow.struct({"m1": numbers, "m2": numbers})
+    message = arrow.struct({"role": arrow.string(), "content": arrow.string()})
+    columns = {"prompt": arrow.string(), "answer": arrow.string()}
+    columns |= {"messages": arrow.list_(message), "items": kinds[items]}
+    rows = [{name: line.get(name) for name in columns} for line in lines]
+    if items == "map":
+        for row in rows:
+            row["items"] = list((row["items"] or {}).items())
+    table = arrow.Table.from_pylist(rows, schema=arrow.schema(columns))
+    parquet.write_table(table, path / "data.parquet", **options)
+    (path / "data.jsonl").unlink()
+    return path
+
+
+@pytest.mark.parametrize("items", ["map", "struct"])
+def test_parquet_is_what_json_lines_are(tmp_path, tokenizer_and_specs, items):
+    tokenizer, specs = tokenizer_and_specs
+    want = RowsDataset(write_small(tmp_path / "lines"))
+    path = to_parquet(write_small(tmp_path / "rows"), items, row_group_size=1)
+    for dataset in (RowsDataset(path), RowsDataset(path / "data.parquet")):
+        assert len(dataset) == 4
+        for at in (3, 0, 2, 1, -1):
+            got, expected = dataset[at], want[at]
+            assert got.sample == expected.sample
+            for name, rows in expected.rows.items():
+                assert all(map(torch.equal, got.rows[name], rows))
+        with pytest.raises(IndexError):
+            dataset[4]
+    assert dataset[0].where.endswith("data.parquet:1")
+    assert len(dataset._lines._groups) <= 4
+    assert validate(path, specs, tokenizer=tokenizer) == validate(
+        tmp_path / "lines", specs, tokenizer=tokenizer
+    )
+    assert pickle.loads(pickle.dumps(dataset))[2].sample == want[2].sample
+
+
+def test_bad_rows_of_parquet_are_reported_as_lines_are(tmp_path):
+    path = write_small(tmp_path / "data")
+    rewrite_line(path, 1, items={"m1": [0, 9]})
+    rewrite_line(path, 3, answer="  ")
+    to_parquet(path)
+    with pytest.raises(DatasetError) as error:
+        validate(path, SPECS)
+    first, second = error.value.problems
+    assert "data.parquet:1: modality 'm1', item 9: rows are missing" in first
+    assert "data.parquet:3: an answer is empty" in second
+    with pytest.raises(DatasetError, match=r"data.parquet:3: an answer is empty"):
+        RowsDataset(path)[2]
+
+
+def test_parquet_files_that_cannot_be_read(tmp_path, monkeypatch):
+    path = to_parquet(write_small(tmp_path / "data"))
+    (path / "data.jsonl").touch()
+    with pytest.raises(DatasetError, match=r"holds data.jsonl and data.parquet"):
+        RowsDataset(path)
+    (path / "data.jsonl").unlink()
+    whole = (path / "data.parquet").read_bytes()
+    (path / "data.parquet").write_bytes(whole[:-20])
+    with pytest.raises(DatasetError, match=r"data.parquet: cannot be read"):
+        validate(path, SPECS)
+
+
+def test_parquet_without_pyarrow(tmp_path, monkeypatch):
+    path = write_small(tmp_path / "data")
+    (path / "data.jsonl").rename(path / "data.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DatasetError, match=r"needs pyarrow: pip install 'mmqwen\[parquet\]'"):
+        RowsDataset(path)
 
 
 # -- encoding ----------------------------------------------------------------------------------

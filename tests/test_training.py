@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mmqwen.checkpoint import load_projectors, read_config
 from mmqwen.cli import main
@@ -224,8 +224,6 @@ def test_rows_are_packed_in_the_order_of_the_placeholders(places):
 
 @pytest.mark.parametrize("break_it", ["width", "marker", "empty", "nan", "missing"])
 def test_bad_data_stops_before_training(places, break_it, tmp_path, capsys):
-    from safetensors.torch import save_file
-
     model, _, _ = places
     data = write_data(tmp_path / "data")
     lines = (data / "data.jsonl").read_text().splitlines()
@@ -369,6 +367,38 @@ def test_export_of_a_checkpoint(places, stage, capsys):
     assert all(torch.equal(want[n], got[n]) for n in want)
     with pytest.raises(TrainingError, match="not the folder of a training run"):
         export(places[2] / "nothing", places[2] / "new")
+
+
+def test_a_dataset_changed_in_place_does_not_go_on(places, tmp_path):
+    data, evaluation = write_data(tmp_path / "data"), write_data(tmp_path / "eval", 8, seed=1)
+    settings = settings_for((places[0], data, tmp_path), "out", eval_data=evaluation)
+    train(settings)
+    (tmp_path / "out").rename(tmp_path / "moved")
+    rows = load_file(evaluation / "rows-m1.safetensors")
+    save_file({"rows": rows["rows"] * 2}, evaluation / "rows-m1.safetensors")  # the same size
+    with pytest.raises(TrainingError, match=r"eval has changed .*\(rows-m1.safetensors\)"):
+        train(settings)
+    with (data / "data.jsonl").open("a") as stream:
+        stream.write('{"prompt": "more", "answer": " and more"}\n')
+    with pytest.raises(TrainingError, match=r"data has changed .*\(data.jsonl\).*remove"):
+        train(settings)
+    (tmp_path / "out.run" / "datasets.json").unlink()  # as the message says
+    assert (train(settings) / "projectors.safetensors").is_file()
+
+
+def test_an_empty_dataset_is_refused_even_without_the_check(places, tmp_path):
+    data = write_data(tmp_path / "data")
+    (data / "data.jsonl").write_text("")
+    settings = settings_for((places[0], data, tmp_path), "out", validate=False)
+    with pytest.raises(DatasetError, match="there is no sample"):
+        train(settings)
+
+
+def test_lora_on_projectors_is_refused(places):
+    """The projectors are trained whole; peft layers of a connector could not be served."""
+    for layer in ("linear_1", "linear_2"):
+        with pytest.raises(TrainingError, match=r"lora_layers"):
+            train(settings_for(places, "connector", stage="lora", lora_layers=(layer,)))
 
 
 def test_other_settings_do_not_go_on(places):

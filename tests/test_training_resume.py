@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 from test_training import losses, write_data
 
-from mmqwen.training import TrainSettings, export, train
+from mmqwen.hf import MultimodalQwen3ForConditionalGeneration
+from mmqwen.training import TrainingError, TrainSettings, export, train
 from tiny import make_composite
 
 pytest.importorskip("accelerate")
@@ -61,6 +62,11 @@ def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess
     return subprocess.run(
         arguments, env=settings, cwd=ROOT, capture_output=True, text=True, timeout=300
     )
+
+
+def search_path() -> str:
+    """For scripts that lie elsewhere: the checkout, and what this process was given."""
+    return os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
 
 
 def train_apart(settings: TrainSettings) -> Path:
@@ -114,7 +120,8 @@ def test_a_killed_run_goes_on_with_the_same_curve(settings, whole, code, left):
     result = run([sys.executable, "-c", code, json.dumps(own.to_dict())])
     assert result.returncode == -signal.SIGKILL, result.stderr[-2000:]
     found = sorted(p.name for p in own.run_folder.iterdir())
-    assert [name for name in found if name not in ("runs", "settings.json")] == left
+    kept = ("runs", "settings.json", "datasets.json")
+    assert [name for name in found if name not in kept] == left
     assert not Path(own.output).exists()
 
     early = export(own.run_folder / left[-1], f"{own.output}-early")  # what is there loads
@@ -127,6 +134,24 @@ def test_a_killed_run_goes_on_with_the_same_curve(settings, whole, code, left):
         for name, tensor in load_file(file).items():
             torch.testing.assert_close(got[name], tensor, rtol=1e-5, atol=1e-6)
     assert not (own.run_folder / ".saving").exists()
+
+
+SHARDED = """
+import json, os, signal, sys
+from transformers import TrainerCallback
+from mmqwen.training import TrainSettings, train
+from mmqwen.training.sharding import is_sharded
+
+class Watch(TrainerCallback):
+    def on_step_end(self, args, state, control, model=None, **_):
+        assert all(is_sharded(p) for p in model.parameters())
+        local = sum(p.to_local().numel() for p in model.parameters())
+        assert local < 0.6 * sum(p.numel() for p in model.parameters())
+        if state.global_step == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+train(TrainSettings(**json.loads(sys.argv[1])), callbacks=[Watch()])
+"""
 
 
 def free_port() -> int:
@@ -152,3 +177,41 @@ def test_two_processes_learn_what_one_does(settings, stage):
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
     states = list(two.with_name(two.name + ".run").glob("checkpoint-9/rng_state_*.pth"))
     assert len(states) == 2
+
+
+def test_shards_learn_what_one_process_does_and_go_on_after_a_kill(settings, tmp_path):
+    """FSDP over two gloo processes, killed between checkpoints; all weights are sharded."""
+    shared = {"stage": "full", "lr": 1e-3, "lora_dropout": 0.0}
+    one = train_apart(replace(settings, output=f"{settings.output}-one-for-shards", **shared))
+    two = replace(
+        settings, output=f"{settings.output}-shards", batch_size=2, fsdp="full_shard", **shared
+    )
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+
+    def launch(kill_at: int) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port()), str(script)]
+        return run([*command, json.dumps(two.to_dict()), str(kill_at)], PYTHONPATH=search_path())
+
+    assert launch(kill_at=5).returncode != 0
+    left = sorted(p.name for p in two.run_folder.glob("checkpoint-*"))
+    assert left == ["checkpoint-2", "checkpoint-4"]
+    assert not Path(two.output).exists()
+    result = launch(kill_at=-1)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert losses(Path(two.output)) == pytest.approx(losses(one), rel=1e-4)
+    model = MultimodalQwen3ForConditionalGeneration.from_pretrained(two.output).eval()
+    want = MultimodalQwen3ForConditionalGeneration.from_pretrained(one).eval()
+    ids, rows = torch.tensor([[5, model.specs["m1"].token_id, 7]]), {"m1": torch.ones(1, 24)}
+    for own, other in zip(model.parameters(), want.parameters(), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-4)
+    answer = model.generate(ids, embeddings=rows, max_new_tokens=3, do_sample=False)
+    assert answer.shape[0] == 1
+    exported = export(two.run_folder / "checkpoint-8", f"{two.output}-early")
+    assert (exported / "projectors.safetensors").is_file()
+
+
+def test_sharding_needs_several_processes(settings):
+    with pytest.raises(TrainingError, match="fsdp shards between processes"):
+        train(replace(settings, output=f"{settings.output}-alone", fsdp="full_shard"))

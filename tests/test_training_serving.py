@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from test_training import settings_for, write_data
@@ -73,3 +76,21 @@ def test_an_adapter_is_served_beside_its_base(places):
         assert worst_difference(answer, adapted, items) <= TOLERANCE
         changed = worst_difference(answer, plain, items, check_tokens=False)
         assert changed > 100 * TOLERANCE
+
+    connector = write_connector_adapter(output / "connector", base.config)
+    # As `/v1/load_lora_adapter` does. (A request that names an adapter which was not added has
+    # it loaded in the middle of a step, where vLLM 0.32 does not recover from any adapter's error.)
+    with pytest.raises(ValueError, match=r"expected target modules .*projectors.m1.linear_1"):
+        llm.llm_engine.add_lora(LoRARequest("connector", 2, str(connector)))
+    for answer, items in ask(llm, prompt_logprobs=None, lora_request=request):  # and goes on
+        assert worst_difference(answer, adapted, items) <= TOLERANCE
+
+
+def write_connector_adapter(folder: Path, config: Any) -> Path:
+    """A LoRA on a projector's layers, as peft's `save_pretrained` writes it."""
+    import peft
+
+    model = MultimodalQwen3ForConditionalGeneration(config)
+    layers = ["projectors.m1.linear_1", "projectors.m1.linear_2"]
+    peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=layers)).save_pretrained(folder)
+    return folder

@@ -1,20 +1,20 @@
-"""Projection and placement with gradients: forward as in serving, hidden activations recomputed.
+"""Projection and placement with gradients: forward as in serving, a backward that copies little.
 
 What is kept from forward to backward, for R rows of width d, H hidden units, D outputs, T tokens,
 b bytes an element:
 
     tensor                       this module      torch's autograd over the same ops
-    hidden activations [R, H]    recomputed       b H a row, saved
+    hidden activations [R, H]    see below        b H a row, saved
     rows x [R, d]                a reference to the caller's
     slots, ids                   references       references, and a copy of all slots
-    mask of the ReLU             recomputed with the hidden activations
+    mask of the ReLU             read off the hidden activations
     weights                      references
     projected rows [R, D]        never made by the kernels; by torch freed once placed
 
-So 0 bytes a row are saved, where torch saves b H (8 KiB for H = 4096 in bf16). The price is one
-more product x W1ᵀ in backward: 2 d H of the 4 (d H + H D) + 2 H (d + D) that both directions need
-without it, 5% for d = 768 and H = D = 4096. In backward, 2 b H + b D a row are alive for a while,
-when the activations of the layers above have been freed already.
+After the kernels' forward hidden activations are recomputed: x W1^T once more, 2 d H of the
+4 (d H + H D) + 2 H (d + D) operations that both directions need without it, 6% for d = 768 and
+H = D = 4096. After torch's forward they are kept where that is little memory or much work
+(`backward.keeps_hidden`). `backward.py` has the backward and what is alive in it.
 """
 
 from __future__ import annotations
@@ -27,12 +27,22 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from mmqwen_kernels.backward import (
+    GROUP_OF,
+    backward_kernels,
+    hidden_of,
+    keeps_hidden,
+    modality_by_torch,
+    select_backward,
+)
 from mmqwen_kernels.ops import BackendChoice, select_backend
 from mmqwen_kernels.plan import RowPlan, tables_of
 from mmqwen_kernels.reference import Projector
 
 _PER_MODALITY = 6
 """Tensors that each modality passes to the function: rows, slots, W1, b1, W2, b2."""
+_LEADING = 6
+"""What is passed before them."""
 
 
 def select_training_path(
@@ -94,6 +104,7 @@ def fused_embed(
     *,
     padding_idx: int | None = None,
     backend: str = "auto",
+    engine: str = "auto",
 ) -> torch.Tensor:
     """Token embeddings `[T, D]` with projected rows at their slots; differentiable.
 
@@ -110,6 +121,7 @@ def fused_embed(
         padding_idx: id whose row of the table gets no gradient, as in `torch.nn.Embedding`.
         backend: for the forward: one of `mmqwen_kernels.ops.BACKENDS`. The kernels need rows,
             weights and table of one dtype; "auto" takes torch where they differ.
+        engine: for the backward: "auto", "kernels" or "torch"; see `backward.select_backward`.
 
     Returns:
         `[T, D]` in the table's dtype.
@@ -148,7 +160,9 @@ def fused_embed(
             f"backend 'triton': rows are projected in {compute}, the table is {token_table.dtype}; "
             "use backend='torch', or one dtype"
         )
-    return FusedProjectorFunction.apply(input_ids, token_table, padding_idx, compute, name, *flat)
+    return FusedProjectorFunction.apply(
+        input_ids, token_table, padding_idx, compute, name, engine, *flat
+    )
 
 
 class FusedProjectorFunction(torch.autograd.Function):
@@ -162,40 +176,67 @@ class FusedProjectorFunction(torch.autograd.Function):
         padding_idx: int | None,
         compute: torch.dtype,
         backend: str,
+        engine: str,
         *flat: torch.Tensor,
     ) -> torch.Tensor:
         """Gather and project; `flat` holds rows, slots, W1, b1, W2, b2 of each modality."""
         ctx.padding_idx, ctx.compute, ctx.table_shape = padding_idx, compute, token_table.shape
-        ctx.save_for_backward(input_ids, *flat)
+        ctx.engine = engine
         if backend == "triton":
+            ctx.save_for_backward(input_ids, *flat)
+            if torch.compiler.is_compiling():
+                from mmqwen_kernels.autograd_ops import forward_op
+
+                return forward_op(input_ids, token_table, list(flat))
             return _forward_triton(input_ids, token_table, flat)
         out = F.embedding(input_ids, token_table)
-        for x, at, w1, b1, w2, b2 in _modalities(flat):
+        kept: list[torch.Tensor | None] = []
+        learns = ctx.needs_input_grad
+        for index, (x, at, w1, b1, w2, b2) in enumerate(_modalities(flat)):
+            hidden = None
             if x.shape[0]:
-                hidden = F.linear(x.to(compute), w1.to(compute), b1.to(compute)).relu_()
+                hidden = hidden_of(x.to(compute), w1.to(compute), b1.to(compute))
                 bias = None if b2 is None else b2.to(compute)
                 placed = F.linear(hidden, w2.to(compute), bias)
                 out.index_copy_(0, at.long(), placed.to(out.dtype))
+                begin = _LEADING + index * _PER_MODALITY
+                (units, width), columns = w1.shape, w2.shape[0]
+                if not any(learns[begin : begin + 5]) or not keeps_hidden(
+                    x.shape[0], width, units, columns, compute.itemsize
+                ):
+                    hidden = None
+            kept.append(hidden)
+        ctx.save_for_backward(input_ids, *flat, *kept)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of the table and, per modality, of x, W1, b1, W2, b2; frozen ones are None."""
-        input_ids, *flat = ctx.saved_tensors
+        if grad.is_cuda and not grad.is_contiguous():
+            grad = grad.contiguous()  # the kernels read whole rows
+        input_ids, *saved = ctx.saved_tensors
         needs = ctx.needs_input_grad
+        size = len(needs) - _LEADING
+        flat, kept = saved[:size], saved[size:]
+        groups = _modalities(flat)
         of_table = None
         if needs[1]:
             of_table = _table_gradient(
-                grad, input_ids, [at for _, at, *_ in _modalities(flat)], ctx.table_shape,
-                ctx.padding_idx,
-            )  # fmt: skip
-        result: list[torch.Tensor | None] = [None, of_table, None, None, None]
-        for index, tensors in enumerate(_modalities(flat)):
-            begin = 5 + index * _PER_MODALITY
-            result += _modality_gradients(
-                grad, tensors, needs[begin : begin + _PER_MODALITY], ctx.compute
+                grad, input_ids, [at for _, at, *_ in groups], ctx.table_shape, ctx.padding_idx
             )
+        result: list[torch.Tensor | None] = [None] * _LEADING
+        result[1] = of_table
+        wanted = _modalities(needs[_LEADING:])
+        if not any(map(any, wanted)):
+            return (*result, *[None] * size)
+        if torch.compiler.is_compiling() and not kept:  # the kernels' forward
+            from mmqwen_kernels.autograd_ops import backward_op
+
+            given = iter(backward_op(grad, flat, list(needs[_LEADING:]), ctx.compute, ctx.engine))
+            result += [next(given) if need else None for need in needs[_LEADING:]]
+            return tuple(result)
+        result += projector_gradients(grad, groups, wanted, ctx.compute, kept, ctx.engine)
         return tuple(result)
 
 
@@ -224,37 +265,48 @@ def _table_gradient(
     return dense[:nowhere]
 
 
-def _modality_gradients(
-    grad: torch.Tensor, tensors: Sequence[Any], needs: Sequence[bool], compute: torch.dtype
+def projector_gradients(
+    grad: torch.Tensor,
+    groups: Sequence[Sequence[Any]],
+    needs: Sequence[Sequence[bool]],
+    compute: torch.dtype,
+    kept: Sequence[torch.Tensor | None] = (),
+    engine: str = "auto",
 ) -> list[torch.Tensor | None]:
-    """Gradients of x, slots (none), W1, b1, W2 and b2, in the dtype of each."""
-    x, at, w1, b1, w2, b2 = tensors
-    need_x, _, need_w1, need_b1, need_w2, need_b2 = needs
-    if not any(needs):
-        return [None] * _PER_MODALITY
-    if not x.shape[0]:
-        return [torch.zeros_like(t) if n else None for t, n in zip(tensors, needs, strict=True)]
-    g = grad.index_select(0, at.long()).to(compute)
-    below = need_x or need_w1 or need_b1
-    of_x = of_w1 = of_b1 = of_w2 = of_b2 = None
-    if need_b2:
-        of_b2 = g.sum(0).to(b2.dtype)
-    if below or need_w2:
-        rows = x.to(compute)
-        first = w1.to(compute)
-        hidden = F.linear(rows, first, b1.to(compute)).relu_()
-        if need_w2:
-            of_w2 = (g.t() @ hidden).to(w2.dtype)
-        if below:
-            of_hidden = (g @ w2.to(compute)).masked_fill_(hidden <= 0, 0)
-            del hidden
-            if need_w1:
-                of_w1 = (of_hidden.t() @ rows).to(w1.dtype)
-            if need_b1:
-                of_b1 = of_hidden.sum(0).to(b1.dtype)
-            if need_x:
-                of_x = (of_hidden @ first).to(x.dtype)
-    return [of_x, None, of_w1, of_b1, of_w2, of_b2]
+    """Gradients of x, slots (None), W1, b1, W2 and b2 of each modality in turn, flat.
+
+    Args:
+        grad: `[T, D]`.
+        groups: per modality x, slots, W1, b1, W2, b2.
+        needs: which of these get a gradient; zeros where a modality has no rows.
+        compute: dtype of the products.
+        kept: per modality its hidden activations or None; empty: none were kept.
+        engine: see `backward.select_backward`.
+    """
+    result: list[list[torch.Tensor | None]] = [[None] * _PER_MODALITY for _ in groups]
+    together: list[int] = []
+    for m, (tensors, need) in enumerate(zip(groups, needs, strict=True)):
+        if not (any(need) and tensors[0].shape[0]):
+            result[m] = [
+                torch.zeros_like(t) if n else None for t, n in zip(tensors, need, strict=True)
+            ]
+        elif (
+            not kept
+            and select_backward(tensors, grad, compute, need, engine).name == "kernels"
+            and (not together or groups[together[0]][2].dtype == tensors[2].dtype)
+        ):
+            together.append(m)
+        else:
+            hidden = kept[m] if kept else None
+            result[m] = modality_by_torch(grad, tensors, need, compute, hidden)
+    for begin in range(0, len(together), GROUP_OF):
+        some = together[begin : begin + GROUP_OF]
+        found = backward_kernels(grad.device).gradients(
+            grad, [groups[m] for m in some], [needs[m][0] for m in some]
+        )
+        for m, gradients in zip(some, found, strict=True):
+            result[m] = gradients
+    return [gradient for gradients in result for gradient in gradients]
 
 
 def _forward_triton(

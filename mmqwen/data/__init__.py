@@ -2,7 +2,7 @@
 
 A dataset is a directory:
 
-    data.jsonl                one sample a line
+    data.jsonl                one sample a line (or data.parquet, one a row)
     rows-m1.safetensors       tensor `rows` [R, d]: the rows of all items of modality m1
     items-m1.safetensors      tensor `offsets` int64 [I + 1]: item i is
                               rows[offsets[i] : offsets[i + 1]]

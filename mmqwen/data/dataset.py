@@ -9,12 +9,11 @@ import torch
 from torch.utils.data import Dataset
 
 from mmqwen.data.format import (
-    DATA_FILE,
     DatasetError,
     RowStore,
     Sample,
-    TextLines,
     find_folder,
+    open_lines,
     read_sample,
 )
 
@@ -43,11 +42,11 @@ class RowsDataset(Dataset[Example]):
     """Map-style dataset over a directory that `DatasetWriter` wrote.
 
     Text is read line by line, rows through safetensors' memory map, when a sample is asked for:
-    memory is 8 bytes a sample, whatever the size of the files. It may be pickled to workers, which
-    open the files anew.
+    memory is 8 bytes a sample, whatever the size of the files (with Parquet, some row groups). It
+    may be pickled to workers, which open the files anew.
 
     Args:
-        path: the directory, or its data.jsonl.
+        path: the directory, or its data.jsonl or data.parquet.
 
     Raises:
         DatasetError: there is no dataset.
@@ -55,7 +54,7 @@ class RowsDataset(Dataset[Example]):
 
     def __init__(self, path: str | Path) -> None:
         self.folder = find_folder(path)
-        self._lines = TextLines(self.folder / DATA_FILE)
+        self._lines = open_lines(self.folder)
         self._stores: dict[str, RowStore] = {}
 
     def __len__(self) -> int:

@@ -6,13 +6,17 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+if TYPE_CHECKING:
+    from mmqwen.data.parquet import ParquetRows
+
 DATA_FILE = "data.jsonl"
+PARQUET_FILE = "data.parquet"
 ROWS_TENSOR = "rows"
 OFFSETS_TENSOR = "offsets"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -46,20 +50,40 @@ def items_file(folder: Path, name: str) -> Path:
 
 
 def find_folder(path: str | Path) -> Path:
-    """The directory of a dataset, given it or its `data.jsonl`.
+    """The directory of a dataset, given it or its `data.jsonl` or `data.parquet`.
 
     Raises:
-        DatasetError: there is no such dataset.
+        DatasetError: there is no such dataset, or it has both files.
     """
     path = Path(path)
-    if path.is_file() and path.name == DATA_FILE:
-        return path.parent
-    if not (path / DATA_FILE).is_file():
+    if path.is_file() and path.name in (DATA_FILE, PARQUET_FILE):
+        path = path.parent
+    found = [name for name in (DATA_FILE, PARQUET_FILE) if (path / name).is_file()]
+    if len(found) == 2:
+        raise DatasetError(f"{path}: holds {DATA_FILE} and {PARQUET_FILE}; remove one of them")
+    if not found:
         raise DatasetError(
-            f"{path}: no dataset, expected a directory with {DATA_FILE}; mmqwen.data.DatasetWriter "
-            "writes one, mmqwen.data.from_npy_folder makes one from .npy files"
+            f"{path}: no dataset, expected a directory with {DATA_FILE} or {PARQUET_FILE}; "
+            "mmqwen.data.DatasetWriter writes one, mmqwen.data.from_npy_folder makes one from .npy "
+            "files"
         )
     return path
+
+
+def fingerprint(path: str | Path) -> dict[str, list[int]]:
+    """Size in bytes and time of change in ns of each file of a dataset, by name.
+
+    Raises:
+        DatasetError: there is no dataset.
+    """
+    folder = find_folder(path)
+    files = [folder / DATA_FILE, folder / PARQUET_FILE]
+    files += [*folder.glob("rows-*.safetensors"), *folder.glob("items-*.safetensors")]
+    return {
+        file.name: [file.stat().st_size, file.stat().st_mtime_ns]
+        for file in sorted(files)
+        if file.is_file()
+    }
 
 
 # -- text --------------------------------------------------------------------------------------
@@ -94,20 +118,22 @@ class Sample:
         return [m["content"] for m in self.messages if m["role"] == "assistant"]
 
 
-def read_sample(raw: bytes, item_type: type = int) -> Sample:
+def read_sample(raw: bytes | dict[str, Any], item_type: type = int) -> Sample:
     """Parse a line.
 
     Args:
-        raw: the line.
+        raw: the line, or its fields.
         item_type: what names an item: an int in a dataset, a str in a folder of .npy.
 
     Raises:
         ValueError: what is wrong with it; the caller adds file and line.
     """
-    try:
-        fields = json.loads(raw)
-    except ValueError as error:  # of JSON or of UTF-8
-        raise ValueError(f"not JSON ({error})") from None
+    fields = raw
+    if isinstance(raw, bytes):
+        try:
+            fields = json.loads(raw)
+        except ValueError as error:  # of JSON or of UTF-8
+            raise ValueError(f"not JSON ({error})") from None
     if not isinstance(fields, dict):
         raise ValueError(f"got a {type(fields).__name__}, expected an object")
     chat = "messages" in fields
@@ -181,6 +207,22 @@ class TextLines:
     def __iter__(self) -> Iterator[bytes]:
         with open(self.file, "rb") as stream:
             yield from stream
+
+
+def open_lines(folder: Path) -> TextLines | ParquetRows:
+    """The samples of a dataset, unparsed.
+
+    Raises:
+        DatasetError: the file cannot be read.
+    """
+    if (folder / PARQUET_FILE).is_file():
+        from mmqwen.data.parquet import ParquetRows
+
+        return ParquetRows(folder / PARQUET_FILE)
+    try:
+        return TextLines(folder / DATA_FILE)
+    except OSError as error:
+        raise DatasetError(f"{folder / DATA_FILE}: cannot be read: {error}") from error
 
 
 # -- rows --------------------------------------------------------------------------------------

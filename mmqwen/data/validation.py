@@ -9,12 +9,11 @@ from typing import Any
 
 from mmqwen.data.encoding import encode
 from mmqwen.data.format import (
-    DATA_FILE,
     DatasetError,
     RowStore,
     Sample,
-    TextLines,
     find_folder,
+    open_lines,
     read_sample,
     rows_file,
 )
@@ -84,7 +83,7 @@ class _Validator:
         self.longest = 0
 
     def run(self) -> DatasetSummary:
-        lines = TextLines(self.folder / DATA_FILE)
+        lines: Any = open_lines(self.folder)
         try:
             if not len(lines):
                 self._report(f"{lines.file}:1: there is no sample")
@@ -128,7 +127,7 @@ class _Validator:
                 break
         self.broken[name] = broken
 
-    def _check_line(self, raw: bytes, where: str) -> None:
+    def _check_line(self, raw: bytes | dict[str, Any], where: str) -> None:
         try:
             sample = read_sample(raw)
         except ValueError as error:

@@ -15,6 +15,7 @@ of its repository) for the projector alone, for LoRA and for all weights."""
 
 LORA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RUN_FILE = "settings.json"
+DATA_RECORD = "datasets.json"
 
 
 class TrainingError(ValueError):
@@ -152,7 +153,8 @@ def claim_run_folder(settings: TrainSettings) -> None:
     """Make the run's folder, or check that it is of a run with the same settings.
 
     Raises:
-        TrainingError: it is of another run, or cannot be written.
+        TrainingError: it is of another run, or of one whose datasets have been changed since, or
+            cannot be written.
     """
     folder = settings.run_folder
     if (folder / RUN_FILE).exists():
@@ -164,11 +166,44 @@ def claim_run_folder(settings: TrainSettings) -> None:
                 f"{folder} holds a run with other settings ({was}); remove it, name another "
                 "output, or give the same settings to go on with it"
             )
+        _check_datasets(folder, settings)
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f".{RUN_FILE}.part"
-        part.write_text(json.dumps(settings.to_dict(), indent=2) + "\n", encoding="utf-8")
-        os.replace(part, folder / RUN_FILE)
+        _write(folder / DATA_RECORD, _fingerprints(settings))
+        _write(folder / RUN_FILE, settings.to_dict())
     except OSError as error:
         raise TrainingError(f"cannot write {folder}: {error}") from error
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    part = file.with_name(f".{file.name}.part")
+    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, file)
+
+
+def _fingerprints(settings: TrainSettings) -> dict[str, Any]:
+    from mmqwen.data.format import fingerprint
+
+    paths = [settings.data] + [settings.eval_data] * (settings.eval_data is not None)
+    return {str(path): fingerprint(path) for path in paths if path is not None}
+
+
+def _check_datasets(folder: Path, settings: TrainSettings) -> None:
+    """See that the files are those that the run began with."""
+    record = folder / DATA_RECORD
+    try:
+        old = json.loads(record.read_text(encoding="utf-8"))
+    except FileNotFoundError:  # of a version before this record, or removed to go on all the same
+        return
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{record} cannot be read: {error}") from error
+    for path, files in _fingerprints(settings).items():
+        before = old.get(path, {})
+        changed = sorted(n for n in before.keys() | files if before.get(n) != files.get(n))
+        if changed:
+            raise TrainingError(
+                f"{path} has changed since this run began ({', '.join(changed)}), so that the run "
+                f"would go on with other data; name another output to train anew, or remove "
+                f"{record} if the content is the same"
+            )

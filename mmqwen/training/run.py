@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch.utils.data import Dataset, Subset
 
 from mmqwen._version import __version__
 from mmqwen.checkpoint import read_config
-from mmqwen.data import Example, RowsDataset, validate
+from mmqwen.data import DatasetError, Example, RowsDataset, validate
 from mmqwen.hf import MultimodalQwen3Config, MultimodalQwen3ForConditionalGeneration
 from mmqwen.shards import CheckpointError, check_output, staged
 from mmqwen.tokens import add_placeholder_tokens
@@ -44,7 +45,13 @@ def train(settings: TrainSettings, *, callbacks: Sequence[Any] = ()) -> Path:
             no number, or a checkpoint that cannot be written (the last good one is kept).
         CheckpointError: the model cannot be read, or the output exists or cannot be written.
     """
-    from mmqwen.training.trainer import RowsTrainer, StopOnNaN, last_checkpoint
+    from mmqwen.training.trainer import (
+        RowsTrainer,
+        StopOnNaN,
+        last_checkpoint,
+        set_trainable,
+        trainable_state,
+    )
 
     config = read_config(settings.model)
     arguments = _arguments(settings)
@@ -71,8 +78,12 @@ def train(settings: TrainSettings, *, callbacks: Sequence[Any] = ()) -> Path:
     )
     checkpoint = last_checkpoint(settings.run_folder)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if settings.fsdp:
-        _gather(trainer, model)
+    if settings.fsdp:  # the shards' whole weights, in a model of the first process alone
+        weights = trainable_state(trainer.model)
+        if main:
+            del trainer.model, model
+            model, tuner = _load_model(settings, config)
+            set_trainable(model, weights)
     if main:
         report = {
             "steps": trainer.state.global_step,
@@ -117,6 +128,10 @@ def _arguments(settings: TrainSettings) -> Any:
         raise TrainingError(f"training needs pip install 'mmqwen[train]' ({error})") from error
     if not is_accelerate_available():
         raise TrainingError("training needs accelerate: pip install 'mmqwen[train]'")
+    if settings.fsdp and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise TrainingError(
+            "fsdp shards between processes: start them by torchrun or accelerate launch"
+        )
     evaluates = settings.eval_data is not None or settings.eval_share > 0
     rhythm: dict[str, Any] = {"save_strategy": "epoch", "eval_strategy": "epoch"}
     if settings.save_steps is not None:
@@ -153,6 +168,7 @@ def _arguments(settings: TrainSettings) -> Any:
         label_names=["labels"],
         ddp_find_unused_parameters=False,  # a projector without rows has a gradient of zeros
         fsdp=settings.fsdp,
+        fsdp_config={"version": 2} if settings.fsdp else None,
         use_cpu=settings.cpu,
         disable_tqdm=not settings.progress,
         **rhythm,
@@ -168,9 +184,9 @@ def _load_tokenizer(settings: TrainSettings, config: MultimodalQwen3Config) -> A
 
 
 def _open_data(settings: TrainSettings) -> tuple[Dataset[Example], Dataset[Example] | None]:
-    whole = RowsDataset(settings.data)
+    whole = _open(settings.data)
     if settings.eval_data is not None:
-        return whole, RowsDataset(settings.eval_data)
+        return whole, _open(settings.eval_data)
     held_out = round(len(whole) * settings.eval_share)
     if settings.eval_share and not 0 < held_out < len(whole):
         raise TrainingError(
@@ -181,6 +197,13 @@ def _open_data(settings: TrainSettings) -> tuple[Dataset[Example], Dataset[Examp
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(settings.seed))
     train_part, eval_part = sorted(order[held_out:].tolist()), sorted(order[:held_out].tolist())
     return Subset(whole, train_part), Subset(whole, eval_part)
+
+
+def _open(path: str) -> RowsDataset:
+    dataset = RowsDataset(path)
+    if not len(dataset):
+        raise DatasetError(f"{path}: there is no sample")
+    return dataset
 
 
 def _stored_dtype(config: MultimodalQwen3Config) -> torch.dtype:
@@ -215,15 +238,6 @@ def _load_model(settings: TrainSettings, config: MultimodalQwen3Config) -> tuple
         )
     model.projectors.float().requires_grad_(True)
     return model, tuner
-
-
-def _gather(trainer: Any, model: Any) -> None:
-    """FSDP: bring the whole weights to the model of the first process."""
-    state = trainer.accelerator.get_state_dict(trainer.model)
-    if trainer.args.process_index == 0:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.data = state[name]
 
 
 def _write_output(

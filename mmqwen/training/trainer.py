@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,25 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from mmqwen.training.config import TrainingError
+from mmqwen.training.sharding import (
+    load_optimizer_state,
+    optimizer_state,
+    put,
+    shard_on_cpu,
+    whole,
+)
 
 TRAINABLE_FILE = "trainable.safetensors"
+OPTIMIZER_FILE = "optimizer.pt"
+SCHEDULE_FILE = "scheduler.pt"
 STATE_FILE = "trainer_state.json"
 _STAGE = ".saving"
 
 
 def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights that are trained, by name, on the CPU."""
+    """The weights that are trained, by name, whole and on the CPU; every process calls it."""
     return {
-        name: parameter.detach().cpu().contiguous()
+        name: whole(parameter)
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
@@ -41,13 +51,24 @@ def load_trainable(model: nn.Module, checkpoint: Path) -> None:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"{file} cannot be read: {error}") from error
+    try:
+        set_trainable(model, tensors)
+    except TrainingError as error:
+        raise TrainingError(f"{file} is of another stage or model: {error}") from error
+
+
+def set_trainable(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put weights, as `trainable_state` gave them, into the model; every process calls it.
+
+    Raises:
+        TrainingError: they are of another stage or model.
+    """
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if tensors.keys() != wanted.keys():
         odd = sorted(tensors.keys() ^ wanted.keys())[:3]
-        raise TrainingError(f"{file} is of another stage or model: {odd} are in one of them only")
-    with torch.no_grad():
-        for name, parameter in wanted.items():
-            parameter.copy_(tensors[name])
+        raise TrainingError(f"{odd} are in one of them only")
+    for name, parameter in wanted.items():
+        put(parameter, tensors[name])
 
 
 def last_checkpoint(run: Path) -> Path | None:
@@ -126,14 +147,27 @@ class RowsTrainer(Trainer):
             best_model_checkpoint=self.state.best_model_checkpoint,
         )
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Shard between CPU processes too, where FSDP is asked for."""
+        super().create_accelerator_and_postprocess()
+        sharded = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+        if self.args.fsdp_plugin_args is not None and not sharded:
+            from accelerate.utils import FullyShardedDataParallelPlugin
+
+            plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            shard_on_cpu(self.accelerator, plugin)
+            self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save what is trained; every process calls it, the first one writes."""
+        self._save(output_dir)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        tensors = trainable_state(self.accelerator.unwrap_model(self.model))
         if not self.args.should_save:
             return
-        tensors = trainable_state(self.accelerator.unwrap_model(self.model))
-        if state_dict is not None:  # FSDP's, gathered: the model's own parameters are shards
-            tensors = {name: state_dict[name].cpu().contiguous() for name in tensors}
+        folder.mkdir(parents=True, exist_ok=True)
         broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
         if broken:
             raise TrainingError(
@@ -142,16 +176,28 @@ class RowsTrainer(Trainer):
             )
         save_file(tensors, folder / TRAINABLE_FILE, metadata={"format": "pt"})
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = optimizer_state(self.model, self.optimizer)
+        if self.args.should_save:
+            torch.save(state, os.path.join(output_dir, OPTIMIZER_FILE))
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULE_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state = torch.load(os.path.join(checkpoint, OPTIMIZER_FILE), weights_only=True)
+        load_optimizer_state(self.model, self.optimizer, state)
+        schedule = torch.load(os.path.join(checkpoint, SCHEDULE_FILE), weights_only=True)
+        self.lr_scheduler.load_state_dict(schedule)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            load_trainable(self.model, Path(resume_from_checkpoint))
+        load_trainable(self.model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_best_model()
-            return
         # By its step: the folder may have been moved since.
         best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
         load_trainable(self.model, best)

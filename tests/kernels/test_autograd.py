@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmqwen_kernels import autograd, backward
 from mmqwen_kernels.autograd import FusedProjectorFunction, fused_embed, select_training_path
 from mmqwen_kernels.reference import Projector, fuse_embeddings_torch, project_rows_torch
 
 SHAPES = [(7, 5, 3), (24, 33, 17), (40, 64, 48)]  # d, H, D: odd ones too
 
 
-def make(counts, shape=(7, 5, 3), tokens=19, vocab=11, dtype=torch.float64, seed=0):
+def make(counts, shape=(7, 5, 3), tokens=19, vocab=11, dtype=torch.float64, seed=0, width_step=1):
     """ids, table, rows, slots, projectors; every floating tensor requires a gradient."""
     g = torch.Generator().manual_seed(seed)
     width, hidden, out = shape
@@ -28,7 +29,7 @@ def make(counts, shape=(7, 5, 3), tokens=19, vocab=11, dtype=torch.float64, seed
     order = torch.randperm(tokens, generator=g)
     rows, slots, projectors, at = [], [], [], 0
     for m, count in enumerate(counts):
-        d = width + m
+        d = width + m * width_step
         rows.append(draw(count, d).requires_grad_())
         slots.append(order[at : at + count])
         at += count
@@ -172,7 +173,10 @@ def test_strided_rows_and_no_output_bias():
     torch.testing.assert_close(wide.grad, other.grad)
 
 
-def test_hidden_activations_are_not_kept():
+@pytest.mark.parametrize("keep", [True, False])
+def test_hidden_activations_are_kept_by_the_rule(keep, monkeypatch):
+    asked = []
+    monkeypatch.setattr(autograd, "keeps_hidden", lambda *shape: asked.append(shape) or keep)
     ids, table, rows, slots, projectors = make((12,), (7, 1000, 3), dtype=torch.float32)
     kept = []
 
@@ -182,13 +186,41 @@ def test_hidden_activations_are_not_kept():
 
     own = {t.data_ptr() for t in [ids, *slots, *leaves(table, rows, projectors)]}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        fused_embed(ids, table, rows, slots, projectors)
-    assert kept
-    assert all(t.data_ptr() in own for t in kept)
-    kept.clear()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        eager(ids, table, rows, slots, projectors)
-    assert any(t.shape == (12, 1000) for t in kept)
+        out = fused_embed(ids, table, rows, slots, projectors)
+    assert asked == [(12, 7, 1000, 3, 4)]
+    assert [t.shape for t in kept if t.data_ptr() not in own] == [(12, 1000)] * keep
+    weight = torch.randn_like(out)
+    got = torch.autograd.grad(out, leaves(table, rows, projectors), weight)
+    peer = eager(ids, table, rows, slots, projectors)
+    want = torch.autograd.grad(peer, leaves(table, rows, projectors), weight)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_the_rule_of_what_is_kept():
+    assert backward.keeps_hidden(64, 64, 4096, 4096, 2)  # half a MiB
+    assert backward.keeps_hidden(16384, 1024, 4096, 4096, 2)  # a fifteenth of the work
+    assert not backward.keeps_hidden(16384, 768, 4096, 4096, 2)
+
+
+def test_backward_may_run_twice():
+    """What forward kept is not overwritten."""
+    inputs = make((12, 5), dtype=torch.float32)
+    out = fused_embed(*inputs)
+    weight = torch.randn_like(out)
+    wanted = leaves(inputs[1], inputs[2], inputs[4])
+    first = torch.autograd.grad(out, wanted, weight, retain_graph=True)
+    assert all(map(torch.equal, first, torch.autograd.grad(out, wanted, weight)))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_chunks_of_rows_change_nothing(keep, monkeypatch):
+    monkeypatch.setattr(autograd, "keeps_hidden", lambda *_: keep)
+    inputs = make((33, 20), (24, 33, 17), tokens=60)
+    weight = torch.randn(60, 17, dtype=torch.float64)
+    want = gradients(fused_embed, inputs, weight)
+    monkeypatch.setattr(backward, "CHUNK_BYTES", 7 * 33 * 8)
+    got = gradients(fused_embed, inputs, weight)
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("counts", [(4, 3), (4, 0)])
@@ -281,3 +313,14 @@ with torch.autocast("cpu", torch.float16):  # fp32 weights, projected in the tab
         env=environment, cwd=root, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_kernel_backward_under_the_interpreter():
+    pytest.importorskip("triton")
+    suite = Path(__file__).parent / "backward_suite.py"
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(suite)],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=suite.parents[2],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:]

@@ -1,0 +1,103 @@
+"""Samples in `data.parquet` instead of `data.jsonl`; needs pyarrow (`mmqwen[parquet]`).
+
+The columns are the fields of a line: `prompt` and `answer`, or `messages` (a list of structs of
+`role` and `content`), and `items` (a map of lists of integers, or a struct of such lists). A field
+that is null is absent.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from mmqwen.data.format import DatasetError
+
+_BATCH = 1024
+_GROUPS_KEPT = 4
+
+
+class ParquetRows:
+    """Random access to the rows of a Parquet file, as the fields of a line.
+
+    A row is found by reading its row group, the last few of which are kept: memory is that of four
+    row groups, and shuffled reading is as fast as they are small (write them with
+    `row_group_size=1000`).
+
+    Args:
+        file: the Parquet file.
+
+    Raises:
+        DatasetError: pyarrow is missing, or the file is not Parquet.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._open()
+
+    def _open(self) -> None:
+        try:
+            import pyarrow as arrow
+            import pyarrow.parquet
+        except ImportError as error:
+            raise DatasetError(
+                f"{self.file}: needs pyarrow: pip install 'mmqwen[parquet]' ({error})"
+            ) from error
+        self._errors: tuple[type[Exception], ...] = (arrow.ArrowException, OSError)
+        try:
+            self._parquet: Any = arrow.parquet.ParquetFile(self.file)
+        except self._errors as error:
+            raise DatasetError(f"{self.file}: cannot be read: {error}") from error
+        about = self._parquet.metadata
+        sizes = (about.row_group(at).num_rows for at in range(about.num_row_groups))
+        self._begins = [0, *accumulate(sizes)]
+        self._groups: OrderedDict[int, Any] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self._begins[-1]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The fields of a row.
+
+        Raises:
+            DatasetError: the row group cannot be read.
+        """
+        group = bisect_right(self._begins, index) - 1
+        if group not in self._groups:
+            try:
+                self._groups[group] = self._parquet.read_row_group(group)
+            except self._errors as error:
+                raise DatasetError(f"{self.file}: row group {group}: {error}") from error
+            if len(self._groups) > _GROUPS_KEPT:
+                self._groups.popitem(last=False)
+        self._groups.move_to_end(group)
+        (row,) = self._groups[group].slice(index - self._begins[group], 1).to_pylist()
+        return _fields(row)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        try:
+            for batch in self._parquet.iter_batches(batch_size=_BATCH):
+                yield from map(_fields, batch.to_pylist())
+        except self._errors as error:
+            raise DatasetError(f"{self.file}: cannot be read: {error}") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"file": self.file}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # a worker opens its own
+        self.__dict__.update(state)
+        self._open()
+
+
+def _fields(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as `json.loads` would have given it: nulls left out, a map as an object."""
+    fields = {name: value for name, value in row.items() if value is not None}
+    items = fields.get("items")
+    if isinstance(items, list) and all(isinstance(pair, tuple) for pair in items):
+        items = dict(items)
+    if isinstance(items, dict):
+        fields["items"] = {name: value for name, value in items.items() if value is not None}
+    return fields
