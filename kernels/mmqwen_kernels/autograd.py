@@ -11,10 +11,10 @@ b bytes an element:
     weights                      references
     projected rows [R, D]        never made by the kernels; by torch freed once placed
 
-After the kernels' forward hidden activations are recomputed: x W1^T once more, 2 d H of the
-4 (d H + H D) + 2 H (d + D) operations that both directions need without it, 6% for d = 768 and
-H = D = 4096. After torch's forward they are kept where that is little memory or much work
-(`backward.keeps_hidden`). `backward.py` has the backward and what is alive in it.
+Hidden activations are kept where that is little memory or much work (`backward.keeps_hidden`),
+else recomputed: x W1^T once more, 2 d H of the 4 (d H + H D) + 2 H (d + D) operations that both
+directions need without it, 6% for d = 768 and H = D = 4096. Under torch.compile the kernels always
+recompute. `backward.py` has the backward and what is alive in it.
 """
 
 from __future__ import annotations
@@ -181,14 +181,22 @@ class FusedProjectorFunction(torch.autograd.Function):
     ) -> torch.Tensor:
         """Gather and project; `flat` holds rows, slots, W1, b1, W2, b2 of each modality."""
         ctx.padding_idx, ctx.compute, ctx.table_shape = padding_idx, compute, token_table.shape
-        ctx.engine = engine
+        ctx.engine, ctx.together = engine, False
         if backend == "triton":
-            ctx.save_for_backward(input_ids, *flat)
             if torch.compiler.is_compiling():
                 from mmqwen_kernels.autograd_ops import forward_op
 
+                ctx.save_for_backward(input_ids, *flat)
                 return forward_op(input_ids, token_table, list(flat))
-            return _forward_triton(input_ids, token_table, flat)
+            out, hidden = _forward_triton(input_ids, token_table, flat)
+            ctx.together = hidden is not None and _keeps_together(
+                flat, ctx.needs_input_grad, compute
+            )
+            if ctx.together:
+                ctx.save_for_backward(input_ids, *flat, hidden)
+            else:
+                ctx.save_for_backward(input_ids, *flat)
+            return out
         out = F.embedding(input_ids, token_table)
         kept: list[torch.Tensor | None] = []
         learns = ctx.needs_input_grad
@@ -230,6 +238,9 @@ class FusedProjectorFunction(torch.autograd.Function):
         wanted = _modalities(needs[_LEADING:])
         if not any(map(any, wanted)):
             return (*result, *[None] * size)
+        if ctx.together:
+            result += _gradients_together(grad, groups, wanted, ctx.compute, kept[0], ctx.engine)
+            return tuple(result)
         if torch.compiler.is_compiling() and not kept:  # the kernels' forward
             from mmqwen_kernels.autograd_ops import backward_op
 
@@ -242,6 +253,52 @@ class FusedProjectorFunction(torch.autograd.Function):
 
 def _modalities(flat: Sequence[Any]) -> list[Sequence[Any]]:
     return [flat[i : i + _PER_MODALITY] for i in range(0, len(flat), _PER_MODALITY)]
+
+
+def _keeps_together(flat: Sequence[Any], needs: Sequence[bool], compute: torch.dtype) -> bool:
+    """Whether the hidden activations of all modalities, in one buffer, are kept for backward."""
+    for (x, _, w1, _, w2, _), need in zip(
+        _modalities(flat), _modalities(needs[_LEADING:]), strict=True
+    ):
+        sizes = (x.shape[0], w1.shape[1], w1.shape[0], w2.shape[0])
+        if x.shape[0] and not (any(need) and keeps_hidden(*sizes, compute.itemsize)):
+            return False
+    return True
+
+
+def _gradients_together(
+    grad: torch.Tensor,
+    groups: Sequence[Sequence[Any]],
+    needs: Sequence[Sequence[bool]],
+    compute: torch.dtype,
+    hidden: torch.Tensor,
+    engine: str,
+) -> list[torch.Tensor | None]:
+    """`projector_gradients` with the hidden activations `[R, stride]` of all modalities at hand."""
+    some = [m for m, tensors in enumerate(groups) if tensors[0].shape[0]]
+    if len(some) > GROUP_OF or any(
+        groups[m][2].dtype != groups[some[0]][2].dtype
+        or select_backward(groups[m], grad, compute, needs[m], engine).name != "kernels"
+        for m in some
+    ):
+        kept: list[torch.Tensor | None] = []
+        row = 0
+        for x, _, w1, *_ in groups:
+            kept.append(hidden[row : row + x.shape[0], : w1.shape[0]] if x.shape[0] else None)
+            row += x.shape[0]
+        return projector_gradients(grad, groups, needs, compute, kept, engine)
+    result = [
+        [torch.zeros_like(t) if n else None for t, n in zip(tensors, need, strict=True)]
+        if m not in some
+        else []
+        for m, (tensors, need) in enumerate(zip(groups, needs, strict=True))
+    ]
+    found = backward_kernels(grad.device).gradients(
+        grad, [groups[m] for m in some], [needs[m][0] for m in some], hidden
+    )
+    for m, gradients in zip(some, found, strict=True):
+        result[m] = gradients
+    return [gradient for gradients in result for gradient in gradients]
 
 
 def _table_gradient(
@@ -311,8 +368,8 @@ def projector_gradients(
 
 def _forward_triton(
     input_ids: torch.Tensor, token_table: torch.Tensor, flat: Sequence[Any]
-) -> torch.Tensor:
-    """The serving op on rows that lie on the device."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The serving op on rows that lie on the device, and its hidden activations `[R, stride]`."""
     from mmqwen_kernels.triton_backend import triton_backend
 
     groups = _modalities(flat)
@@ -324,7 +381,7 @@ def _forward_triton(
     plan = _plan_on_device(
         [t[0].to(dtype).contiguous() for t in groups], [t[1] for t in groups], input_ids.shape[0]
     )
-    return triton_backend(token_table.device).fuse(
+    return triton_backend(token_table.device).fuse_keeping(
         input_ids,
         token_table,
         plan.buffer,
@@ -345,11 +402,11 @@ def _plan_on_device(
     device, dtype = rows[0].device, rows[0].dtype
     counts = tuple(x.shape[0] for x in rows)
     widths = tuple(x.shape[1] for x in rows)
-    all_slots = torch.cat([at.long() for at in slots])
-    is_row = torch.zeros(num_tokens, dtype=torch.uint8, device=device)
-    is_row[all_slots] = 1
-    order = is_row.sort(stable=True).indices  # text slots first, ascending
-    order[num_tokens - sum(counts) :] = all_slots
+    all_slots = slots[0].long() if len(slots) == 1 else torch.cat([at.long() for at in slots])
+    is_text = torch.ones(num_tokens, dtype=torch.bool, device=device)
+    is_text.index_fill_(0, all_slots, False)
+    text = torch.nonzero_static(is_text, size=num_tokens - sum(counts)).flatten()
+    order = torch.cat([text, all_slots])
     parts = tuple((x,) if x.shape[0] else () for x in rows)
     return RowPlan(
         parts,

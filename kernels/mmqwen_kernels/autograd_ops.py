@@ -22,7 +22,7 @@ def forward_op(
     input_ids: torch.Tensor, token_table: torch.Tensor, flat: Sequence[torch.Tensor | None]
 ) -> torch.Tensor:
     """`fused_embed` by the kernels; `flat` holds rows, slots, W1, b1, W2, b2 of each modality."""
-    return _forward_triton(input_ids, token_table, flat)
+    return _forward_triton(input_ids, token_table, flat)[0]
 
 
 @forward_op.register_fake

@@ -560,10 +560,16 @@ def tables_of(
     host = entries.reshape(-1)
     if addresses is not None:
         host = np.concatenate([host, addresses])
-    buffer = torch.from_numpy(host).view(torch.uint8)
     there = next((p for part in parts for p in part), None)
-    if there is not None and there.device.type != "cpu":
-        buffer = buffer.pin_memory().to(there.device, non_blocking=True)
+    if there is None or there.is_cpu:
+        buffer = torch.from_numpy(host).view(torch.uint8)
+    elif len(counts) == 1 and not by_address:  # all of it comes as arguments
+        buffer = torch.empty(0, dtype=torch.uint8, device=there.device)
+    else:
+        up = uploader(there.device)
+        staging = up.lend(host.nbytes)
+        staging.bytes[: host.nbytes] = host.view(np.uint8)
+        buffer = up.upload(staging, host.nbytes, lambda address: None)
     first = next((span[0] for span in spans if span), (0, 0, 0))
     at = entries.nbytes if by_address else -1
     return RowTables(buffer, 0, len(entries), at, align, first[0], first[1])

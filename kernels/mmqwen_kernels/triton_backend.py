@@ -244,6 +244,26 @@ class TritonBackend:
         Raises:
             ValueError: tensors differ in dtype or device, or do not fit together.
         """
+        return self.fuse_keeping(
+            input_ids, token_table, order, order_at, tables, counts, projectors,
+            vocab_start=vocab_start, out=out, launch=launch,
+        )[0]  # fmt: skip
+
+    def fuse_keeping(
+        self,
+        input_ids: torch.Tensor,
+        token_table: torch.Tensor,
+        order: torch.Tensor,
+        order_at: int,
+        tables: RowTables,
+        counts: Sequence[int],
+        projectors: Sequence[Projector],
+        *,
+        vocab_start: int = 0,
+        out: torch.Tensor | None = None,
+        launch: Mode | LaunchConfig = "fastest",
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`fuse`, and the hidden activations `[R, stride]` of all rows, or None without rows."""
         tokens, columns = input_ids.shape[0], token_table.shape[1]
         if token_table.stride(1) != 1:
             raise ValueError("the token table is transposed; call .contiguous() on it once")
@@ -262,16 +282,17 @@ class TritonBackend:
         if input_ids.dtype not in _INTEGERS or not input_ids.is_contiguous():
             input_ids = input_ids.long().contiguous()
         total = sum(counts)
+        hidden = None
         with self._on_device():
             if total:
                 weights = self._weights_of(projectors, dtype)
-                self._project(
+                hidden = self._project(
                     weights, tables, counts, total, result, launch, (order, order_at),
                     (input_ids, token_table, vocab_start),
                 )  # fmt: skip
             elif tokens:
                 self._gather_text(input_ids, token_table, vocab_start, result)
-        return result if out is None or result is out else out.copy_(result)
+        return (result if out is None or result is out else out.copy_(result)), hidden
 
     def project(
         self,
@@ -383,8 +404,12 @@ class TritonBackend:
         launch: Mode | LaunchConfig,
         order: tuple[torch.Tensor, int] | None = None,
         text: tuple[torch.Tensor, torch.Tensor, int] | None = None,
-    ) -> None:
-        """K1 and K2. `order` and `text` (ids, token table, vocab_start) are for `fuse`."""
+    ) -> torch.Tensor:
+        """K1 and K2; `order` and `text` (ids, token table, vocab_start) are for `fuse`.
+
+        Returns:
+            The hidden activations `[R, stride]`.
+        """
         tokens, columns = out.shape
         dtype, itemsize = out.dtype, out.dtype.itemsize
         if weights.columns != columns or len(counts) != len(weights.rows):
@@ -467,6 +492,7 @@ class TritonBackend:
             units,
             w2_stride,
         )
+        return hidden
 
     def _recipe(self, weights: _Weights, shape: tuple[Any, ...]) -> _Recipe:
         """What a step's launches need beyond its tensors, made once per kind of step."""

@@ -41,7 +41,7 @@ WEIGHT_FIELDS = 8
 def _aligned_pointer(address, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
     """An int64 address as a pointer that is known to be ALIGN elements aligned."""
     return tl.multiple_of(
-        address.to(tl.pointer_type(DTYPE)), ALIGN * (DTYPE.primitive_bitwidth // 8)
+        address.to(tl.int64).to(tl.pointer_type(DTYPE)), ALIGN * (DTYPE.primitive_bitwidth // 8)
     )
 
 
@@ -216,7 +216,7 @@ def _project_up_kernel(
         units = tl.load(weights_ptr + modality * 8 + 5).to(tl.int32)
         w_stride = tl.load(weights_ptr + modality * 8 + 6).to(tl.int32)
     w_ptr = _aligned_pointer(w_address, DTYPE, ALIGN)
-    b_ptr = b_address.to(tl.pointer_type(DTYPE))
+    b_ptr = b_address.to(tl.int64).to(tl.pointer_type(DTYPE))
     # Hints on arguments are lost, so alignment is made by division. Without `units`, the mask of
     # the store is not known to hold in pieces of 16 bytes, and each element is stored alone: K1
     # took 246 us instead of 130 at 8192 rows of 1024, H = 4096.
@@ -438,7 +438,7 @@ def _project_down_kernel(
         x_offsets = (read_r * hidden_stride)[:, None] + offs_k[None, :]
         biased = tl.where(b_address != 0, columns - begin_n, 0)
         bias = tl.load(
-            b_address.to(tl.pointer_type(DTYPE)) + begin_n + local_n,
+            b_address.to(tl.int64).to(tl.pointer_type(DTYPE)) + begin_n + local_n,
             mask=local_n < biased,
             other=0.0,
         ).to(tl.float32)
