@@ -68,12 +68,12 @@ class HostPath:
         return [1e6 * (b - a) for a, b in pairwise(marks)]
 
 
-def measure(path: HostPath, count: int) -> dict[str, Any]:
+def measure(path: HostPath, count: int, markers: bool) -> dict[str, Any]:
     """Median microseconds of each stage of each workload, text interleaved."""
     results: dict[str, Any] = {}
     for workload, (items, rows) in WORKLOADS.items():
         times: dict[str, list[list[float]]] = {"text": [], "ours": []}
-        requests = make_requests(count, items, rows, seed=3)
+        requests = make_requests(count, items, rows, seed=3, markers=markers)
         texts = as_text(requests, seed=4)
         for at, (request, text) in enumerate(zip(requests, texts, strict=True)):
             for kind, prompt in (("ours", request), ("text", text)):
@@ -110,6 +110,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--prefix-cache", action="store_true")
+    parser.add_argument("--markers", action="store_true", help="items spread over the text")
     parser.add_argument("--profile", type=Path, help="directory for cProfile listings")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--name", default="vllm_host")
@@ -129,11 +130,12 @@ def main() -> int:
         if arguments.profile:
             arguments.profile.mkdir(parents=True, exist_ok=True)
             profile(path, arguments.requests, arguments.profile)
-        results = measure(path, arguments.requests)
+        results = measure(path, arguments.requests, arguments.markers)
     record = {
         "environment": environment(),
         "requests": arguments.requests,
         "prefix_cache": arguments.prefix_cache,
+        "markers": arguments.markers,
         "microseconds": results,
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
