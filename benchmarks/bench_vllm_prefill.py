@@ -23,8 +23,10 @@ table of ratios to text on the same engine.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -549,17 +551,19 @@ def run_child(part: str, arguments: argparse.Namespace) -> dict[str, Any]:
         failure = None
         begin = time.monotonic()
         with log.open("w") as out:
-            child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+            # A session of its own: the engine core outlives the process that started it.
+            child = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            )
             try:
                 child.wait(timeout=arguments.timeout + 10)
             except subprocess.TimeoutExpired:
-                child.terminate()
-                try:
-                    child.wait(timeout=10)
-                except subprocess.TimeoutExpired:
-                    child.kill()
-                    child.wait()
                 failure = f"stopped after {arguments.timeout + 10} s"
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+        time.sleep(1)  # for the GPU's memory to be given back
         if failure is None and child.returncode != 0:
             failure = f"exit status {child.returncode}"
         result: dict[str, Any] = json.loads(raw.read_text()) if raw.exists() else {}

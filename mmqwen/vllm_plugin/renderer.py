@@ -51,10 +51,11 @@ class MultimodalQwen3Renderer(HfRenderer):
             # vLLM's processor cache spares a second conversion and transfer of equal items. Packs
             # never take part, so its other half, in the engine core, would only keep up to 4 GiB
             # of them, and count their bytes at each request.
-            config.model_config.multimodal_config.mm_processor_cache_gb = 0.0
+            if config.model_config.multimodal_config is not None:
+                config.model_config.multimodal_config.mm_processor_cache_gb = 0.0
         super().__init__(config, tokenizer)
-        if self._specs:
-            self.get_mm_processor().hash_content = reuses_rows(config)
+        if self._specs and self.mm_processor is not None:  # None: --language-model-only
+            self.mm_processor.hash_content = reuses_rows(config)
 
     # -- chat -----------------------------------------------------------------------------------
 
