@@ -70,6 +70,11 @@ class Configuration:
     cpu: bool = True
 
 
+BF16_REFERENCE = 0.15
+"""vLLM and transformers in bf16, 200 requests of 24 tokens on an H100: 0.110 by both runners and by
+both of our backends (2026-11-24). Not the rows: the same requests as plain tokens are bit-equal."""
+LORA_BOUND = 0.15
+"""Largest difference of a batch with an adapter; 0.051 on an H100 (2026-11-24), 0 one by one."""
 EAGER: dict[str, Any] = {"enforce_eager": True}
 CHUNKED = {**EAGER, "max_num_batched_tokens": 64, "max_num_seqs": 8}
 V1, V2 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}, {"VLLM_USE_V2_MODEL_RUNNER": "1"}
@@ -79,15 +84,20 @@ MOE, QWEN2 = {"family": "qwen3_moe"}, {"family": "qwen2"}
 TWO_RANKS = {"distributed_executor_backend": "mp"}
 
 CONFIGURATIONS: dict[str, Configuration] = {
-    "bf16-v2": Configuration("bfloat16", {}, env=V2, group="bf16", reference=0.1, cpu=False),
-    "bf16-v1": Configuration("bfloat16", {}, env=V1, group="bf16", reference=0.1),
+    "bf16-v2": Configuration(
+        "bfloat16", {}, env=V2, group="bf16", reference=BF16_REFERENCE, cpu=False
+    ),
+    "bf16-v1": Configuration("bfloat16", {}, env=V1, group="bf16", reference=BF16_REFERENCE),
     "bf16-eager": Configuration("bfloat16", EAGER, group="bf16"),
     "bf16-kernels": Configuration(
-        "bfloat16", {}, env=KERNELS, group="bf16", reference=0.1, cpu=False
+        "bfloat16", {}, env=KERNELS, group="bf16", reference=BF16_REFERENCE, cpu=False
     ),
     "bf16-cached": Configuration("bfloat16", {"enable_prefix_caching": True}, group="bf16"),
     "bf16-chunked": Configuration(
-        "bfloat16", {**CHUNKED, "enable_prefix_caching": True}, group="bf16", reference=0.1
+        "bfloat16",
+        {**CHUNKED, "enable_prefix_caching": True},
+        group="bf16",
+        reference=BF16_REFERENCE,
     ),
     "bf16-chunked-v1": Configuration("bfloat16", CHUNKED, env=V1, group="bf16", cpu=False),
     "bf16-preempted": Configuration(
@@ -120,18 +130,21 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "moe-eager": Configuration("bfloat16", EAGER, checkpoint=MOE, group="moe"),
     "fp32": Configuration("float32", {**EAGER, **TRITON_ATTENTION}, group="fp32", reference=0.02),
     "bf16-tp2": Configuration(
-        "bfloat16", {"tensor_parallel_size": 2, **TWO_RANKS}, group="bf16", reference=0.1
+        "bfloat16", {"tensor_parallel_size": 2, **TWO_RANKS}, group="bf16", reference=BF16_REFERENCE
     ),
     "bf16-tp2-kernels": Configuration(
         "bfloat16",
         {"tensor_parallel_size": 2, **TWO_RANKS},
         env=KERNELS,
         group="bf16",
-        reference=0.1,
+        reference=BF16_REFERENCE,
         cpu=False,
     ),
     "bf16-pp2": Configuration(
-        "bfloat16", {"pipeline_parallel_size": 2, **TWO_RANKS}, group="bf16", reference=0.1
+        "bfloat16",
+        {"pipeline_parallel_size": 2, **TWO_RANKS},
+        group="bf16",
+        reference=BF16_REFERENCE,
     ),
     "moe-tp2": Configuration(
         "bfloat16", {"tensor_parallel_size": 2, **TWO_RANKS}, checkpoint=MOE, group="moe"
@@ -240,7 +253,9 @@ def run_one(name: str, requests: int, extra: dict[str, Any], answers_file: Path 
         result["generate_s"] = round(time.perf_counter() - begin, 2)
         result["preemptions"] = [before, preemptions(llm) - before]
         result["spelled"] = asdict(compare(plain, spelled))
-        if result["spelled"]["largest"] > configuration.bound:
+        # vLLM's LoRA kernels add parts of a sum by atomics: a batch's bits change from run to run.
+        bound = LORA_BOUND if configuration.lora else configuration.bound
+        if result["spelled"]["largest"] > bound:
             failures.append("spelled")
         if configuration.preempted and not min(result["preemptions"]):
             failures.append("nothing was preempted")

@@ -224,7 +224,7 @@ class Tile(NamedTuple):
 
 
 # Rows x units x depth. None of these is measured; shapes are those of `launch.py`'s forward.
-FEW_ROWS = ((16, Tile(16, 64, 128, 4, 4, 1, True)), (32, Tile(32, 64, 128, 4, 4, 1, True)))
+FEW_ROWS = ((16, Tile(16, 64, 128, 4, 4, 1, True)), (64, Tile(32, 64, 128, 4, 4, 1, True)))
 ROW_TILES = (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4, 4))
 """The first of which there are as many as multiprocessors, else the last."""
 # Few rows: writing the gradients is all the work, so several programs on a multiprocessor.
@@ -232,7 +232,7 @@ WEIGHT_TILES = (
     (16, Tile(128, 64, 16, 4, 2)),
     (32, Tile(128, 64, 32, 4, 2)),
     (128, Tile(128, 64, 64, 4, 3)),
-    (1024, Tile(128, 128, 64, 8, 5)),
+    (512, Tile(128, 128, 64, 4, 4)),
 )
 WEIGHT_TILE_LARGE = Tile(128, 256, 64, 8, 5)
 NARROW = 2

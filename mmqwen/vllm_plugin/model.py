@@ -51,12 +51,8 @@ PROJECTOR_PREFIX = "projectors."
 BACKEND_VARIABLE = "MMQWEN_BACKEND"
 """Environment variable that names the fusion backend; see `select_backend`."""
 
-DEFAULT_BACKEND = "torch"
-"""Not "auto": inside the engine they stall requests, probably to compile variants (not profiled).
-
-One H100, 0.6B shape, 256 requests of 8 items: 1415 ms with them after `_warm_up`, 266 ms with torch
-(2026-11-23, docs/serving-cost.md).
-"""
+DEFAULT_BACKEND = "auto"
+"""The kernels where they have been validated, else torch."""
 
 
 @MULTIMODAL_REGISTRY.register_processor(

@@ -37,7 +37,7 @@ def make(counts, shape=(None, 1024, 1024), dtype=torch.bfloat16, text=50, vocab=
     ids = torch.randint(vocab, (tokens,), generator=g, device="cuda")
     order = torch.randperm(tokens, generator=g, device="cuda")
     slots = [part.clone() for part in order[: sum(counts)].split(list(counts))]
-    widths = WIDTHS[: len(counts)] if width is None else [width + m for m in range(len(counts))]
+    widths = WIDTHS[: len(counts)] if width is None else [width + 8 * m for m in range(len(counts))]
     rows = [draw(n, d) for n, d in zip(counts, widths, strict=True)]
     projectors = [
         Projector(
