@@ -43,7 +43,7 @@ def serve(checkpoint: Path, samples: list[Any], dtype: str) -> tuple[list[Any], 
     register()
     options: dict[str, Any] = {"enforce_eager": True, "disable_log_stats": True}
     if torch.cuda.is_available():
-        options["gpu_memory_utilization"] = 0.3
+        options |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 30}
         if dtype == "float32":  # FlashAttention has no float32
             options["attention_backend"] = "TRITON_ATTN"
     begin = time.perf_counter()
