@@ -79,7 +79,8 @@ def draw_roofline(report: dict[str, Any], path: Path) -> None:
 
 
 def draw_speedups(report: dict[str, Any], path: Path) -> None:
-    fig, ax = plt.subplots(figsize=(7, 4.5))
+    fig, ax = plt.subplots(figsize=(7, 5))
+    colors, styles = {}, {1: ":", 2: "--", 4: "-"}
     series: dict[tuple[int, int], list[Point]] = {}
     for point in report["points"]:
         series.setdefault((point["size"], point["modalities"]), []).append(point)
@@ -89,7 +90,9 @@ def draw_speedups(report: dict[str, Any], path: Path) -> None:
             [p["rows"] for p in points],
             [median(p, best_peer(p)) / median(p, ours_of(p)) for p in points],
             marker=".",
-            label=f"D = H = {size}, {modalities} modalities",
+            color=colors.setdefault(size, f"C{len(colors)}"),
+            linestyle=styles.get(modalities, "-."),
+            label=f"D = H = {size}, {modalities} {'modality' if modalities == 1 else 'modalities'}",
         )
     ax.axhline(1, color="black", linewidth=0.8)
     ax.set(
@@ -97,7 +100,7 @@ def draw_speedups(report: dict[str, Any], path: Path) -> None:
         xlabel="rows in the step",
         ylabel="best peer's device time over ours",
     )
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     fig.tight_layout()
     fig.savefig(path, dpi=150)
     plt.close(fig)

@@ -21,17 +21,21 @@ ENGINES = ("auto", "kernels", "torch")
 _RECIPES_KEPT = 4096
 GROUP_OF = 4
 """Modalities with rows that share a launch."""
-KERNEL_PRODUCT = 2**34
-"""Rows times H times D of a modality up to which the kernels run; not measured. Below, a step waits
-for launches and for memory, of which the kernels want least; above, for the tensor cores, which
-cuBLAS keeps busier. 1024 rows for H = D = 4096, 16384 for 1024."""
+KERNEL_PRODUCT = 2**33
+KERNEL_ROWS = 2048
+"""Rows times H times D of a modality, and rows, up to which the kernels run. Below, a step waits
+for launches and memory, of which the kernels want least; above, for the tensor cores, which cuBLAS
+keeps busier. Kernels and cuBLAS in us, forward and backward, one modality, H100, 2026-11-24
+(benchmarks/results/training_h100_64dd12f.json): D = 4096, 256 rows 124 and 136, 1024 rows 280 and
+255; D = 1024, 1024 rows 70 and 80, 4096 rows 176 and 155."""
 IN_PLACE_BYTES = 32 * 2**20
 """Hidden activations from this size on are overwritten by their own gradient: one launch more, one
 buffer less."""
 CHUNK_BYTES = 8 * 2**20
 """Most memory of a temporary of one chunk of rows: 1024 rows of 4096 in bf16."""
-SMALL_BYTES = 4 * 2**20
-"""Hidden activations up to this size are kept: fewer launches, and nobody misses the memory."""
+SMALL_BYTES = 32 * 2**20
+"""Hidden activations up to this size are kept: one product less. By cuBLAS 242 us against 257 at
+1024 rows of D = H = 4096, 3.23 ms against 3.38 at 16384 (H100, 2026-11-24); set after that run."""
 
 
 def keeps_hidden(rows: int, width: int, units: int, columns: int, itemsize: int) -> bool:
@@ -76,10 +80,13 @@ def select_backward(
         return BackendChoice("torch", refusal)
     if engine == "kernels":
         return BackendChoice("kernels", "asked for")
-    terms = tensors[0].shape[0] * tensors[4].numel()
-    if terms > KERNEL_PRODUCT:
-        return BackendChoice("torch", f"products of {terms:.0e} terms: cuBLAS")
-    return BackendChoice("kernels", f"products of {terms:.0e} terms, up to {KERNEL_PRODUCT:.0e}")
+    rows = tensors[0].shape[0]
+    terms = rows * tensors[4].numel()
+    if terms > KERNEL_PRODUCT or rows > KERNEL_ROWS:
+        return BackendChoice("torch", f"{rows} rows, products of {terms:.0e} terms: cuBLAS")
+    return BackendChoice(
+        "kernels", f"{rows} rows, products of {terms:.0e} terms; up to {KERNEL_PRODUCT:.0e}"
+    )
 
 
 def _why_no_kernels(
