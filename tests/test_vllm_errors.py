@@ -99,7 +99,7 @@ def test_a_bad_request_leaves_its_batch_neighbours_alone(llm, checkpoint):
 
 
 def test_a_tensor_that_bypassed_the_processor_does_not_end_the_engine(llm, checkpoint):
-    from mmqwen_kernels import pack_rows
+    from mmqwen_kernels import directory, pack_rows
 
     model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.model_runner.model
     wrong = [
@@ -118,6 +118,26 @@ def test_a_tensor_that_bypassed_the_processor_does_not_end_the_engine(llm, check
         is_multimodal=torch.tensor([False] * 5 + [True] * 3),
     )
     assert torch.isfinite(embeds).all()
+    # A header that is right over a directory that is not: beside a good one, which is served.
+    for row, word, value in ((1, 0, -(1 << 44)), (1, 1, 1 << 33), (0, 1, 0xFFFFFFFF)):
+        broken = pack_rows([(0, torch.ones(2, 24))])
+        kernel_rows = directory(broken)
+        kernel_rows[row, word] ^= value
+        good = pack_rows([(0, torch.ones(2, 24))])
+        parts = model.embed_multimodal(pack=[[broken], [good]])
+        if row == 1:
+            parts[0] = parts[0][1:]
+        count = 2 + len(parts[0])
+        embeds = model.embed_input_ids(
+            torch.zeros(8, dtype=torch.int64),
+            parts,
+            is_multimodal=torch.tensor([False] * (8 - count) + [True] * count),
+        )
+        alone = model.embed_input_ids(
+            torch.zeros(2, dtype=torch.int64), parts[1:], is_multimodal=torch.tensor([True] * 2)
+        )
+        assert torch.isfinite(embeds).all()
+        torch.testing.assert_close(embeds[-2:], alone)
 
 
 def test_speculative_drafters_that_read_embeddings_are_refused():

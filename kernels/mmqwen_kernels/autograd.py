@@ -30,6 +30,7 @@ from torch.autograd.function import once_differentiable
 from mmqwen_kernels.backward import (
     GROUP_OF,
     backward_kernels,
+    fits_one_launch,
     hidden_of,
     keeps_hidden,
     modality_by_torch,
@@ -276,10 +277,14 @@ def _gradients_together(
 ) -> list[torch.Tensor | None]:
     """`projector_gradients` with the hidden activations `[R, stride]` of all modalities at hand."""
     some = [m for m, tensors in enumerate(groups) if tensors[0].shape[0]]
-    if len(some) > GROUP_OF or any(
-        groups[m][2].dtype != groups[some[0]][2].dtype
-        or select_backward(groups[m], grad, compute, needs[m], engine).name != "kernels"
-        for m in some
+    if (
+        len(some) > GROUP_OF
+        or not fits_one_launch([groups[m] for m in some])
+        or any(
+            groups[m][2].dtype != groups[some[0]][2].dtype
+            or select_backward(groups[m], grad, compute, needs[m], engine).name != "kernels"
+            for m in some
+        )
     ):
         kept: list[torch.Tensor | None] = []
         row = 0
@@ -356,8 +361,9 @@ def projector_gradients(
         else:
             hidden = kept[m] if kept else None
             result[m] = modality_by_torch(grad, tensors, need, compute, hidden)
-    for begin in range(0, len(together), GROUP_OF):
-        some = together[begin : begin + GROUP_OF]
+    size = GROUP_OF if together and fits_one_launch([groups[m] for m in together]) else 1
+    for begin in range(0, len(together), size):
+        some = together[begin : begin + size]
         found = backward_kernels(grad.device).gradients(
             grad, [groups[m] for m in some], [needs[m][0] for m in some]
         )

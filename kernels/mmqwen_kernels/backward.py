@@ -28,6 +28,8 @@ for launches and memory, of which the kernels want least; above, for the tensor 
 keeps busier. Kernels and cuBLAS in us, forward and backward, one modality, H100, 2026-11-24
 (benchmarks/results/training_h100_64dd12f.json): D = 4096, 256 rows 124 and 136, 1024 rows 280 and
 255; D = 1024, 1024 rows 70 and 80, 4096 rows 176 and 155."""
+MOST_ELEMENTS = 2**31
+"""Of a tensor that a launch addresses by int32: below this many."""
 IN_PLACE_BYTES = 32 * 2**20
 """Hidden activations from this size on are overwritten by their own gradient: one launch more, one
 buffer less."""
@@ -89,6 +91,12 @@ def select_backward(
     )
 
 
+def fits_one_launch(groups: Sequence[Sequence[Any]]) -> bool:
+    """Whether the hidden activations of these modalities, in one buffer, are addressed by int32."""
+    rows = sum(tensors[0].shape[0] for tensors in groups)
+    return rows * max(tensors[2].shape[0] for tensors in groups) < MOST_ELEMENTS
+
+
 def _why_no_kernels(
     tensors: Sequence[Any], grad: torch.Tensor, compute: torch.dtype, needs: Sequence[bool]
 ) -> str | None:
@@ -118,7 +126,7 @@ def _why_no_kernels(
     for weight in (w1, w2):
         if weight.dtype == compute and (weight.stride(0) % step or weight.data_ptr() % 16):
             return "weights that are not aligned to 16 bytes"
-    if x.shape[0] * units >= 1 << 31:
+    if x.shape[0] * max(units, x.stride(0)) >= MOST_ELEMENTS:
         return "too many rows"
     return None
 
@@ -230,7 +238,8 @@ class Tile(NamedTuple):
     swap: bool = False
 
 
-# Rows x units x depth. None of these is measured; shapes are those of `launch.py`'s forward.
+# Rows x units x depth: of those tried the best, or within 8% of it, at up to 1,024 rows of D = H =
+# 4096 (H100, 2026-11-24, benchmarks/results/training_sweep_backward_h100_7af9505.json).
 FEW_ROWS = ((16, Tile(16, 64, 128, 4, 4, 1, True)), (64, Tile(32, 64, 128, 4, 4, 1, True)))
 ROW_TILES = (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4, 4))
 """The first of which there are as many as multiprocessors, else the last."""
@@ -352,7 +361,9 @@ class BackwardKernels:
         first = [w if w.stride(1) == 1 else w.contiguous() for w in first]
         second = [w if w.stride(1) == 1 else w.contiguous() for w in second]
         facts = self._facts_of(first, biases, second, [t[5] is not None for t in tensors])
-        slots = tensors[0][1] if len(tensors) == 1 else torch.cat([t[1] for t in tensors])
+        slots = tensors[0][1].contiguous()
+        if len(tensors) > 1:
+            slots = torch.cat([t[1] for t in tensors])
         counts = tuple([x.shape[0] for x in xs])
         units = facts.units
         stride = max(units) if hidden is None else hidden.stride(0)
@@ -477,7 +488,11 @@ class BackwardKernels:
                 at += sum(own)
             host = torch.tensor(table, dtype=torch.int64)
             if self._on_gpu:
-                host = host.pin_memory().to(self._device, non_blocking=True)
+                if torch.cuda.is_current_stream_capturing():
+                    raise RuntimeError(
+                        "these projectors are new to the backward: run it once before capturing it"
+                    )
+                host = host.to(self._device)  # the host waits: other streams may be next
             found = _Facts(host, at, places, list(with_b2), [w.shape[0] for w in first], {})
             while len(self._facts) >= 64:
                 self._facts.pop(next(iter(self._facts)))

@@ -25,9 +25,9 @@ BACKENDS = ("auto", "torch", "triton")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_CAPABILITY = (8, 0)
 VALIDATED_CAPABILITIES = ((9, 0),)
-"""GPUs on which tests/kernels/test_gpu.py has passed (H100, 2026-11-23, docs/kernels.md)."""
+"""GPUs on which tests/kernels/test_gpu.py has passed (H100, 2026-11-24, docs/kernels.md)."""
 AUTO_DTYPES = (torch.bfloat16, torch.float16)
-"""Not fp32: there the kernels' error against float64 is 2 to 5 times cuBLAS's (docs/kernels.md)."""
+"""Not fp32: multiplied without tensor cores, and not timed against cuBLAS (docs/kernels.md)."""
 
 
 class BackendChoice(NamedTuple):
@@ -70,7 +70,9 @@ def select_backend(
 @lru_cache(maxsize=64)
 def _auto_on_cuda(device: torch.device, dtype: torch.dtype) -> BackendChoice:
     if dtype not in AUTO_DTYPES:
-        return BackendChoice("torch", f"cuBLAS is more accurate for {dtype}")
+        return BackendChoice(
+            "torch", f"the kernels are for {[str(d) for d in AUTO_DTYPES]}, rows are {dtype}"
+        )
     refusal = _why_not_triton(device, dtype)
     if refusal is not None:
         return BackendChoice("torch", refusal)
@@ -131,7 +133,8 @@ def _pick(backend: str, first: torch.Tensor, others: Iterable[torch.Tensor | Non
     if _needs_gradients(first, others):
         if backend == "triton":
             raise ValueError(
-                "the Triton kernels have no backward: use torch.no_grad() or backend='torch'"
+                "this op has no backward by the kernels: use mmqwen_kernels.autograd.fused_embed, "
+                "torch.no_grad() or backend='torch'"
             )
         if backend == "auto":
             return "torch"

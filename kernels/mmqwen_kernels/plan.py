@@ -23,6 +23,7 @@ from mmqwen_kernels.staging import uploader
 ALIGN_BYTES = 16
 ENTRY_FIELDS = 8
 ENTRY_BYTES = 8 * ENTRY_FIELDS
+MAX_MODALITIES = 256  # numpy sorts bytes by counting them
 _MAX_ROW_STRIDE = 1 << 23  # elements: 256 rows of a tile times this fit in int32
 _FEW_RUNS = 32
 """Up to here slots are grouped by slices, which cost 1 us each; a sort costs 30 (slow CPU)."""
@@ -172,6 +173,8 @@ def plan_rows(
     """
     if type(device) is not torch.device:
         device = torch.device(device)
+    if len(widths) > MAX_MODALITIES:
+        raise ValueError(f"{len(widths)} modalities, expected {MAX_MODALITIES} at most")
     text, positions = _split_tokens(slots, num_tokens)
     packed = None
     if sources and not any(isinstance(source, tuple) for source in sources):
@@ -329,7 +332,7 @@ def _plan_on_cpu(
             if count:
                 at = rows_at[m] = _aligned(at)
                 at += count * widths[m] * dtype.itemsize
-    buffer = torch.empty(at, dtype=torch.uint8)
+    buffer = torch.empty(_aligned(at), dtype=torch.uint8)
     raw = buffer.numpy()
     _write_order(raw, 0, text, positions)
     if packed is not None:

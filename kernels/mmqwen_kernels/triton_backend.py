@@ -146,6 +146,11 @@ class _Weights:
         for m, projector in enumerate(projectors):
             w1, b1, w2, b2 = projector
             _check_projector(m, projector, dtype, device)
+            if w2.shape[0] != projectors[0].w2.shape[0]:
+                raise ValueError(
+                    f"projector {m} gives {w2.shape[0]} columns, expected those of the first, "
+                    f"{projectors[0].w2.shape[0]}"
+                )
             table[m] = (
                 w1.data_ptr(),
                 b1.data_ptr(),
@@ -166,8 +171,8 @@ class _Weights:
                 raise RuntimeError(
                     "these projectors are new to the kernels: run the op once before capturing it"
                 )
-            # Only here does the host wait, once per set of projectors.
-            self.table = host.pin_memory().to(device, non_blocking=True)
+            # Only here does the host wait, once per set of projectors: other streams may be next.
+            self.table = host.to(device)
         else:
             self.table = host
         self.align_bytes = align
@@ -268,6 +273,11 @@ class TritonBackend:
         if token_table.stride(1) != 1:
             raise ValueError("the token table is transposed; call .contiguous() on it once")
         dtype = token_table.dtype
+        for name, tensor in (("input_ids", input_ids), ("the token table", token_table)):
+            if tensor.device != self._device:
+                raise ValueError(f"{name} lies on {tensor.device}, expected {self._device}")
+        if order.device != self._device or tables.buffer.device != self._device:
+            raise ValueError(f"the plan lies on {order.device}, expected {self._device}")
         if out is None:
             result = torch.empty(tokens, columns, dtype=dtype, device=self._device)
         elif out.shape != (tokens, columns) or out.dtype != dtype or out.device != self._device:
@@ -528,7 +538,7 @@ class TritonBackend:
                 text_tile, dependent,
             ),
             down_programs=config.down.tiles(some, [weights.columns] * len(active)),
-            stride=-(-max(weights.hidden) // HIDDEN_ALIGN) * HIDDEN_ALIGN,
+            stride=-(-max(units) // HIDDEN_ALIGN) * HIDDEN_ALIGN,
             block_t=config.block_t,
             block_d=config.block_d,
         )  # fmt: skip

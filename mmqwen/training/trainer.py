@@ -164,6 +164,9 @@ class RowsTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
+        if not (self.args.should_save or self.is_fsdp_enabled):
+            return
+        # Shards are gathered by all processes together; nothing else needs the others.
         tensors = trainable_state(self.accelerator.unwrap_model(self.model))
         if not self.args.should_save:
             return

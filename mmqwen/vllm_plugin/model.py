@@ -34,12 +34,13 @@ from mmqwen.vllm_plugin.processing import DummyInputs, PackingProcessor, Process
 from mmqwen.vllm_plugin.projector import ShardedProjector
 from mmqwen_kernels import (
     PackError,
+    RowPlan,
     fuse_embeddings,
     plan_rows,
     select_backend,
     warm_up,
 )
-from mmqwen_kernels.packing import open_pack
+from mmqwen_kernels.packing import find_rows, open_pack
 
 logger = init_logger(__name__)
 
@@ -165,7 +166,7 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
             return rows
         except PackError as error:
             logger.error("A request bypassed the processor and sent no pack of rows: %s", error)
-            return torch.zeros(1, 2, dtype=torch.int64).expand(self._max_model_len, 2)
+            return self._no_rows(self._max_model_len)
 
     def _prepare(self) -> None:
         """Claim the memory that the largest step needs, and compile what requests will need.
@@ -220,13 +221,8 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
             return self.language_model.embed_input_ids(input_ids)
         projectors = [self._projector(spec.name).weights() for spec in self._spec_list]
         with compat.single_threaded():
-            plan = plan_rows(
-                [self._source(part) for part in multimodal_embeddings],
-                is_multimodal.cpu(),
-                input_ids.shape[0],
-                self._widths,
-                dtype=projectors[0].w1.dtype,
-                device=input_ids.device,
+            plan = self._plan(
+                multimodal_embeddings, is_multimodal.cpu(), input_ids, projectors[0].w1.dtype
             )
         table = self._token_table()
         if table is not None:
@@ -250,8 +246,47 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         at = plan.all_slots
         return text.index_copy_(0, at, rows.index_select(0, at))
 
+    def _plan(
+        self,
+        parts: Sequence[torch.Tensor],
+        mask: torch.Tensor,
+        input_ids: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> RowPlan:
+        """The step's plan; parts that lead to no rows of this model are read as zeros."""
+
+        def plan(parts: Sequence[torch.Tensor]) -> RowPlan:
+            return plan_rows(
+                [self._source(part) for part in parts],
+                mask,
+                input_ids.shape[0],
+                self._widths,
+                dtype=dtype,
+                device=input_ids.device,
+            )
+
+        try:
+            return plan(parts)
+        except ValueError as error:
+            # `_open` looks at a pack's header; here its directory is wrong. See its docstring.
+            logger.error("A request bypassed the processor and sent a broken pack: %s", error)
+        checked = []
+        for part in parts:
+            try:
+                if part.stride(0):
+                    find_rows([part], self._widths, dtype)
+                checked.append(part)
+            except ValueError:
+                checked.append(self._no_rows(part.shape[0]))
+        return plan(checked)
+
+    @staticmethod
+    def _no_rows(count: int) -> torch.Tensor:
+        """A directory of no pack: a stride of 0, which `_source` knows it by."""
+        return torch.zeros(1, 2, dtype=torch.int64).expand(count + 1, 2)[:count]
+
     def _source(self, part: torch.Tensor) -> Any:
-        """A slice as a row source; zeros for what `_open` had to replace."""
+        """A slice as a row source; zeros for `_no_rows`."""
         if part.stride(0) == 0:
             return 0, torch.zeros(part.shape[0], self._widths[0])
         return part

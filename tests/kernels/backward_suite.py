@@ -80,6 +80,17 @@ def test_no_output_bias_and_strided_rows():
     torch.testing.assert_close(*results)
 
 
+def test_slots_that_are_a_column_of_something():
+    ids, table, rows, slots, projectors = make((9,), (24, 40, 48), tokens=30, dtype=torch.float32)
+    apart = torch.stack([slots[0], torch.full_like(slots[0], 10**6)], dim=1)[:, 0]
+    assert not apart.is_contiguous()
+    results = []
+    for at, engine in ((apart, "kernels"), (slots[0], "torch")):
+        out = fused_embed(ids, table, rows, [at], projectors, backend="triton", engine=engine)
+        results.append(torch.autograd.grad(out.square().sum(), [*rows, *projectors[0]]))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
 def test_frozen_weights_and_odd_sizes_are_left_to_torch():
     inputs = make((4,), (24, 40, 48), tokens=30, dtype=torch.float32)
     inputs[4][0].b1.requires_grad_(False)

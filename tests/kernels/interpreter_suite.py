@@ -24,7 +24,9 @@ from mmqwen_kernels import (
     Projector,
     RowPlan,
     TileConfig,
+    directory,
     fuse_embeddings,
+    pack_rows,
     plan_rows,
     project_rows,
     scatter_rows,
@@ -130,6 +132,15 @@ def test_modalities_of_different_hidden_sizes() -> None:
 def test_strided_items(item_rows: int, dtype: torch.dtype) -> None:
     """What lies between the rows is NaN: reading past a row's end would show."""
     check(make_case([40, 33], [6, 9], dtype, strided=True, item_rows=item_rows))
+
+
+@pytest.mark.parametrize("width", [9, 16])
+def test_rows_of_packs(width: int) -> None:
+    case = make_case([width, 24], [5, 4], torch.float32)
+    pack = directory(pack_rows(case.items))  # type: ignore[arg-type]
+    want = case.run("triton")
+    case.items = [pack[:3], pack[3:]]
+    assert torch.equal(case.run("triton"), want)
 
 
 def test_expanded_items() -> None:
@@ -270,6 +281,10 @@ def test_refusals() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             fuse_embeddings(case.input_ids, case.table, plan_of(case), [bad], backend="triton")
+    wide = make_case([24, 24], [3, 3], torch.float32)
+    wide.projectors[1] = make_projector(24, 96, 32, torch.float32)
+    with pytest.raises(ValueError, match="gives 32 columns, expected those of the first, 80"):
+        wide.run("triton")
     with pytest.raises(ValueError, match="projectors for"):
         fuse_embeddings(
             case.input_ids, case.table, plan_of(case), case.projectors * 2, backend="triton"

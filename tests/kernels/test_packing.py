@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmqwen_kernels import PackError, directory, pack_rows
-from mmqwen_kernels.packing import read_slice
+from mmqwen_kernels.packing import find_rows, pack_groups, read_slice
 
 WIDTHS = (3, 8, 5)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -129,3 +129,32 @@ def test_read_slice_refuses_what_lost_its_pack(damage: object) -> None:
     rows = directory(pack_rows(make_items([(0, 3), (1, 2)], torch.float32)))
     with pytest.raises(PackError):
         read_slice(damage(rows))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("position", [-(1 << 44), -(1 << 20), 1 << 44])
+def test_find_rows_never_reads_outside_the_storage(position: int) -> None:
+    part = directory(pack_rows([(0, torch.zeros(3, 3))]))
+    part[1, 0] = position
+    with pytest.raises(PackError, match="lost the pack"):
+        find_rows([part[1:]], WIDTHS, torch.float32)
+
+
+def test_find_rows_refuses_entries_that_lead_elsewhere() -> None:
+    part = directory(pack_rows([(0, torch.zeros(3, 3))]))
+    own = int(part[1, 1])
+    for entry, error, message in (
+        (own | 0xFFFFFFFF, PackError, "past the rows"),
+        (own ^ (1 << 33), ValueError, "wide, expected"),
+        (own | 200 << 52, ValueError, "modality index 200, expected 0 to 2"),
+    ):
+        part[1, 1] = entry
+        with pytest.raises(error, match=message):
+            find_rows([part], WIDTHS, torch.float32)
+    part[1, 1] = own
+    assert find_rows([part], WIDTHS, torch.float16) is None, "another dtype"
+    assert len(find_rows([part, part[:0]], WIDTHS, torch.float32).address) == 3  # type: ignore[union-attr]
+
+
+def test_two_runs_of_one_modality_are_not_taken_for_two_modalities() -> None:
+    with pytest.raises(PackError, match="places"):
+        pack_groups([0, 0], [2, 2], {0: torch.zeros(2, 3), 1: torch.zeros(2, 8)})

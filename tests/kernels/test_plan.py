@@ -192,3 +192,8 @@ def test_a_slice_that_lost_its_pack_is_refused() -> None:
 def test_a_pack_of_another_width_is_refused() -> None:
     with pytest.raises(ValueError, match="expected"):
         plan([directory(pack_rows([(1, torch.zeros(2, 3))]))], [0, 1], 2)
+
+
+def test_more_modalities_than_a_byte_can_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="300 modalities, expected 256 at most"):
+        plan_rows([], [], 4, [3] * 300, dtype=DTYPE, device="cpu")
