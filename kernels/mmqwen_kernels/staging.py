@@ -47,7 +47,13 @@ class Uploader:
         self._streams: dict[Any, torch.cuda.Stream] = {}
 
     def lend(self, nbytes: int) -> Staging:
-        """A buffer of at least `nbytes` bytes."""
+        """A buffer of at least `nbytes` bytes.
+
+        Raises:
+            RuntimeError: the current stream is being captured; what the host plans cannot be.
+        """
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("rows are planned on the host: call plan_rows before capturing")
         size = max(SMALLEST_BYTES, 1 << (nbytes - 1).bit_length())
         idle = self._idle.setdefault(size, deque())
         try:
@@ -68,15 +74,10 @@ class Uploader:
             staging: what `lend` gave; it goes back.
             nbytes: how many of its bytes to copy, at least.
             complete: called with the device address of the copy, to write what depends on it.
-
-        Raises:
-            RuntimeError: the current stream is being captured; what the host plans cannot be.
         """
         if torch.cuda.current_device() != self._device.index:
             with torch.cuda.device(self._device):
                 return self.upload(staging, nbytes, complete)
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("rows are planned on the host: call plan_rows before capturing")
         current = self._current_stream()
         source = staging.pinned
         if staging.nbytes > WHOLE_BYTES:
