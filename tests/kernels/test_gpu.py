@@ -50,7 +50,7 @@ def gpu_case(widths: list[int], counts: list[int], dtype: torch.dtype, **more: o
 
 
 ABSOLUTE = {torch.float32: 2 * torch.finfo(torch.float32).eps}
-"""Up to 16 rows fp32 errs 1.25 to 1.5 times as much as cuBLAS, which splits K there, and never more
+"""Up to 16 rows fp32 errs 1.25 to 1.5 times as much as cuBLAS, which may split K there; never more
 than 1.6e-7; from 65 rows on it errs 0.2 to 0.7 times as much (H100, 2026-11-24)."""
 
 
