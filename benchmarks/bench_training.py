@@ -22,9 +22,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +34,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bench_kernels import commit
 
 from mmqwen_kernels import Projector, autograd
 from mmqwen_kernels.autograd import fused_embed
@@ -291,21 +290,6 @@ def points(smoke: bool) -> list[tuple[int, int, int, str]]:
         for rows in ROWS
     ]
     return [*grid, (1024, 1, 1024, "full"), (1024, 4, 4096, "full")]
-
-
-def commit() -> str:
-    """The commit that ran: of the checkout, or as MMQWEN_COMMIT says."""
-    told = os.environ.get("MMQWEN_COMMIT")
-    if told:
-        return told
-    try:
-        run = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return run.stdout.strip()
 
 
 def about(device: str, dtype: torch.dtype) -> dict[str, Any]:

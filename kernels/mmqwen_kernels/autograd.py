@@ -239,16 +239,16 @@ class FusedProjectorFunction(torch.autograd.Function):
         wanted = _modalities(needs[_LEADING:])
         if not any(map(any, wanted)):
             return (*result, *[None] * size)
-        if ctx.together:
-            result += _gradients_together(grad, groups, wanted, ctx.compute, kept[0], ctx.engine)
-            return tuple(result)
-        if torch.compiler.is_compiling() and not kept:  # the kernels' forward
+        if torch.compiler.is_compiling() and not kept:  # the kernels' forward, under compile
             from mmqwen_kernels.autograd_ops import backward_op
 
             given = iter(backward_op(grad, flat, list(needs[_LEADING:]), ctx.compute, ctx.engine))
             result += [next(given) if need else None for need in needs[_LEADING:]]
             return tuple(result)
-        result += projector_gradients(grad, groups, wanted, ctx.compute, kept, ctx.engine)
+        shared = None
+        if ctx.together:
+            shared, kept = kept[0], []
+        result += projector_gradients(grad, groups, wanted, ctx.compute, kept, ctx.engine, shared)
         return tuple(result)
 
 
@@ -262,48 +262,9 @@ def _keeps_together(flat: Sequence[Any], needs: Sequence[bool], compute: torch.d
         _modalities(flat), _modalities(needs[_LEADING:]), strict=True
     ):
         sizes = (x.shape[0], w1.shape[1], w1.shape[0], w2.shape[0])
-        if x.shape[0] and not (any(need) and keeps_hidden(*sizes, compute.itemsize)):
+        if x.shape[0] and not (any(need[:5]) and keeps_hidden(*sizes, compute.itemsize)):
             return False
     return True
-
-
-def _gradients_together(
-    grad: torch.Tensor,
-    groups: Sequence[Sequence[Any]],
-    needs: Sequence[Sequence[bool]],
-    compute: torch.dtype,
-    hidden: torch.Tensor,
-    engine: str,
-) -> list[torch.Tensor | None]:
-    """`projector_gradients` with the hidden activations `[R, stride]` of all modalities at hand."""
-    some = [m for m, tensors in enumerate(groups) if tensors[0].shape[0]]
-    if (
-        len(some) > GROUP_OF
-        or not fits_one_launch([groups[m] for m in some])
-        or any(
-            groups[m][2].dtype != groups[some[0]][2].dtype
-            or select_backward(groups[m], grad, compute, needs[m], engine).name != "kernels"
-            for m in some
-        )
-    ):
-        kept: list[torch.Tensor | None] = []
-        row = 0
-        for x, _, w1, *_ in groups:
-            kept.append(hidden[row : row + x.shape[0], : w1.shape[0]] if x.shape[0] else None)
-            row += x.shape[0]
-        return projector_gradients(grad, groups, needs, compute, kept, engine)
-    result = [
-        [torch.zeros_like(t) if n else None for t, n in zip(tensors, need, strict=True)]
-        if m not in some
-        else []
-        for m, (tensors, need) in enumerate(zip(groups, needs, strict=True))
-    ]
-    found = backward_kernels(grad.device).gradients(
-        grad, [groups[m] for m in some], [needs[m][0] for m in some], hidden
-    )
-    for m, gradients in zip(some, found, strict=True):
-        result[m] = gradients
-    return [gradient for gradients in result for gradient in gradients]
 
 
 def _table_gradient(
@@ -334,6 +295,7 @@ def projector_gradients(
     compute: torch.dtype,
     kept: Sequence[torch.Tensor | None] = (),
     engine: str = "auto",
+    shared: torch.Tensor | None = None,
 ) -> list[torch.Tensor | None]:
     """Gradients of x, slots (None), W1, b1, W2 and b2 of each modality in turn, flat.
 
@@ -344,9 +306,12 @@ def projector_gradients(
         compute: dtype of the products.
         kept: per modality its hidden activations or None; empty: none were kept.
         engine: see `backward.select_backward`.
+        shared: the hidden activations `[R, stride]` of all modalities instead, as the kernels'
+            forward gives them.
     """
     result: list[list[torch.Tensor | None]] = [[None] * _PER_MODALITY for _ in groups]
     together: list[int] = []
+    apart: list[int] = []
     for m, (tensors, need) in enumerate(zip(groups, needs, strict=True)):
         if not (any(need) and tensors[0].shape[0]):
             result[m] = [
@@ -359,13 +324,23 @@ def projector_gradients(
         ):
             together.append(m)
         else:
-            hidden = kept[m] if kept else None
-            result[m] = modality_by_torch(grad, tensors, need, compute, hidden)
-    size = GROUP_OF if together and fits_one_launch([groups[m] for m in together]) else 1
+            apart.append(m)
+    one_launch = fits_one_launch([groups[m] for m in together]) if together else False
+    if shared is not None and (apart or not one_launch or len(together) > GROUP_OF):
+        # The kernels want all of the buffer's rows; torch takes each modality's part of it.
+        kept, row = [], 0
+        for x, _, w1, *_ in groups:
+            kept.append(shared[row : row + x.shape[0], : w1.shape[0]])
+            row += x.shape[0]
+        shared, apart, together = None, sorted(apart + together), []
+    for m in apart:
+        hidden = kept[m] if kept else None
+        result[m] = modality_by_torch(grad, groups[m], needs[m], compute, hidden)
+    size = GROUP_OF if one_launch else 1
     for begin in range(0, len(together), size):
         some = together[begin : begin + size]
         found = backward_kernels(grad.device).gradients(
-            grad, [groups[m] for m in some], [needs[m][0] for m in some]
+            grad, [groups[m] for m in some], [needs[m][0] for m in some], shared
         )
         for m, gradients in zip(some, found, strict=True):
             result[m] = gradients
@@ -387,7 +362,7 @@ def _forward_triton(
     plan = _plan_on_device(
         [t[0].to(dtype).contiguous() for t in groups], [t[1] for t in groups], input_ids.shape[0]
     )
-    return triton_backend(token_table.device).fuse_keeping(
+    return triton_backend(token_table.device).fuse(
         input_ids,
         token_table,
         plan.buffer,

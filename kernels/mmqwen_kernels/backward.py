@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from mmqwen_kernels.ops import BackendChoice
+from mmqwen_kernels.staging import with_index
 
 ENGINES = ("auto", "kernels", "torch")
 _RECIPES_KEPT = 4096
@@ -517,8 +518,7 @@ _KERNELS: dict[torch.device, BackwardKernels] = {}
 
 def backward_kernels(device: torch.device) -> BackwardKernels:
     """The launcher of a device, made on first use."""
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = with_index(device)
     found = _KERNELS.get(device)
     if found is None:
         found = _KERNELS.setdefault(device, BackwardKernels(device))

@@ -38,7 +38,7 @@ def _run(
         Projector(next(left), next(left), next(left), next(left) if has else None)
         for has in with_b2
     ]
-    return triton_backend(token_table.device).fuse(
+    fused, _ = triton_backend(token_table.device).fuse(
         input_ids,
         token_table,
         order,
@@ -50,6 +50,7 @@ def _run(
         out=out,
         launch="batch_invariant" if launch == "batch_invariant" else "fastest",
     )
+    return fused
 
 
 @torch.library.custom_op("mmqwen::fuse_embeddings", mutates_args=())

@@ -177,9 +177,23 @@ def choose_config(
     ups, downs, reason = _candidates(most, dtype, capability, aligned, mode)
     up = _first_in_one_wave(ups, counts, hidden, num_sms)
     down = _first_in_one_wave(downs, counts, [columns] * len(counts), num_sms)
-    # Text tiles as wide as a row, where it is narrow.
-    block_d = min(1024, max(64, 1 << (columns - 1).bit_length()))
-    return LaunchConfig(up, down, block_d=block_d, dependent=capability >= (9, 0), reason=reason)
+    return LaunchConfig(
+        up,
+        down,
+        block_d=text_columns(columns),
+        dependent=launches_dependently(capability),
+        reason=reason,
+    )
+
+
+def text_columns(columns: int) -> int:
+    """Columns of a text tile: as many as a row has, where it is narrow, up to a power of two."""
+    return min(1024, max(64, 1 << (columns - 1).bit_length()))
+
+
+def launches_dependently(capability: tuple[int, int]) -> bool:
+    """Whether this GPU has programmatic dependent launch."""
+    return capability >= (9, 0)
 
 
 def every_tile(

@@ -215,7 +215,7 @@ def fuse_embeddings(
         from mmqwen_kernels.custom_ops import fuse_compiled
 
         return fuse_compiled(input_ids, token_table, rows, projectors, vocab_start, out, launch)
-    return _backend_of(token_table.device).fuse(
+    fused, _ = _backend_of(token_table.device).fuse(
         input_ids,
         token_table,
         rows.buffer,
@@ -227,6 +227,7 @@ def fuse_embeddings(
         out=out,
         launch=launch,
     )
+    return fused
 
 
 def project_rows(

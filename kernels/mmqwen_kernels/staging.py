@@ -108,11 +108,17 @@ class Uploader:
 _UPLOADERS: dict[torch.device, Uploader] = {}
 
 
+def with_index(device: torch.device) -> torch.device:
+    """A CUDA device by its number: "cuda" alone is the current one."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def uploader(device: torch.device) -> Uploader:
     """The uploader of a device, made on first use."""
+    device = with_index(device)
     found = _UPLOADERS.get(device)
     if found is None:
-        if device.index is None:
-            return uploader(torch.device(device.type, torch.cuda.current_device()))
         found = _UPLOADERS.setdefault(device, Uploader(device))
     return found

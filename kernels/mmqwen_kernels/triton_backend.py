@@ -13,9 +13,18 @@ import triton
 from triton.compiler import ASTSource
 
 from mmqwen_kernels import triton_kernels as kernels
-from mmqwen_kernels.launch import LaunchConfig, Mode, TileConfig, choose_config, every_tile
+from mmqwen_kernels.launch import (
+    LaunchConfig,
+    Mode,
+    TileConfig,
+    choose_config,
+    every_tile,
+    launches_dependently,
+    text_columns,
+)
 from mmqwen_kernels.plan import RowTables, num_entries, tables_of
 from mmqwen_kernels.reference import Projector
+from mmqwen_kernels.staging import with_index
 
 FULL_ALIGN_BYTES = 16
 HIDDEN_ALIGN = 16  # elements; K2's kernel relies on it
@@ -243,32 +252,15 @@ class TritonBackend:
         vocab_start: int = 0,
         out: torch.Tensor | None = None,
         launch: Mode | LaunchConfig = "fastest",
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`fuse_embeddings` of a plan's tensors. See `ops.fuse_embeddings` and `plan.RowPlan`.
+
+        Returns:
+            Its result, and the hidden activations `[R, stride]` of all rows, or None without rows.
 
         Raises:
             ValueError: tensors differ in dtype or device, or do not fit together.
         """
-        return self.fuse_keeping(
-            input_ids, token_table, order, order_at, tables, counts, projectors,
-            vocab_start=vocab_start, out=out, launch=launch,
-        )[0]  # fmt: skip
-
-    def fuse_keeping(
-        self,
-        input_ids: torch.Tensor,
-        token_table: torch.Tensor,
-        order: torch.Tensor,
-        order_at: int,
-        tables: RowTables,
-        counts: Sequence[int],
-        projectors: Sequence[Projector],
-        *,
-        vocab_start: int = 0,
-        out: torch.Tensor | None = None,
-        launch: Mode | LaunchConfig = "fastest",
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`fuse`, and the hidden activations `[R, stride]` of all rows, or None without rows."""
         tokens, columns = input_ids.shape[0], token_table.shape[1]
         if token_table.stride(1) != 1:
             raise ValueError("the token table is transposed; call .contiguous() on it once")
@@ -349,7 +341,7 @@ class TritonBackend:
         if not count or not columns:
             return out
         align = _align_of(rows.dtype.itemsize, FULL_ALIGN_BYTES, out, rows)
-        block_t, block_d = 4, min(1024, max(64, 1 << (columns - 1).bit_length()))
+        block_t, block_d = 4, text_columns(columns)
         with self._on_device():
             variant = self._variant(
                 kernels._scatter_rows_kernel,
@@ -388,8 +380,8 @@ class TritonBackend:
             align = max(weights.align_bytes // dtype.itemsize, 1)
             aligned = weights.align_bytes == FULL_ALIGN_BYTES
             ups, downs = every_tile(dtype, self.capability, aligned)
-            block_d = min(1024, max(64, 1 << (weights.columns - 1).bit_length()))
-            dependent = self.capability >= (9, 0)
+            text_tile = (LaunchConfig.block_t, text_columns(weights.columns))
+            dependent = launches_dependently(self.capability)
             before = len(self._variants)
             entries = num_entries(len(projectors))
             for tile in ups:
@@ -398,7 +390,7 @@ class TritonBackend:
                 for ids_dtype in ids_dtypes:
                     self._down(
                         weights, tile, dtype, ids_dtype, align, entries, True,
-                        (LaunchConfig.block_t, block_d), dependent,
+                        text_tile, dependent,
                     )  # fmt: skip
             return len(self._variants) - before
 
@@ -593,7 +585,7 @@ class TritonBackend:
     ) -> None:
         tokens, columns = out.shape
         align = _align_of(out.dtype.itemsize, FULL_ALIGN_BYTES, out, token_table)
-        block_t, block_d = 8, min(1024, max(64, 1 << (columns - 1).bit_length()))
+        block_t, block_d = LaunchConfig.block_t, text_columns(columns)
         variant = self._variant(
             kernels._gather_text_kernel,
             out.dtype,
@@ -746,8 +738,7 @@ _BACKENDS: dict[torch.device, TritonBackend] = {}
 
 def triton_backend(device: torch.device) -> TritonBackend:
     """The backend of a device, made on first use."""
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = with_index(device)
     backend = _BACKENDS.get(device)
     if backend is None:
         backend = _BACKENDS.setdefault(device, TritonBackend(device))
