@@ -43,7 +43,11 @@ def backward_op(
     """The gradients that `needs` asks for, in its order."""
     given = projector_gradients(grad, _modalities(flat), _modalities(needs), compute, engine=engine)
     # An op's results may not share memory: the kernels' gradients are parts of one buffer.
-    return [g.clone() if g._is_view() else g for g in given if g is not None]
+    return [
+        g.clone(memory_format=torch.contiguous_format) if g._is_view() else g
+        for g in given
+        if g is not None
+    ]
 
 
 @backward_op.register_fake

@@ -120,14 +120,14 @@ def _why_no_kernels(
     units, width = w1.shape
     if not (needs[2] and needs[3] and needs[4] and (b2 is None or needs[5])):
         return "some weights are frozen"
-    if width % step or units % step or w2.shape[0] % step:
-        return f"sizes that are no multiples of {step}"
+    if units % step or w2.shape[0] % step:
+        return f"hidden units or outputs that are no multiples of {step}"
     if not w1.dtype == b1.dtype == w2.dtype:
         return "weights of several dtypes"
-    for weight in (w1, w2):
+    for weight in (w2,) if width % step else (w1, w2):  # W1 of such a width is copied
         if weight.dtype == compute and (weight.stride(0) % step or weight.data_ptr() % 16):
             return "weights that are not aligned to 16 bytes"
-    if x.shape[0] * max(units, x.stride(0)) >= MOST_ELEMENTS:
+    if x.shape[0] * max(units, x.stride(0), _aligned(width, step)) >= MOST_ELEMENTS:
         return "too many rows"
     return None
 
@@ -220,9 +220,18 @@ def modality_by_torch(
 # -- kernels ---------------------------------------------------------------------------------------
 
 
+def _aligned(width: int, step: int) -> int:
+    return -(-width // step) * step
+
+
 def _readable(x: torch.Tensor, dtype: torch.dtype, step: int) -> torch.Tensor:
-    """Rows in `dtype`, each aligned to 16 bytes; the same tensor where they are."""
+    """Rows in `dtype`, each aligned to 16 bytes; the same tensor where they are.
+
+    Where their width is no multiple of that they come widened by zeros.
+    """
     x = x if x.dtype == dtype else x.to(dtype)
+    if x.shape[1] % step:
+        return F.pad(x, (0, -x.shape[1] % step))
     aligned = x.stride(1) == 1 and not x.stride(0) % step and not x.data_ptr() % 16
     return x if aligned else x.clone(memory_format=torch.contiguous_format)
 
@@ -361,7 +370,11 @@ class BackwardKernels:
         biases = [t[3] if t[3].dtype == dtype else t[3].to(dtype) for t in tensors]
         first = [w if w.stride(1) == 1 else w.contiguous() for w in first]
         second = [w if w.stride(1) == 1 else w.contiguous() for w in second]
-        facts = self._facts_of(first, biases, second, [t[5] is not None for t in tensors])
+        widths = [x.shape[1] for x in xs]
+        read = first
+        if hidden is None:
+            read = [_readable(w, dtype, 16 // itemsize) for w in first]
+        facts = self._facts_of(read, widths, biases, second, tensors)
         slots = tensors[0][1].contiguous()
         if len(tensors) > 1:
             slots = torch.cat([t[1] for t in tensors])
@@ -373,7 +386,7 @@ class BackwardKernels:
         in_place = recomputed and total * stride * itemsize >= IN_PLACE_BYTES
         how = facts.recipes.get((counts, in_place))
         if how is None:
-            how = self._recipe(counts, in_place, first, grad.shape[1], itemsize)
+            how = self._recipe(counts, in_place, units, widths, grad.shape[1], itemsize)
             if len(facts.recipes) >= _RECIPES_KEPT:
                 facts.recipes.clear()
             facts.recipes[counts, in_place] = how
@@ -417,28 +430,28 @@ class BackwardKernels:
         self,
         counts: Sequence[int],
         in_place: bool,
-        first: Sequence[torch.Tensor],
+        units: Sequence[int],
+        widths: Sequence[int],
         columns: int,
         itemsize: int,
     ) -> _Recipe:
         """The launches for these numbers of rows."""
-        units = [w.shape[0] for w in first]
         entries, step = len(counts), 16 // itemsize
         tile = row_tile(counts, units, self.num_sms, itemsize)
         shape = (entries, tile.a, tile.b, tile.k, tile.group, step)
         programs = _tiles(tile, counts, units)
-        even = all(w.shape[1] % tile.k == 0 for w in first)
+        even = all(width % tile.k == 0 for width in widths)
 
         def launch(constants: tuple[Any, ...], programs: int, tile: Tile) -> _Launch:
             return _Launch(programs, constants, tile.warps, tile.stages)
 
         def weights(with_first: bool, with_second: bool) -> _Launch:
             sizes: list[tuple[int, int]] = []
-            for w in first:
+            for hidden, width in zip(units, widths, strict=True):
                 if with_second:
-                    sizes.append((columns, w.shape[0]))
+                    sizes.append((columns, hidden))
                 if with_first:
-                    sizes.append((w.shape[0], w.shape[1]))
+                    sizes.append((hidden, width))
             t = weight_tile(counts, sizes, self.num_sms, itemsize)
             if not with_second:  # no slots to look up, which take a stage
                 t = t._replace(stages=max(t.stages - 1, 2))
@@ -456,32 +469,38 @@ class BackwardKernels:
     def _facts_of(
         self,
         first: Sequence[torch.Tensor],
+        widths: Sequence[int],
         biases: Sequence[torch.Tensor],
         second: Sequence[torch.Tensor],
-        with_b2: Sequence[bool],
+        tensors: Sequence[Sequence[Any]],
     ) -> _Facts:
+        """The table of these weights; `widths` are those of the rows as they are read."""
+        shapes = [t[2].shape for t in tensors]
+        with_b2 = [t[5] is not None for t in tensors]
         key = tuple(
             (
-                w1.data_ptr(), w1.shape, w1.stride(0), b1.data_ptr(),
+                w1.data_ptr(), w1.stride(0), shape, b1.data_ptr(),
                 w2.data_ptr(), w2.shape, w2.stride(0), b2,
             )
-            for w1, b1, w2, b2 in zip(first, biases, second, with_b2, strict=True)
+            for w1, shape, b1, w2, b2 in zip(first, shapes, biases, second, with_b2, strict=True)
         )  # fmt: skip
         found = self._facts.get(key)
         if found is None:
             table: list[list[int]] = []
             places: list[tuple[tuple[int, ...], tuple[int, ...], int]] = []
             at = 0
-            for w1, b1, w2, b2 in zip(first, biases, second, with_b2, strict=True):
-                (units, width), columns = w1.shape, w2.shape[0]
-                own = [units * width, units, columns * units] + [columns] * b2
+            for w1, read, shape, b1, w2, b2 in zip(
+                first, widths, shapes, biases, second, with_b2, strict=True
+            ):
+                (units, width), columns = shape, w2.shape[0]
+                own = [units * read, units, columns * units] + [columns] * b2
                 offsets = [at, at + own[0], at + own[0] + own[1], at + sum(own[:3]) if b2 else -1]
                 table.append(
-                    [width, units, w1.data_ptr(), w1.stride(0), b1.data_ptr(), w2.data_ptr()]
+                    [read, units, w1.data_ptr(), w1.stride(0), b1.data_ptr(), w2.data_ptr()]
                     + [w2.stride(0), *offsets]
                     + [0] * (self._kernels.FACTS - 11)
                 )
-                places.append(((units, width), (width, 1), offsets[0]))
+                places.append(((units, width), (read, 1), offsets[0]))
                 places.append(((units,), (1,), offsets[1]))
                 places.append(((columns, units), (units, 1), offsets[2]))
                 if b2:
@@ -494,7 +513,7 @@ class BackwardKernels:
                         "these projectors are new to the backward: run it once before capturing it"
                     )
                 host = host.to(self._device)  # the host waits: other streams may be next
-            found = _Facts(host, at, places, list(with_b2), [w.shape[0] for w in first], {})
+            found = _Facts(host, at, places, with_b2, [units for units, _ in shapes], {})
             while len(self._facts) >= 64:
                 self._facts.pop(next(iter(self._facts)))
             self._facts[key] = found

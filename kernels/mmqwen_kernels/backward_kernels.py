@@ -20,7 +20,8 @@ the rest are arguments:
     n0 .. n3              rows of each; x0 .. x3 and their row strides s0 .. s3
 
 Every address and stride is a multiple of 16 bytes, d, H and D are multiples of 16 bytes' worth of
-elements, and no tensor has 2^31 elements or more: `backward.py` sees to it. Scalars are not
+elements (rows of another width come widened by zeros, and so does W1 where B1 reads it), and no
+tensor has 2^31 elements or more: `backward.py` sees to it. Scalars are not
 specialised, so that a new count never compiles anything.
 """
 

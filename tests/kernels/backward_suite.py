@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_autograd import gradients, leaves, make
 
-from mmqwen_kernels import backward
+from mmqwen_kernels import autograd, backward
 from mmqwen_kernels.autograd import fused_embed
 from mmqwen_kernels.backward import Tile
 
@@ -58,9 +58,29 @@ def test_five_modalities():
     check(make((2,) * 5, (24, 40, 48), tokens=30, dtype=torch.float32, width_step=8))
 
 
-def test_an_odd_width_beside_even_ones():
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_odd_widths_beside_even_ones(kept, dtype, monkeypatch):
+    """24, 25 and 26 wide; with hidden activations kept by forward, and computed again."""
+    monkeypatch.setattr(autograd, "keeps_hidden", lambda *_: kept)
+    recomputed = []
+    original = backward.BackwardKernels.gradients
+
+    def noting(self, grad, tensors, need_x, hidden=None):
+        recomputed.append(hidden is None)
+        return original(self, grad, tensors, need_x, hidden)
+
+    monkeypatch.setattr(backward.BackwardKernels, "gradients", noting)
+    check(make((4, 3, 5), (24, 40, 48), tokens=30, dtype=dtype))
+    assert recomputed == [not kept]
+
+
+def test_odd_hidden_units_beside_even_ones():
     """By torch, while the others go by the kernels."""
-    inputs = make((4, 3, 5), (24, 40, 48), tokens=30, dtype=torch.float32)  # 24, 25 and 26 wide
+    inputs = make((4, 3), (24, 40, 48), tokens=30, dtype=torch.float32)
+    odd = make((5,), (24, 42, 48), tokens=30, dtype=torch.float32)
+    slots = [*inputs[3], torch.arange(30)[~torch.isin(torch.arange(30), torch.cat(inputs[3]))][:5]]
+    inputs = (inputs[0], inputs[1], [*inputs[2], *odd[2]], slots, [*inputs[4], *odd[4]])
     weight = torch.randn(30, 48, dtype=torch.float64)
     got = gradients(fused_embed, inputs, weight, backend="triton")
     want = gradients(fused_embed, inputs, weight, backend="triton", engine="torch")
@@ -91,7 +111,7 @@ def test_slots_that_are_a_column_of_something():
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
-def test_frozen_weights_and_odd_sizes_are_left_to_torch():
+def test_frozen_weights_and_odd_units_are_left_to_torch():
     inputs = make((4,), (24, 40, 48), tokens=30, dtype=torch.float32)
     inputs[4][0].b1.requires_grad_(False)
     weight = torch.randn(30, 48, dtype=torch.float64)
