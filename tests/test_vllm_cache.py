@@ -149,3 +149,26 @@ def test_vllms_processor_cache_is_off(llm):
     """Packs never take part in it; its engine half would keep gigabytes of them."""
     core = llm.llm_engine.engine_core.engine_core
     assert core.mm_receiver_cache is None
+
+
+def test_packs_of_steps_in_flight_do_not_hold_up_the_next_step(checkpoint):
+    """More rows than text, and a second and third step scheduled before the first is over."""
+    from vllm import SamplingParams
+
+    llm = start(
+        checkpoint,
+        max_num_batched_tokens=128,
+        max_model_len=128,
+        max_num_seqs=64,
+        enable_prefix_caching=False,
+    )
+    for seed in range(20):
+        llm.llm_engine.add_request(
+            str(seed),
+            {"prompt_token_ids": [5] * 8, "multi_modal_data": {"m1": [rows(seed, 24)]}},
+            SamplingParams(max_tokens=1),
+        )
+    core = llm.llm_engine.engine_core.engine_core
+    steps = [core.scheduler.schedule() for _ in range(3)]
+    assert [step.total_num_scheduled_tokens for step in steps] == [128] * 3
+    llm.llm_engine.abort_request([str(seed) for seed in range(20)])
