@@ -14,7 +14,8 @@ round that warms up:
 - `plain`: text on vLLM's own Qwen3 class.
 - `prompt_embeds`: vLLM's `prompt_embeds`, whole prompts at the model's width, and text.
 - `multiturn`: conversations that grow by a turn, prefix cache on, ours and text.
-- `profile`: where the time goes, by process and stage (`stage_timers.py`).
+- `profile`: where the time goes, by process and stage, and how long the GPU is busy
+  (`stage_timers.py`).
 
 Raw JSON is written after each workload, so that a run that is cut keeps what it has. Ends with a
 table of ratios to text on the same engine.
@@ -282,6 +283,7 @@ Convert = Callable[[list[dict[str, Any]], int], list[dict[str, Any]]]
 def summary(times: list[float], alone: list[float]) -> dict[str, Any]:
     return {
         "median_ms": statistics.median(times) if times else None,
+        "least_ms": min(times, default=None),
         "all_ms": [round(t, 2) for t in times],
         "alone_median_ms": statistics.median(alone) if alone else None,
         "alone_all_ms": [round(t, 2) for t in alone],
@@ -389,31 +391,41 @@ def measure_stages(
     import stage_timers
 
     source = Path(stage_timers.__file__).read_text()
+
+    def remote(action: str) -> Any:
+        return clock.llm.collective_rpc(stage_timers.remote, args=(source, action))[0]
+
     results: dict[str, Any] = {}
     stage_timers.install()
     results["not_found"] = {
         "front end": stage_timers.NOT_FOUND,
-        "engine core": clock.llm.collective_rpc(stage_timers.remote, args=(source, "install"))[0],
+        "engine core": remote("install"),
     }
     for workload in arguments.workloads:
         items, rows = WORKLOADS[workload]
         results[workload] = {}
         for kind, convert in kinds.items():
-            for repeat in range(2):  # the first one warms up
-                if clock.over:
+            if kind != "text":
+                clock.llm.collective_rpc(switch, args=(kind,))
+            # The first one warms up; the last one has the GPU recorded, which slows the rest down.
+            for repeat, aim in enumerate(("warm", "stages", "gpu")):
+                if clock.over or (aim == "gpu" and not torch.cuda.device_count()):
                     break
-                if kind != "text":
-                    clock.llm.collective_rpc(switch, args=(kind,))
                 requests = convert(
                     make_requests(
                         arguments.requests, items, rows, repeat, markers=arguments.markers
                     ),
                     repeat,
                 )
+                if aim == "gpu":
+                    remote("gpu_begin")
+                    clock.once(requests)
+                    results[workload][kind]["gpu"] = remote("gpu_end")
+                    continue
                 stage_timers.take()
-                clock.llm.collective_rpc(stage_timers.remote, args=(source, "take"))
+                remote("take")
                 elapsed, _ = clock.once(requests)
-                core = clock.llm.collective_rpc(stage_timers.remote, args=(source, "take"))[0]
+                core = remote("take")
                 results[workload][kind] = {
                     "wall_ms": elapsed,
                     "front end": stage_timers.take(),
@@ -614,6 +626,8 @@ def _print_stages(workload: str, kinds: dict[str, Any], requests: int) -> None:
             ]
             print(f"  {stage:55}" + "".join(f"{cell:9.1f}" for cell in cells))
     print(f"{workload}, wall ms:", [round(entry["wall_ms"], 1) for entry in kinds.values()])
+    busy = [entry.get("gpu", {}).get("busy_ms") for entry in kinds.values()]
+    print(f"{workload}, ms in which the GPU was busy:", busy)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Timers around vLLM's and this package's stages, in any of an engine's processes.
 
 Stages nest (`add_request` holds `process_inputs`), run in several threads, and some wait for a
-lock or for the GPU: read them as wall time inside a call, not as a sum.
+lock or for the GPU: read them as wall time inside a call, not as a sum; "cpu_ms" is what the calling
+thread worked. `gpu_begin` and `gpu_end` tell how long the GPU was busy.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ STAGES = (
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.execute_model",
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._execute_mm_encoder",
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._gather_mm_embeddings",
+    "mmqwen.vllm_plugin.model:MultimodalQwen3Model.forward",
     "mmqwen.vllm_plugin.model:MultimodalQwen3Model.embed_multimodal",
     "mmqwen.vllm_plugin.model:MultimodalQwen3Model.embed_input_ids",
     "mmqwen.vllm_plugin.model:plan_rows",
@@ -51,7 +53,7 @@ STAGES = (
 )
 
 NOT_FOUND: list[str] = []
-_TOTALS: dict[str, list[float]] = {}  # seconds, calls
+_TOTALS: dict[str, list[float]] = {}  # seconds, the thread's CPU seconds, calls
 _LOCK = threading.Lock()
 
 
@@ -77,15 +79,16 @@ def install() -> list[str]:
 def _timed(function: Callable[..., Any], stage: str) -> Callable[..., Any]:
     @wraps(function)
     def timed(*args: Any, **kwargs: Any) -> Any:
-        begin = time.perf_counter()
+        begin, worked = time.perf_counter(), time.thread_time()
         try:
             return function(*args, **kwargs)
         finally:
-            spent = time.perf_counter() - begin
+            spent, worked = time.perf_counter() - begin, time.thread_time() - worked
             with _LOCK:
-                entry = _TOTALS.setdefault(stage, [0.0, 0])
+                entry = _TOTALS.setdefault(stage, [0.0, 0.0, 0])
                 entry[0] += spent
-                entry[1] += 1
+                entry[1] += worked
+                entry[2] += 1
 
     timed._stage = stage  # type: ignore[attr-defined]
     return timed
@@ -95,15 +98,46 @@ def take() -> dict[str, dict[str, float]]:
     """Milliseconds and calls of each stage since the last `take`."""
     with _LOCK:
         found = {
-            stage: {"ms": round(1e3 * seconds, 3), "calls": calls}
-            for stage, (seconds, calls) in _TOTALS.items()
+            stage: {"ms": round(1e3 * spent, 3), "cpu_ms": round(1e3 * worked, 3), "calls": calls}
+            for stage, (spent, worked, calls) in _TOTALS.items()
         }
         _TOTALS.clear()
     return found
 
 
+_PROFILERS: list[Any] = []
+
+
+def gpu_begin() -> None:
+    """Record the GPU's kernels and copies from now on."""
+    import torch
+
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+    profiler.start()
+    _PROFILERS.append(profiler)
+
+
+def gpu_end() -> dict[str, float]:
+    """Milliseconds in which at least one kernel or copy ran since `gpu_begin`, and their number."""
+    import torch
+
+    torch.cuda.synchronize()
+    profiler = _PROFILERS.pop()
+    profiler.stop()
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in profiler.events()
+        if str(event.device_type).endswith("CUDA")
+    )
+    busy = last = 0.0
+    for begin, end in spans:
+        busy += max(0.0, end - max(begin, last))
+        last = max(last, end)
+    return {"busy_ms": round(busy / 1e3, 3), "events": len(spans)}
+
+
 def remote(worker: Any, source: str, action: str) -> Any:
-    """Run `install` or `take` in a worker, which need not find this file."""
+    """Run a function of this file in a worker, which need not find the file."""
     import sys
     import types
 
