@@ -1,8 +1,8 @@
 """Timers around vLLM's and this package's stages, in any of an engine's processes.
 
 Stages nest (`add_request` holds `process_inputs`), run in several threads, and some wait for a
-lock or for the GPU: read them as wall time inside a call, not as a sum; "cpu_ms" is what the calling
-thread worked. `gpu_begin` and `gpu_end` tell how long the GPU was busy.
+lock or for the GPU: read them as wall time inside a call, not as a sum; "cpu_ms" is what the
+calling thread worked. `gpu_begin` and `gpu_end` tell how long the GPU was busy.
 """
 
 from __future__ import annotations

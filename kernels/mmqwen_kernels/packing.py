@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -121,12 +122,20 @@ def pack_groups(
     return pack
 
 
-_RAMP = np.arange(4096, dtype=np.int64)
-_RAMP.flags.writeable = False
+class _Layout(NamedTuple):
+    """Where everything stands in the packs of some runs.
 
+    Attributes:
+        size: words.
+        head: header and directory, int64.
+        gaps: words (begin, end) that hold no row, or only the end of one.
+        places: per modality its index, rows, width and first element.
+    """
 
-def _ramp(count: int) -> np.ndarray:
-    return _RAMP[:count] if count <= len(_RAMP) else np.arange(count, dtype=np.int64)
+    size: int
+    head: np.ndarray
+    gaps: list[tuple[int, int]]
+    places: list[tuple[int, int, int, int]]
 
 
 def allocate_pack(
@@ -149,6 +158,26 @@ def allocate_pack(
     Raises:
         PackError: another dtype, no rows, or shapes that do not hold as many rows as their items.
     """
+    lay_out = _layout if len(order) <= _RUNS_KEPT and sum(counts) <= _ROWS_KEPT else _lay_out
+    found = lay_out(tuple(order), tuple(counts), tuple(shapes.items()), dtype)
+    pack = torch.empty(found.size, dtype=torch.int64)
+    words = pack.numpy()
+    words[: len(found.head)] = found.head
+    for begin, end in found.gaps:
+        words[begin:end] = 0  # is hashed, so it is defined
+    data = pack.view(dtype)
+    return pack, {
+        modality: data.as_strided((count, width), (width, 1), first)
+        for modality, count, width, first in found.places
+    }
+
+
+def _lay_out(
+    order: tuple[int, ...],
+    counts: tuple[int, ...],
+    shapes: tuple[tuple[int, tuple[int, int]], ...],
+    dtype: torch.dtype,
+) -> _Layout:
     if dtype not in _DTYPES:
         raise PackError(f"expected rows of one of {[str(d) for d in _DTYPES]}, got {dtype}")
     total = sum(counts)
@@ -158,9 +187,10 @@ def allocate_pack(
     at = _align(filled)
     code = _DTYPES.index(dtype)
     header = [_MAGIC, total, len(shapes), code]
-    spans: list[tuple[int, int]] = []
     first_entries: dict[int, int] = {}
-    for modality, (count, width) in shapes.items():
+    gaps: list[tuple[int, int]] = []
+    places: list[tuple[int, int, int, int]] = []
+    for modality, (count, width) in shapes:
         words = -(-count * width * itemsize // 8)
         if count < 1 or not (0 <= modality <= MAX_MODALITY and 0 < width <= MAX_WIDTH):
             raise PackError(
@@ -170,46 +200,33 @@ def allocate_pack(
         kind = width | modality << _WIDTH_BITS | code << (_DTYPE_AT - _WIDTH_AT)
         first_entries[modality] = kind << _WIDTH_AT | 8 * at
         header += [modality, width, count, at]
-        spans.append((at, words))
-        at = _align(at + words)
-    if sum(count for count, _ in shapes.values()) != total:
-        raise PackError(f"{ {m: n for m, (n, _) in shapes.items()} } rows for {total} places")
+        gaps += [(filled, at), (at + words - 1, at + words)]
+        places.append((modality, count, width, at * 8 // itemsize))
+        filled = at + words
+        at = _align(filled)
+    gaps.append((filled, at))
+    if sum(count for _, (count, _) in shapes) != total:
+        raise PackError(f"{ {m: n for m, (n, _) in shapes} } rows for {total} places")
     if 8 * at > _BEGIN_MASK:
         raise PackError(f"a pack of {8 * at} bytes, expected at most {_BEGIN_MASK}")
 
-    pack = torch.empty(at, dtype=torch.int64)
-    numbers = pack.numpy()
-    numbers[:directory_at] = header
-    ramp = _ramp(total)
-    np.multiply(ramp, 2, out=numbers[directory_at:filled:2])
-    numbers[directory_at:filled:2] += directory_at
-    entries = numbers[directory_at + 1 : filled : 2]
-    if len(set(order)) == len(order) == len(shapes):  # one run a modality
-        begin = 0
-        for modality, count in zip(order, counts, strict=True):
-            if modality not in shapes or shapes[modality][0] != count:
-                raise PackError(f"modality {modality}: {count} places, {shapes.get(modality)} rows")
-            own = entries[begin : begin + count]
-            np.multiply(ramp[:count], shapes[modality][1] * itemsize, out=own)
-            own += first_entries[modality]
-            begin += count
-    else:
-        per_row = np.repeat(np.asarray(order, dtype=np.int64), counts)
-        for modality, (count, width) in shapes.items():
-            places = np.flatnonzero(per_row == modality)
-            if len(places) != count:
-                raise PackError(f"modality {modality}: {count} rows for {len(places)} places")
-            entries[places] = ramp[:count] * (width * itemsize) + first_entries[modality]
-    data = pack.view(dtype)
-    scale = 8 // itemsize
-    views: dict[int, torch.Tensor] = {}
-    for (modality, (count, width)), (begin, words) in zip(shapes.items(), spans, strict=True):
-        numbers[filled:begin] = 0  # padding is hashed, so it is defined
-        numbers[begin + words - 1] = 0
-        filled = begin + words
-        views[modality] = data.as_strided((count, width), (width, 1), begin * scale)
-    numbers[filled:] = 0
-    return pack, views
+    head = np.empty(directory_at + 2 * total, dtype=np.int64)
+    head[:directory_at] = header
+    head[directory_at::2] = np.arange(directory_at, len(head), 2)
+    entries = head[directory_at + 1 :: 2]
+    per_row = np.repeat(np.asarray(order, dtype=np.int64), counts)
+    for modality, (count, width) in shapes:
+        rows = np.flatnonzero(per_row == modality)
+        if len(rows) != count:
+            raise PackError(f"modality {modality}: {count} rows for {len(rows)} places")
+        entries[rows] = np.arange(count) * (width * itemsize) + first_entries[modality]
+    head.flags.writeable = False
+    return _Layout(at, head, [gap for gap in gaps if gap[0] < gap[1]], places)
+
+
+_RUNS_KEPT, _ROWS_KEPT = 256, 1024
+"""Runs and rows up to which a layout is kept, which takes up to 20 KB."""
+_layout = lru_cache(maxsize=512)(_lay_out)
 
 
 def directory(pack: torch.Tensor) -> torch.Tensor:
