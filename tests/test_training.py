@@ -95,6 +95,23 @@ def test_projector_stage_leaves_the_language_model_bit_for_bit(places):
     assert not (run / ".saving").exists()
 
 
+def test_the_fused_path_trains_alike(places, monkeypatch):
+    from mmqwen_kernels import autograd
+
+    fused = []
+    original = autograd.fused_embed
+    monkeypatch.setattr(
+        autograd, "fused_embed", lambda *a, **k: fused.append(1) or original(*a, **k)
+    )
+    curve = losses(train(settings_for(places, "fused", training_path="fused")))
+    assert fused
+    fused.clear()
+    assert curve == pytest.approx(losses(train(settings_for(places, "modules"))), rel=1e-4)
+    assert not fused
+    with pytest.raises(TrainingError, match="training_path 'fast'"):
+        settings_for(places, "unknown", training_path="fast")
+
+
 def test_the_best_checkpoint_is_what_is_written(places):
     output = train(settings_for(places, "best", max_steps=9, eval_share=0.25, lr=0.3, keep=9))
     report = json.loads((output / "training.json").read_text())

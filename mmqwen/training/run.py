@@ -237,6 +237,7 @@ def _load_model(settings: TrainSettings, config: MultimodalQwen3Config) -> tuple
             seed=settings.seed,
         )
     model.projectors.float().requires_grad_(True)
+    model.training_path = settings.training_path
     return model, tuner
 
 
