@@ -27,8 +27,8 @@ KERNEL_ROWS = 2048
 """Rows times H times D of a modality, and rows, up to which the kernels run. Below, a step waits
 for launches and memory, of which the kernels want least; above, for the tensor cores, which cuBLAS
 keeps busier. Kernels and cuBLAS in us, forward and backward, one modality, H100, 2026-11-24
-(benchmarks/results/training_h100_64dd12f.json): D = 4096, 256 rows 124 and 136, 1024 rows 280 and
-255; D = 1024, 1024 rows 70 and 80, 4096 rows 176 and 155."""
+(benchmarks/results/training_h100_1ac6467.json): D = 4096, 256 rows 126 and 138, 1024 rows 250 and
+244; D = 1024, 1024 rows 72 and 84, 4096 rows 178 and 160."""
 MOST_ELEMENTS = 2**31
 """Of a tensor that a launch addresses by int32: below this many."""
 IN_PLACE_BYTES = 32 * 2**20
@@ -37,8 +37,8 @@ buffer less."""
 CHUNK_BYTES = 8 * 2**20
 """Most memory of a temporary of one chunk of rows: 1024 rows of 4096 in bf16."""
 SMALL_BYTES = 32 * 2**20
-"""Hidden activations up to this size are kept: one product less. By cuBLAS 242 us against 257 at
-1024 rows of D = H = 4096, 3.23 ms against 3.38 at 16384 (H100, 2026-11-24); set after that run."""
+"""Hidden activations up to this size are kept: one product less. By cuBLAS 246 us against 263 at
+1024 rows of D = H = 4096, 3.23 ms against 3.38 at 16384 (the same file)."""
 
 
 def keeps_hidden(rows: int, width: int, units: int, columns: int, itemsize: int) -> bool:

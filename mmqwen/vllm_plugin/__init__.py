@@ -15,7 +15,7 @@ PACK_MODALITY = "mmqwen_pack"
 
 
 def register() -> None:
-    """Make vLLM know the model, its config and its renderer. Cheap, lazy and re-entrant.
+    """Make vLLM know the model, its config, renderer and engine settings. Cheap, lazy, re-entrant.
 
     Does nothing where vLLM is not installed.
     """
@@ -23,13 +23,16 @@ def register() -> None:
         return
     from transformers import AutoConfig
     from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.renderers.registry import RENDERER_REGISTRY
 
     from mmqwen.hf.configuration import MODEL_TYPE, MultimodalQwen3Config
+    from mmqwen.vllm_plugin.engine_config import EngineConfig
 
     AutoConfig.register(MODEL_TYPE, MultimodalQwen3Config, exist_ok=True)
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, "mmqwen.vllm_plugin.model:MultimodalQwen3Model")
+    MODELS_CONFIG_MAP[ARCHITECTURE] = EngineConfig
     # Not .register(): it warns that "hf" is taken, at every start, although the subclass acts on
     # our architecture alone.
     RENDERER_REGISTRY.renderers["hf"] = ("mmqwen.vllm_plugin.renderer", "MultimodalQwen3Renderer")

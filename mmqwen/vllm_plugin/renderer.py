@@ -48,12 +48,6 @@ class MultimodalQwen3Renderer(HfRenderer):
             if tokenizer is not None:
                 add_placeholder_tokens(tokenizer, self._specs)
             prepare(self._specs)
-            # vLLM's processor cache spares a second conversion and transfer of equal items. Packs
-            # never take part, so its other half, in the engine core, would only keep up to 4 GiB
-            # of them, and count their bytes at each request.
-            if config.model_config.multimodal_config is not None:
-                config.model_config.multimodal_config.mm_processor_cache_gb = 0.0
-            widen_encoder_cache(config)
         super().__init__(config, tokenizer)
         if self._specs and self.mm_processor is not None:  # None: --language-model-only
             self.mm_processor.hash_content = reuses_rows(config)
@@ -146,21 +140,6 @@ class MultimodalQwen3Renderer(HfRenderer):
                         f"modality {name!r}: the rendered prompt holds none of the messages' "
                         f"{len(members)} part(s); the chat template, or truncation, dropped them"
                     )
-
-
-def widen_encoder_cache(config: Any) -> None:
-    """Let the scheduler admit packs for every step that may be in flight, and one more.
-
-    vLLM counts a pack's rows from when a step is scheduled until its result is in, and allows as
-    many as one step has tokens: with two steps in flight, requests of more rows than text wait for
-    each other, and a batch takes more steps than the same tokens as text. That limit protects GPU
-    memory, of which packs take none. They lie in host memory as long as their requests do, and
-    what is kept for reuse is bounded by this size.
-    """
-    scheduler = config.scheduler_config
-    steps = config.parallel_config.pipeline_parallel_size + 2
-    rows = steps * scheduler.max_num_batched_tokens
-    scheduler.encoder_cache_size = max(scheduler.encoder_cache_size, rows)
 
 
 def reuses_rows(config: Any) -> bool:
