@@ -324,3 +324,13 @@ def test_kernel_backward_under_the_interpreter():
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:]
+
+
+def test_a_plan_without_rows_lies_where_its_tokens_do():
+    """Found on a GPU: its tables lay on the CPU, and the backend refused them."""
+    from mmqwen_kernels.autograd import _plan_on_device
+
+    rows = [torch.empty(0, 8, device="meta"), torch.empty(0, 16, device="meta")]
+    slots = [torch.empty(0, dtype=torch.int64, device="meta")] * 2
+    plan = _plan_on_device(rows, slots, 5)
+    assert plan.tables.buffer.device == plan.buffer.device == torch.device("meta")
