@@ -102,7 +102,7 @@ class Clock:
         # Long enough for the host to queue the step behind it; clock below 2.1 GHz assumed.
         cycles = int(2100 * (2 * host_us + 100))
         found: list[float] = []
-        spare = samples
+        stalls = 0
         while len(found) < samples:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.sum(self._flush, dim=0, out=self._sink)
@@ -112,11 +112,10 @@ class Clock:
             end.record()
             stalled = begin.query()  # the stream ran dry before the step was queued
             torch.cuda.synchronize()
-            if stalled and spare:
-                spare -= 1
-                continue
-            found.append(begin.elapsed_time(end) * 1e3)
-        return percentiles(found)
+            stalls += stalled
+            if not stalled or stalls > samples:  # a step that synchronises stalls each time
+                found.append(begin.elapsed_time(end) * 1e3)
+        return {**percentiles(found), "stalls": stalls}
 
 
 def measure_roofs(device: str, dtype: torch.dtype) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""`mmqwen train` on a CUDA GPU: every stage in bfloat16, through the kernels; `make test-gpu`."""
+"""`mmqwen train` on a CUDA GPU: every stage in bfloat16, projectors through the kernels."""
 
 from __future__ import annotations
 

@@ -98,6 +98,21 @@ def test_hash_frames_item_boundaries_modality_dtype_and_order():
     assert hashes[0] == content_hash(pack_rows(cases[0][0]), cases[0][1])
 
 
+def test_the_hash_is_the_one_that_vllm_was_told():
+    from types import SimpleNamespace
+
+    from mmqwen.vllm_plugin import compat
+    from mmqwen.vllm_plugin.processing import content_hash
+    from mmqwen_kernels import pack_rows
+
+    pack = pack_rows([(0, rows(1, 3))])
+    names = {a: content_hash(pack, [3], a) for a in ("blake3", "sha256", "sha512")}
+    assert len(set(names.values())) == 3
+    assert names["blake3"] == content_hash(pack, [3])
+    assert [len(name) for name in names.values()] == [64, 64, 128]
+    assert compat.hash_algorithm(SimpleNamespace(mm_hasher_algorithm="sha256")) == "sha256"
+
+
 def test_a_clients_uuid_cannot_choose_the_cache_entry(llm, checkpoint):
     """vLLM would take `multi_modal_uuids` for the hash; a client could poison another's entry."""
     from vllm import SamplingParams

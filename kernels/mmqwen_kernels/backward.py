@@ -118,6 +118,8 @@ def _why_no_kernels(
         return "the output's gradient is not aligned to 16 bytes"
     x, _, w1, b1, w2, b2 = tensors
     units, width = w1.shape
+    if width % step and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return "a width whose weights are copied, while a graph is captured"
     if not (needs[2] and needs[3] and needs[4] and (b2 is None or needs[5])):
         return "some weights are frozen"
     if units % step or w2.shape[0] % step:

@@ -23,7 +23,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -181,6 +182,8 @@ def _lay_out(
     if dtype not in _DTYPES:
         raise PackError(f"expected rows of one of {[str(d) for d in _DTYPES]}, got {dtype}")
     total = sum(counts)
+    if total < 1:
+        raise PackError("no rows")
     itemsize = dtype.itemsize
     directory_at = _HEADER_WORDS + _GROUP_WORDS * len(shapes)
     filled = directory_at + 2 * total
@@ -214,11 +217,20 @@ def _lay_out(
     head[:directory_at] = header
     head[directory_at::2] = np.arange(directory_at, len(head), 2)
     entries = head[directory_at + 1 :: 2]
-    per_row = np.repeat(np.asarray(order, dtype=np.int64), counts)
-    for modality, (count, width) in shapes:
-        rows = np.flatnonzero(per_row == modality)
-        if len(rows) != count:
-            raise PackError(f"modality {modality}: {count} rows for {len(rows)} places")
+    found: list[Any]
+    sizes: Sequence[int]
+    if order == tuple(modality for modality, _ in shapes):  # one run a modality
+        found, sizes = (
+            [slice(end - n, end) for end, n in zip(accumulate(counts), counts, strict=True)],
+            counts,
+        )
+    else:
+        per_row = np.repeat(np.asarray(order, dtype=np.int64), counts)
+        found = [np.flatnonzero(per_row == modality) for modality, _ in shapes]
+        sizes = [len(rows) for rows in found]
+    for rows, size, (modality, (count, width)) in zip(found, sizes, shapes, strict=True):
+        if size != count:
+            raise PackError(f"modality {modality}: {count} rows for {size} places")
         entries[rows] = np.arange(count) * (width * itemsize) + first_entries[modality]
     head.flags.writeable = False
     return _Layout(at, head, [gap for gap in gaps if gap[0] < gap[1]], places)

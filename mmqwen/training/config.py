@@ -117,6 +117,8 @@ class TrainSettings:
             raise TrainingError(f"save_steps is {self.save_steps}, expected at least 1")
         if not 0 <= self.eval_share < 1:
             raise TrainingError(f"eval_share is {self.eval_share}, expected 0 to 1")
+        if self.training_path == "fused" and self.fsdp:
+            raise TrainingError("training_path 'fused' reads whole weights, which fsdp shards")
         if self.eval_data is not None and self.eval_share:
             raise TrainingError("give eval_data or eval_share, not both")
         if self.epochs <= 0 and self.max_steps <= 0:

@@ -39,6 +39,19 @@ def prompt_token_ids(inputs: Any, info: Any) -> list[int]:
     return list(prompt)
 
 
+def hash_algorithm(multimodal_config: Any) -> str:
+    """What vLLM was told to hash items by: "blake3" unless a user chose "sha256" or "sha512".
+
+    From `--mm-hasher-algorithm`; before that, from the environment.
+    """
+    chosen = getattr(multimodal_config, "mm_hasher_algorithm", None)
+    if chosen is None:  # pragma: no cover - an older release
+        import vllm.envs as envs
+
+        chosen = envs.VLLM_MM_HASHER_ALGORITHM
+    return str(chosen)
+
+
 def parts_of(message: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a chat message whose parts are a list of what the client sent.
 

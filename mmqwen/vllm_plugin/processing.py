@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -10,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from blake3 import blake3
 from vllm.inputs import mm_input
 from vllm.multimodal.inputs import (
     MultiModalFieldConfig,
@@ -216,7 +216,7 @@ class PackingProcessor(BaseMultiModalProcessor[ProcessingInfo]):
                 order, runs = list(needed), list(needed.values())
             pack = self._fill(order, runs, needed, left, items)
             packs.append(pack)
-            hashes.append(content_hash(pack, counts) if self.hash_content else urandom(16).hex())
+            hashes.append(self._name(pack, counts))
             offset = expansion.starts[first]
             length = expansion.starts[last - 1] + counts[-1] - offset
             mask = None
@@ -257,6 +257,15 @@ class PackingProcessor(BaseMultiModalProcessor[ProcessingInfo]):
                     entry.data, entry.counts, self._specs[name], self._dtype
                 )
         return pack
+
+    def _name(self, pack: torch.Tensor, counts: Sequence[int]) -> str:
+        if self.hash_content:
+            return content_hash(pack, counts, self._hash_algorithm)
+        return urandom(16).hex()
+
+    @cached_property
+    def _hash_algorithm(self) -> str:
+        return compat.hash_algorithm(self.info.ctx.get_mm_config())
 
     @cached_property
     def _specs(self) -> dict[str, ModalitySpec]:
@@ -350,15 +359,29 @@ def _total_by_name(names: Sequence[str], counts: Sequence[int]) -> dict[str, int
     return totals
 
 
-def content_hash(pack: torch.Tensor, counts: Sequence[int]) -> str:
-    """BLAKE3 of a pack and its item boundaries, framed.
+def content_hash(pack: torch.Tensor, counts: Sequence[int], algorithm: str = "blake3") -> str:
+    """Hash of a pack and its item boundaries, framed.
 
     The pack's own header and directory name each row's modality, the widths, the dtype and the
     order; the boundaries of the items are added with their number. Two different inputs never hash
     the same bytes. The client has no say in it.
+
+    Args:
+        pack: 1-D int64.
+        counts: rows of each item.
+        algorithm: "blake3", or a name that hashlib knows.
     """
     boundaries = np.asarray([len(counts), *counts], dtype="<i8")
-    digest = blake3(b"mmqwen-pack-2\0")
+    digest = _new_hash(algorithm)
+    digest.update(b"mmqwen-pack-2\0")
     digest.update(boundaries.tobytes())
     digest.update(pack.numpy().view(np.uint8).data)
-    return digest.hexdigest()
+    return str(digest.hexdigest())
+
+
+def _new_hash(algorithm: str) -> Any:
+    if algorithm == "blake3":
+        from blake3 import blake3
+
+        return blake3()
+    return hashlib.new(algorithm)
