@@ -32,6 +32,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mmqwen_kernels.triton_kernels import (
+    _aligned_pointer,
+    _along_columns,
+    _along_rows,
+    _multiply,
+    _order_tiles,
+)
+
 FACTS = 16
 
 
@@ -39,22 +47,6 @@ FACTS = 16
 def _pick(m, a, b, c, d):
     """The m-th of four."""
     return tl.where(m == 0, a, tl.where(m == 1, b, tl.where(m == 2, c, d)))
-
-
-@triton.jit
-def _pointer(address, DTYPE: tl.constexpr):
-    """An int64 address as a pointer that is known to be 16-byte aligned."""
-    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
-
-
-@triton.jit
-def _order(local, tiles_a, tiles_b, GROUP: tl.constexpr):
-    """(tile of a, tile of b): programs that run together share a few tiles of each in L2."""
-    per_group = GROUP * tiles_b
-    group = local // per_group
-    in_group = tl.minimum(tiles_a - group * GROUP, GROUP)
-    within = local - group * per_group
-    return group * GROUP + within % in_group, within // in_group
 
 
 @triton.jit
@@ -92,7 +84,7 @@ def _find_rows(
         first += count
     tiles_r = tl.cdiv(count_here, BLOCK_R)
     tiles_n = tl.cdiv(units_here, BLOCK_N)
-    tile_r, tile_n = _order(local, tiles_r, tiles_n, GROUP)
+    tile_r, tile_n = _order_tiles(local, tiles_r, tiles_n, GROUP)
     return entry, first_here, count_here, units_here, tile_r, tile_n
 
 
@@ -135,7 +127,7 @@ def _hidden_kernel(
     )
     fact = facts_ptr + entry * 16
     width = tl.load(fact).to(tl.int32) // ALIGN * ALIGN
-    w_ptr = _pointer(tl.load(fact + 2), DTYPE)
+    w_ptr = _aligned_pointer(tl.load(fact + 2), DTYPE, ALIGN)
     w_stride = tl.load(fact + 3).to(tl.int32) // ALIGN * ALIGN
     b_ptr = tl.load(fact + 4).to(tl.pointer_type(DTYPE))
     x_address = _pick(
@@ -152,35 +144,31 @@ def _hidden_kernel(
     # Rows and units past the end are read from the last one and never stored.
     x_offsets = (tl.minimum(offs_r, count - 1) * x_stride)[:, None] + offs_k[None, :]
     w_offsets = (tl.minimum(offs_n, units - 1) * w_stride)[:, None] + offs_k[None, :]
-    x_ptr = _pointer(x_address, DTYPE)
+    x_ptr = _aligned_pointer(x_address, DTYPE, ALIGN)
     bias = tl.load(b_ptr + tl.minimum(offs_n, units - 1)).to(tl.float32)
-    if SWAP:
-        acc = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
-    else:
-        acc = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
-    for k in tl.range(0, width, BLOCK_K):
-        if EVEN_K:
-            x = tl.load(x_ptr + (x_offsets + k))
-            w = tl.load(w_ptr + (w_offsets + k))
-        else:
-            inside = (offs_k < width - k)[None, :]
-            x = tl.load(x_ptr + (x_offsets + k), mask=inside, other=0.0)
-            w = tl.load(w_ptr + (w_offsets + k), mask=inside, other=0.0)
-        if SWAP:
-            acc = tl.dot(w, tl.trans(x), acc, input_precision=PRECISION)
-        else:
-            acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
-    to = hidden_ptr + first * hidden_stride
-    if SWAP:
-        acc += bias[:, None]
-        where = (offs_r * hidden_stride)[None, :] + offs_n[:, None]
-        inside = (offs_r < count)[None, :] & (offs_n < units)[:, None]
-    else:
-        acc += bias[None, :]
-        where = (offs_r * hidden_stride)[:, None] + offs_n[None, :]
-        inside = (offs_r < count)[:, None] & (offs_n < units)[None, :]
+    acc = tl.zeros((BLOCK_N, BLOCK_R) if SWAP else (BLOCK_R, BLOCK_N), dtype=tl.float32)
+    acc = _multiply(
+        acc,
+        x_ptr,
+        x_offsets,
+        w_ptr,
+        w_offsets,
+        offs_k,
+        width,
+        BLOCK_K,
+        EVEN_K,
+        SWAP,
+        PRECISION,
+    )
+    acc += _along_columns(bias, SWAP)
     acc = tl.where(acc < 0, 0.0, acc)  # and not `maximum`: NaN goes through, as in torch
-    tl.store(to + where, acc.to(DTYPE), mask=inside)
+    tl.store(
+        hidden_ptr
+        + first * hidden_stride
+        + (_along_rows(offs_r * hidden_stride, SWAP) + _along_columns(offs_n, SWAP)),
+        acc.to(DTYPE),
+        mask=_along_rows(offs_r < count, SWAP) & _along_columns(offs_n < units, SWAP),
+    )
 
 
 @triton.jit(
@@ -220,7 +208,7 @@ def _hidden_gradient_kernel(
         tl.program_id(0), facts_ptr, n0, n1, n2, n3, NUM_ENTRIES, BLOCK_R, BLOCK_N, GROUP
     )
     fact = facts_ptr + entry * 16
-    w_ptr = _pointer(tl.load(fact + 5), DTYPE)
+    w_ptr = _aligned_pointer(tl.load(fact + 5), DTYPE, ALIGN)
     w_stride = tl.load(fact + 6).to(tl.int32) // ALIGN * ALIGN
     units = units // ALIGN * ALIGN
     offs_r = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -230,10 +218,7 @@ def _hidden_gradient_kernel(
     slot = tl.load(slots_ptr + first + tl.minimum(offs_r, count - 1)).to(tl.int32)
     g_offsets = (slot * grad_stride)[:, None] + offs_k[None, :]
     w_offsets = (offs_k * w_stride)[:, None] + offs_n[None, :]
-    if SWAP:
-        acc = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
-    else:
-        acc = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_R) if SWAP else (BLOCK_R, BLOCK_N), dtype=tl.float32)
     for k in tl.range(0, columns, BLOCK_K):
         if EVEN_K:
             g = tl.load(grad_ptr + (g_offsets + k))
@@ -244,16 +229,11 @@ def _hidden_gradient_kernel(
             w = tl.load(
                 w_ptr + (w_offsets + k * w_stride), mask=inside[:, None] & mask_n, other=0.0
             )
-        if SWAP:
-            acc = tl.dot(tl.trans(w), tl.trans(g), acc, input_precision=PRECISION)
-        else:
-            acc = tl.dot(g, w, acc, input_precision=PRECISION)
-    if SWAP:
-        at = ((first + offs_r) * hidden_stride)[None, :] + offs_n[:, None]
-        inside = (offs_r < count)[None, :] & (offs_n < units)[:, None]
-    else:
-        at = ((first + offs_r) * hidden_stride)[:, None] + offs_n[None, :]
-        inside = (offs_r < count)[:, None] & mask_n
+        left = tl.trans(w) if SWAP else g
+        right = tl.trans(g) if SWAP else w
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+    at = _along_rows((first + offs_r) * hidden_stride, SWAP) + _along_columns(offs_n, SWAP)
+    inside = _along_rows(offs_r < count, SWAP) & _along_columns(offs_n < units, SWAP)
     hidden = tl.load(hidden_ptr + at, mask=inside, other=0.0)
     tl.store(below_ptr + at, tl.where(hidden <= 0, 0.0, acc).to(DTYPE), mask=inside)
 
@@ -376,8 +356,8 @@ def _weight_gradient_kernel(
         weight_at = tl.load(fact + 7)
         bias_at = tl.load(fact + 8)
     weight_at = weight_at // ALIGN * ALIGN  # so that stores are 16 bytes wide
-    p_ptr = _pointer(p_address, DTYPE)
-    q_ptr = _pointer(q_address, DTYPE)
+    p_ptr = _aligned_pointer(p_address, DTYPE, ALIGN)
+    q_ptr = _aligned_pointer(q_address, DTYPE, ALIGN)
     p_stride = p_stride // ALIGN * ALIGN
     q_stride = q_stride // ALIGN * ALIGN
 
@@ -403,7 +383,7 @@ def _weight_gradient_kernel(
         written = tl.where(bias_at < 0, 0, size_m)
         tl.store(flat_ptr + bias_at + bias_m, total.to(OUT), mask=bias_m < written)
     else:
-        tile_m, tile_n = _order(local - tiles_m, tiles_m, tl.cdiv(size_n, BLOCK_N), GROUP)
+        tile_m, tile_n = _order_tiles(local - tiles_m, tiles_m, tl.cdiv(size_n, BLOCK_N), GROUP)
         offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         mask_m = offs_m < size_m

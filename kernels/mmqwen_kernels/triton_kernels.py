@@ -46,21 +46,30 @@ def _aligned_pointer(address, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def _order_tiles(
-    local, rows, columns, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_R: tl.constexpr
-):
-    """(row tile, column tile) of program `local` of one entry."""
-    tiles_n = tl.cdiv(columns, BLOCK_N)
+def _order_tiles(local, tiles_r, tiles_n, GROUP_R: tl.constexpr):
+    """(row tile, column tile) of program `local` of `tiles_r` x `tiles_n`."""
     if GROUP_R > 1:
         # Programs that run together share a few row tiles and a few weight tiles: both stay in L2.
         per_group = GROUP_R * tiles_n
         group = local // per_group
-        in_group = tl.minimum(tl.cdiv(rows, BLOCK_R) - group * GROUP_R, GROUP_R)
+        in_group = tl.minimum(tiles_r - group * GROUP_R, GROUP_R)
         within = local - group * per_group
         return group * GROUP_R + within % in_group, within // in_group
     else:
         tile_r = local // tiles_n
         return tile_r, local - tile_r * tiles_n
+
+
+@triton.jit
+def _along_rows(values, SWAP: tl.constexpr):
+    """`[BLOCK_R]` values, to be spread over an accumulator's columns."""
+    return values[None, :] if SWAP else values[:, None]
+
+
+@triton.jit
+def _along_columns(values, SWAP: tl.constexpr):
+    """`[BLOCK_N]` values, to be spread over an accumulator's rows."""
+    return values[:, None] if SWAP else values[None, :]
 
 
 @triton.jit
@@ -100,7 +109,8 @@ def _find_tile(
         count_here = tl.where(here, count, count_here)
         columns_here = tl.where(here, n, columns_here)
         begin += tiles
-    tile_r, tile_n = _order_tiles(local, count_here, columns_here, BLOCK_R, BLOCK_N, GROUP_R)
+    tiles_r, tiles_n = tl.cdiv(count_here, BLOCK_R), tl.cdiv(columns_here, BLOCK_N)
+    tile_r, tile_n = _order_tiles(local, tiles_r, tiles_n, GROUP_R)
     return entry, modality, tile_r, tile_n, begin
 
 
@@ -200,7 +210,9 @@ def _project_up_kernel(
         # K2 waits for this grid's end before it reads `hidden`; it may be resident before that.
         tl.extra.cuda.gdc_launch_dependents()
     if NUM_ENTRIES == 1:
-        tile_r, tile_n = _order_tiles(pid, count, units, BLOCK_R, BLOCK_N, GROUP_R)
+        tile_r, tile_n = _order_tiles(
+            pid, tl.cdiv(count, BLOCK_R), tl.cdiv(units, BLOCK_N), GROUP_R
+        )
         first_row = tl.full((), 0, tl.int64)
     else:
         entry, modality, tile_r, tile_n, _ = _find_tile(
@@ -249,50 +261,27 @@ def _project_up_kernel(
     mask_r = local_r < count - begin_r
     mask_n = local_n < units - begin_n
     hidden_ptr += (first_row + begin_r) * hidden_stride + begin_n
-    if SWAP:
-        acc = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
-        acc = _multiply(
-            acc,
-            x_ptr,
-            x_offsets,
-            w_ptr,
-            w_offsets,
-            offs_k,
-            width,
-            BLOCK_K,
-            EVEN_K,
-            SWAP,
-            INPUT_PRECISION,
-        )
-        acc += bias[:, None]
-        acc = tl.where(acc < 0, 0.0, acc)
-        tl.store(
-            hidden_ptr + ((local_r * hidden_stride)[None, :] + local_n[:, None]),
-            acc.to(DTYPE),
-            mask=mask_r[None, :] & mask_n[:, None],
-        )
-    else:
-        acc = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
-        acc = _multiply(
-            acc,
-            x_ptr,
-            x_offsets,
-            w_ptr,
-            w_offsets,
-            offs_k,
-            width,
-            BLOCK_K,
-            EVEN_K,
-            SWAP,
-            INPUT_PRECISION,
-        )
-        acc += bias[None, :]
-        acc = tl.where(acc < 0, 0.0, acc)
-        tl.store(
-            hidden_ptr + ((local_r * hidden_stride)[:, None] + local_n[None, :]),
-            acc.to(DTYPE),
-            mask=mask_r[:, None] & mask_n[None, :],
-        )
+    acc = tl.zeros((BLOCK_N, BLOCK_R) if SWAP else (BLOCK_R, BLOCK_N), dtype=tl.float32)
+    acc = _multiply(
+        acc,
+        x_ptr,
+        x_offsets,
+        w_ptr,
+        w_offsets,
+        offs_k,
+        width,
+        BLOCK_K,
+        EVEN_K,
+        SWAP,
+        INPUT_PRECISION,
+    )
+    acc += _along_columns(bias, SWAP)
+    acc = tl.where(acc < 0, 0.0, acc)
+    tl.store(
+        hidden_ptr + (_along_rows(local_r * hidden_stride, SWAP) + _along_columns(local_n, SWAP)),
+        acc.to(DTYPE),
+        mask=_along_rows(mask_r, SWAP) & _along_columns(mask_n, SWAP),
+    )
 
 
 @triton.jit
@@ -404,8 +393,9 @@ def _project_down_kernel(
     columns = columns // ALIGN * ALIGN
     pid = tl.program_id(0)
     if NUM_ENTRIES == 1:
-        tile_r, tile_n = _order_tiles(pid, count, columns, BLOCK_R, BLOCK_N, GROUP_R)
-        tiles = tl.cdiv(count, BLOCK_R) * tl.cdiv(columns, BLOCK_N)
+        tiles_r, tiles_n = tl.cdiv(count, BLOCK_R), tl.cdiv(columns, BLOCK_N)
+        tile_r, tile_n = _order_tiles(pid, tiles_r, tiles_n, GROUP_R)
+        tiles = tiles_r * tiles_n
     else:
         entry, modality, tile_r, tile_n, tiles = _find_tile(
             pid, entries_ptr, weights_ptr, columns, NUM_ENTRIES, BLOCK_R, BLOCK_N, GROUP_R, False
@@ -450,48 +440,26 @@ def _project_down_kernel(
             to_row = (first_row + begin_r + local_r) * out_stride
         if DEPENDENT:
             tl.extra.cuda.gdc_wait()
-        if SWAP:
-            acc = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
-            acc = _multiply(
-                acc,
-                x_ptr,
-                x_offsets,
-                w_ptr,
-                w_offsets,
-                offs_k,
-                units,
-                BLOCK_K,
-                EVEN_K,
-                SWAP,
-                INPUT_PRECISION,
-            )
-            acc += bias[:, None]
-            tl.store(
-                out_ptr + to_row[None, :] + local_n[:, None],
-                acc.to(DTYPE),
-                mask=mask_r[None, :] & mask_n[:, None],
-            )
-        else:
-            acc = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
-            acc = _multiply(
-                acc,
-                x_ptr,
-                x_offsets,
-                w_ptr,
-                w_offsets,
-                offs_k,
-                units,
-                BLOCK_K,
-                EVEN_K,
-                SWAP,
-                INPUT_PRECISION,
-            )
-            acc += bias[None, :]
-            tl.store(
-                out_ptr + to_row[:, None] + local_n[None, :],
-                acc.to(DTYPE),
-                mask=mask_r[:, None] & mask_n[None, :],
-            )
+        acc = tl.zeros((BLOCK_N, BLOCK_R) if SWAP else (BLOCK_R, BLOCK_N), dtype=tl.float32)
+        acc = _multiply(
+            acc,
+            x_ptr,
+            x_offsets,
+            w_ptr,
+            w_offsets,
+            offs_k,
+            units,
+            BLOCK_K,
+            EVEN_K,
+            SWAP,
+            INPUT_PRECISION,
+        )
+        acc += _along_columns(bias, SWAP)
+        tl.store(
+            out_ptr + _along_rows(to_row, SWAP) + _along_columns(local_n, SWAP),
+            acc.to(DTYPE),
+            mask=_along_rows(mask_r, SWAP) & _along_columns(mask_n, SWAP),
+        )
     elif HAS_TEXT:
         _gather_text_tile(
             pid - tiles,
