@@ -389,9 +389,6 @@ def _plan_on_device(
     text = torch.nonzero_static(is_text, size=num_tokens - sum(counts)).flatten()
     order = torch.cat([text, all_slots])
     parts = tuple((x,) if x.shape[0] else () for x in rows)
-    tables = tables_of(parts, counts, widths, dtype)
-    if not any(counts):  # nothing says where the rows are that there are not
-        tables = tables._replace(buffer=tables.buffer.to(device))
     return RowPlan(
         parts,
         counts,
@@ -401,5 +398,5 @@ def _plan_on_device(
         order.view(torch.uint8),
         0,
         (-1,) * len(rows),
-        tables,
+        tables_of(parts, counts, widths, dtype, device),
     )

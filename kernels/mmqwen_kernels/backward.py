@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from mmqwen_kernels.ops import BackendChoice
-from mmqwen_kernels.staging import with_index
+from mmqwen_kernels.staging import PerDevice
 
 ENGINES = ("auto", "kernels", "torch")
 _RECIPES_KEPT = 4096
@@ -534,13 +534,4 @@ class BackwardKernels:
             self._compiled[key] = compiled
 
 
-_KERNELS: dict[torch.device, BackwardKernels] = {}
-
-
-def backward_kernels(device: torch.device) -> BackwardKernels:
-    """The launcher of a device, made on first use."""
-    device = with_index(device)
-    found = _KERNELS.get(device)
-    if found is None:
-        found = _KERNELS.setdefault(device, BackwardKernels(device))
-    return found
+backward_kernels = PerDevice(BackwardKernels)

@@ -142,7 +142,9 @@ class RowPlan:
             return self.ready_tables
         if "tables" not in self._made:
             parts = [part or self._whole(m) for m, part in enumerate(self.parts)]
-            self._made["tables"] = tables_of(parts, self.counts, self.widths, self.dtype)
+            self._made["tables"] = tables_of(
+                parts, self.counts, self.widths, self.dtype, self.buffer.device
+            )
         return cast(RowTables, self._made["tables"])
 
 
@@ -325,13 +327,8 @@ def _plan_on_cpu(
     widths: Sequence[int],
     dtype: torch.dtype,
 ) -> RowPlan:
-    rows_at = [-1] * len(widths)
-    at = 8 * (len(text) + len(positions))
-    if packed is not None:
-        for m, count in enumerate(counts):
-            if count:
-                at = rows_at[m] = _aligned(at)
-                at += count * widths[m] * dtype.itemsize
+    gathered = counts if packed is not None else [0] * len(widths)
+    rows_at, at = _lay_rows(8 * (len(text) + len(positions)), gathered, widths, dtype.itemsize)
     buffer = torch.empty(_aligned(at), dtype=torch.uint8)
     raw = buffer.numpy()
     _write_order(raw, 0, text, positions)
@@ -352,6 +349,18 @@ def _plan_on_cpu(
 
 def _aligned(at: int) -> int:
     return -(-at // ALIGN_BYTES) * ALIGN_BYTES
+
+
+def _lay_rows(
+    at: int, counts: Sequence[int], widths: Sequence[int], itemsize: int
+) -> tuple[list[int], int]:
+    """Where each modality's rows begin in a buffer that is full up to `at`, or -1; and its end."""
+    rows_at = [-1] * len(widths)
+    for m, count in enumerate(counts):
+        if count:
+            at = rows_at[m] = _aligned(at)
+            at += count * widths[m] * itemsize
+    return rows_at, at
 
 
 def _write_order(raw: np.ndarray, at: int, text: np.ndarray, positions: np.ndarray) -> None:
@@ -415,13 +424,10 @@ def _plan_on_device(
     entries_here = num_entries(len(counts))
     addresses_at = entries_here * ENTRY_BYTES
     order_at = addresses_at + (_aligned(8 * total) if by_address else 0)
-    at = order_at + 8 * num_tokens
-    rows_at = [-1] * len(widths)
-    for m, count in enumerate(counts):
-        moving = count if packed is not None else sum(p.shape[0] for p in travel[m])
-        if moving:
-            at = rows_at[m] = _aligned(at)
-            at += moving * widths[m] * itemsize
+    moving = counts
+    if packed is None:
+        moving = [sum(p.shape[0] for p in of_host) for of_host in travel]
+    rows_at, at = _lay_rows(order_at + 8 * num_tokens, moving, widths, itemsize)
 
     up = uploader(device)
     staging = up.lend(at)
@@ -545,14 +551,16 @@ def tables_of(
     counts: Sequence[int],
     widths: Sequence[int],
     dtype: torch.dtype,
+    device: torch.device,
 ) -> RowTables:
-    """Tables of rows that lie on their device already.
+    """Tables of rows that lie on `device` already.
 
     Args:
         parts: per modality tensors `[n, d_m]`, each row's elements adjacent.
         counts: per modality R_m, the rows of its parts.
         widths: per modality d_m.
         dtype: of the rows.
+        device: theirs, and the tables'.
     """
     spans = [
         _spans_of(part, (), 0, width, dtype.itemsize)
@@ -563,13 +571,12 @@ def tables_of(
     host = entries.reshape(-1)
     if addresses is not None:
         host = np.concatenate([host, addresses])
-    there = next((p for part in parts for p in part), None)
-    if there is None or there.is_cpu:
+    if device.type == "cpu":
         buffer = torch.from_numpy(host).view(torch.uint8)
-    elif len(counts) == 1 and not by_address:  # all of it comes as arguments
-        buffer = torch.empty(0, dtype=torch.uint8, device=there.device)
+    elif not any(counts) or (len(counts) == 1 and not by_address):  # none, or as arguments
+        buffer = torch.empty(0, dtype=torch.uint8, device=device)
     else:
-        up = uploader(there.device)
+        up = uploader(device)
         staging = up.lend(host.nbytes)
         staging.bytes[: host.nbytes] = host.view(np.uint8)
         buffer = up.upload(staging, host.nbytes, lambda address: None)

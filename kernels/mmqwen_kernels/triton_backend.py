@@ -24,7 +24,7 @@ from mmqwen_kernels.launch import (
 )
 from mmqwen_kernels.plan import RowTables, num_entries, tables_of
 from mmqwen_kernels.reference import Projector
-from mmqwen_kernels.staging import with_index
+from mmqwen_kernels.staging import PerDevice
 
 FULL_ALIGN_BYTES = 16
 HIDDEN_ALIGN = 16  # elements; K2's kernel relies on it
@@ -316,7 +316,7 @@ class TritonBackend:
             rows = rows if rows.stride(1) == 1 else rows.contiguous()
             with self._on_device():
                 weights = self._weights_of([projector], rows.dtype)
-                tables = tables_of([[rows]], [count], [rows.shape[1]], rows.dtype)
+                tables = tables_of([[rows]], [count], [rows.shape[1]], rows.dtype, rows.device)
                 self._project(weights, tables, [count], count, out, launch)
         return out
 
@@ -733,13 +733,4 @@ def _align_of(itemsize: int, align_bytes: int, *tensors: torch.Tensor) -> int:
     return max(align_bytes // itemsize, 1)
 
 
-_BACKENDS: dict[torch.device, TritonBackend] = {}
-
-
-def triton_backend(device: torch.device) -> TritonBackend:
-    """The backend of a device, made on first use."""
-    device = with_index(device)
-    backend = _BACKENDS.get(device)
-    if backend is None:
-        backend = _BACKENDS.setdefault(device, TritonBackend(device))
-    return backend
+triton_backend = PerDevice(TritonBackend)

@@ -195,8 +195,8 @@ def _write(file: Path, content: dict[str, Any]) -> None:
 def _fingerprints(settings: TrainSettings) -> dict[str, Any]:
     from mmqwen.data.format import fingerprint
 
-    paths = [settings.data] + [settings.eval_data] * (settings.eval_data is not None)
-    return {str(path): fingerprint(path) for path in paths if path is not None}
+    paths = (settings.data, settings.eval_data)
+    return {path: fingerprint(path) for path in paths if path is not None}
 
 
 def _check_datasets(folder: Path, settings: TrainSettings) -> None:

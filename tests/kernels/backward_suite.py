@@ -47,7 +47,9 @@ def test_float16():
 @pytest.mark.parametrize("place", ["in place", "apart"])
 def test_tiles(swap, place, monkeypatch):
     """Several tiles in each direction, sizes that are no multiples of them, both orders."""
-    monkeypatch.setattr(backward, "_KERNELS", {})  # what was chosen before is remembered
+    monkeypatch.setattr(
+        backward.backward_kernels, "made", {}
+    )  # what was chosen before is remembered
     monkeypatch.setattr(backward, "row_tile", lambda *_: Tile(16, 32, 32, 4, 2, 2, swap))
     monkeypatch.setattr(backward, "weight_tile", lambda *_: Tile(32, 16, 16, 4, 2, 3))
     monkeypatch.setattr(backward, "IN_PLACE_BYTES", 0 if place == "in place" else 1 << 40)

@@ -119,13 +119,15 @@ def test_tiles_of_every_kind(monkeypatch):
     inputs = make((200, 77), (768, 1064, 1032))
     narrow = Tile(64, 64, 64, 4, 3)
     for tile in (*[t for _, t in backward.FEW_ROWS], *backward.ROW_TILES):
-        monkeypatch.setattr(backward, "_KERNELS", {})  # what was chosen before is remembered
+        monkeypatch.setattr(
+            backward.backward_kernels, "made", {}
+        )  # what was chosen before is remembered
         monkeypatch.setattr(backward, "row_tile", lambda *_, tile=tile: tile)
         check(inputs, backend="triton", engine="kernels")
     monkeypatch.undo()
     wide = [t for _, t in backward.WEIGHT_TILES] + [backward.WEIGHT_TILE_LARGE]
     for tile in (*wide, narrow):
-        monkeypatch.setattr(backward, "_KERNELS", {})
+        monkeypatch.setattr(backward.backward_kernels, "made", {})
         monkeypatch.setattr(backward, "weight_tile", lambda *_, tile=tile: tile)
         for limit in (0, 1 << 40) if tile == backward.WEIGHT_TILE_LARGE else (1 << 40,):
             monkeypatch.setattr(backward, "IN_PLACE_BYTES", limit)

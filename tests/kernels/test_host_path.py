@@ -133,7 +133,7 @@ def test_rows_too_far_apart_are_found_by_address() -> None:
     """In-tile offsets are int32: a huge row stride may not reach them."""
     memory = torch.empty(plan_module._MAX_ROW_STRIDE + 8, dtype=torch.bfloat16)  # never touched
     far = memory.as_strided((2, 8), (plan_module._MAX_ROW_STRIDE, 1))
-    assert plan_module.tables_of([[far]], [2], [8], torch.bfloat16).addresses_at >= 0
+    assert plan_module.tables_of([[far]], [2], [8], torch.bfloat16, far.device).addresses_at >= 0
     spans = [[(4096, plan_module._MAX_ROW_STRIDE, 2)]]
     entries, addresses, _ = plan_module._tables_of_spans(spans, [2], [8], 4, True)
     assert addresses is not None
