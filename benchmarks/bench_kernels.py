@@ -184,7 +184,7 @@ def floor_us(work: Workload, roofs: dict[str, float]) -> float:
 def measure_point(
     work: Workload, names: list[str], clock: Clock, roofs: dict[str, float], samples: int
 ) -> dict[str, Any]:
-    runnable = [name for name in names if why_not(name, work) is None]
+    runnable = [name for name in names if why_not(name, work.device, work.dtype, work.rows) is None]
     errors = gate(work, runnable)
     floor = floor_us(work, roofs)
     found: dict[str, Any] = {}

@@ -289,16 +289,16 @@ PROVIDERS: dict[str, Callable[[Workload], Step]] = {
 PEERS = ("B", "C", "D", "E")
 
 
-def why_not(name: str, work: Workload) -> str | None:
-    """Why a provider cannot run a workload; None where it can."""
-    if work.device == "cpu":
+def why_not(name: str, device: str, dtype: torch.dtype, rows: int) -> str | None:
+    """Why a provider cannot run such a workload; None where it can."""
+    if device == "cpu":
         if name in ("C", "E"):
             return "needs CUDA"
         if name in ("ours", "ours_planned", "ours_packed"):
             return "the Triton kernels need CUDA"
-    if name == "E" and work.dtype != torch.bfloat16:
+    if name == "E" and dtype != torch.bfloat16:
         return "torch._grouped_mm takes bfloat16 only"
-    if work.rows == 0 and name in ("B", "C", "E"):
+    if rows == 0 and name in ("B", "C", "E"):
         return "has no meaning without rows"
     return None
 

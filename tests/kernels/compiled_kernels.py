@@ -10,18 +10,17 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from can_compile import CUOBJDUMP
 from triton.backends.compiler import GPUTarget
 
 from mmqwen_kernels import triton_kernels
 from mmqwen_kernels.launch import TileConfig, every_tile
 from mmqwen_kernels.triton_backend import ast_source
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 MIDDLE = TileConfig(64, 64, 128, num_warps=4, num_stages=4)
 KERNELS = {

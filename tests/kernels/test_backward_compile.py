@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
+from can_compile import WHY_NOT
 
-pytest.importorskip("triton", reason="Triton is not installed")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("the interpreter does not compile", allow_module_level=True)
+if WHY_NOT:
+    pytest.skip(WHY_NOT, allow_module_level=True)
 
 from compiled_backward import ROW_TILES, WEIGHT_TILES, compile_backward
-from compiled_kernels import CUOBJDUMP
 
 from mmqwen_kernels.launch import shared_limit
 
@@ -20,7 +17,6 @@ CASES += [("hidden", ROW_TILES[0]), ("hidden", ROW_TILES[-1])]
 CASES += [("weights", tile) for tile in WEIGHT_TILES]
 
 
-@pytest.mark.skipif(not CUOBJDUMP.exists(), reason="triton ships no cuobjdump here")
 @pytest.mark.parametrize(("kernel", "tile"), CASES, ids=str)
 def test_sm_90(kernel, tile):
     built = compile_backward(kernel, tile)
@@ -30,7 +26,6 @@ def test_sm_90(kernel, tile):
     assert built.shared <= shared_limit((9, 0))
 
 
-@pytest.mark.skipif(not CUOBJDUMP.exists(), reason="triton ships no cuobjdump here")
 @pytest.mark.parametrize("parts", [(True, False), (False, True)])
 def test_one_half_at_a_time_and_float32_gradients(parts):
     built = compile_backward("weights", WEIGHT_TILES[-4], parts=parts, flat="fp32", entries=1)

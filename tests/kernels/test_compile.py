@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
+from can_compile import WHY_NOT
 
-pytest.importorskip("triton", reason="Triton is not installed")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("the interpreter does not compile", allow_module_level=True)
+if WHY_NOT:
+    pytest.skip(WHY_NOT, allow_module_level=True)
 
-from compiled_kernels import CUOBJDUMP, Variant, compile_variant, full_list, short_list
+from compiled_kernels import Variant, compile_variant, full_list, short_list
 
 from mmqwen_kernels.launch import shared_limit
-
-if not CUOBJDUMP.exists():
-    pytest.skip(f"{CUOBJDUMP} does not exist", allow_module_level=True)
 
 # Explained exceptions: bytes of stack. fp32 rows off 16-byte alignment on sm_100 keep 64 addresses
 # of 4-byte copies live; 8 bytes spilled in a path that is slow for other reasons.

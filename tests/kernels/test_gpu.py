@@ -406,7 +406,9 @@ torch.cuda.synchronize()
 def test_compute_sanitizer(tool: str) -> None:
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(sanitizer).exists():
-        pytest.skip("compute-sanitizer is not installed")
+        pytest.skip(
+            "needs compute-sanitizer, a part of the CUDA toolkit, on PATH or in /usr/local/cuda"
+        )
     here = Path(__file__).parent
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(here), str(here.parents[1] / "kernels")]),
