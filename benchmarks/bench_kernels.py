@@ -241,11 +241,12 @@ def candidates(rows: int) -> list[TileConfig]:
     middle = [(64, 32, 128, 4, 6), (64, 32, 256, 4, 4), (64, 64, 64, 4, 8), (64, 64, 128, 4, 4)]
     middle += [(64, 64, 128, 4, 6), (64, 128, 64, 4, 4), (64, 128, 128, 4, 4)]
     wide = [(128, 64, 64, 4, 6), (128, 64, 128, 4, 4), (128, 64, 128, 8, 4)]
-    large = [(128, 128, 64, 4, 3), (128, 128, 64, 4, 4), (128, 128, 64, 8, 4)]
-    large += [(128, 256, 64, 8, 3), (128, 256, 64, 8, 4)]
+    large = [(128, 128, 64, 4, 3, 8), (128, 128, 64, 4, 4, 8), (128, 128, 64, 8, 4, 8)]
+    large += [(128, 256, 64, 8, 3, 8), (128, 256, 64, 8, 4, 8), (128, 256, 64, 8, 4, 16)]
+    large += [(256, 128, 64, 8, 4, 8), (64, 256, 64, 4, 4, 8), (64, 256, 64, 8, 4, 8)]
     found = [TileConfig(*t) for t in (middle if rows <= 128 else [])]
     found += [TileConfig(*t) for t in (wide if rows > 64 else [])]
-    return found + [TileConfig(*t, group_r=g) for t in large if rows > 128 for g in (8, 16)]
+    return found + [TileConfig(*t) for t in large if rows > 128]
 
 
 def variations(base: LaunchConfig, rows: int) -> Iterator[tuple[str, LaunchConfig]]:

@@ -1,10 +1,10 @@
 """How the kernels are launched: a frozen value from a pure function of shapes and device.
 
 Figures cited here were measured on one H100 80GB HBM3 (bf16, torch 2.11.0, triton 3.6.0,
-2026-11-24) by trying 8 to 17 tiles at each of 40 points, one and four modalities of 1 to 8192
-rows, D = H of 1024 and 4096: `benchmarks/results/kernels_sweep_h100.json`, docs/kernels.md. "Not
-measured" marks choices that only compile (`tests/kernels/test_compile.py`) and compute right under
-the interpreter.
+2026-11-24) by trying 8 to 17 tiles at each of 76 points, one and four modalities of 1 to 8192
+rows: D = H of 1024 and 4096 (`benchmarks/results/kernels_sweep_h100.json`), and from 256 rows on
+of 2048, 2560 and 5120 (`kernels_sweep_h100_2f395d0.json`); docs/kernels.md. "Not measured" marks
+choices that only compile (`tests/kernels/test_compile.py`) and compute right under the interpreter.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class LaunchConfig:
 
 # Hopper, 16 bit. One rule for all: of the tiles that fit the largest modality's rows, from narrow
 # to wide, the first of which all tiles run at once, at most one a multiprocessor; where there is
-# none, the last. At each of the 40 points it costs at most 2.1 us more than the best tile tried.
+# none, the last, unless waves of the one before it cost less (`WIDE_WAVE`).
 #
 # Every one of them multiplies by wgmma, with the weight rows (swap) or x's as the M of 64, and goes
 # through K in order, so that a row's bits do not depend on its batch. The prototype's split-K for
@@ -110,6 +110,10 @@ LARGE_DOWN = (*LARGE, TileConfig(128, 256, 64, num_warps=8, num_stages=4, group_
 """K1's depth, d, is short: two programs of 128x128 a multiprocessor hide each other's ends, 137 us
 against 155 by 128x256 at 8192 rows. K2's is long: 377 us by 128x256, 427 by 128x128 (728 and 644
 TFLOP/s; 8192^3 by cuBLAS: 790)."""
+WIDE_WAVE = 1.6
+"""A wave of 128x256 taken for as many of 128x128. Three waves of those beat two of these by 4 to 14
+us at (D, rows) of (2560, 2048) and (5120, 1024); five lost to three by 0 to 12 at (2560, 4096) and
+(5120, 2048), sixteen to eight by 50 at (4096, 8192)."""
 MIDDLE_UP = (
     TileConfig(64, 32, 128, num_warps=4, num_stages=6),
     TileConfig(64, 64, 128, num_warps=4, num_stages=4),
@@ -119,7 +123,9 @@ MIDDLE_DOWN = (
     TileConfig(64, 64, 128, num_warps=4, num_stages=6),
     TileConfig(64, 128, 128, num_warps=4, num_stages=4),
 )
-"""33 to 128 rows: two row tiles at most; where even the widest takes several waves, `LARGE`."""
+"""33 to 128 rows: two row tiles at most. From 65 on, where even the widest takes several waves,
+`LARGE`; up to 64 half of its rows would be padding (119 us instead of 105 to 110, four modalities
+of 64 rows at D = 5120, one kernel changed at a time)."""
 # Any other GPU: not measured. Fits the 99 KiB of shared memory of 8.6, 8.9 and 12.0.
 DEFAULT_16 = TileConfig(16, 64, 128, num_warps=4, num_stages=3, swap=True)
 DEFAULT_MIDDLE = TileConfig(64, 64, 64, num_warps=4, num_stages=3)
@@ -175,8 +181,8 @@ def choose_config(
         )
     most = max(counts, default=0)
     ups, downs, reason = _candidates(most, dtype, capability, aligned, mode)
-    up = _first_in_one_wave(ups, counts, hidden, num_sms)
-    down = _first_in_one_wave(downs, counts, [columns] * len(counts), num_sms)
+    up = _cheapest(ups, counts, hidden, num_sms)
+    down = _cheapest(downs, counts, [columns] * len(counts), num_sms)
     return LaunchConfig(
         up,
         down,
@@ -209,7 +215,7 @@ def every_tile(
     return list(ups), list(downs)
 
 
-ROW_CLASSES = (16, 32, 128, 129)
+ROW_CLASSES = (16, 32, 64, 128, 129)
 """One number of rows of each class of `_candidates`."""
 
 _Candidates = tuple[Sequence[TileConfig], Sequence[TileConfig], str]
@@ -257,8 +263,10 @@ def _hopper(most: int, mode: Mode) -> _Candidates:
     if most <= 32:
         rows = 16 if most <= 16 else 32
         return FEW[rows], FEW_DOWN[rows], f"up to {rows} rows: swapped, weights stream"
+    if most <= 64:
+        return MIDDLE_UP, MIDDLE_DOWN, "33 to 64 rows"
     if most <= 128:
-        return (*MIDDLE_UP, *LARGE_UP), (*MIDDLE_DOWN, *LARGE_DOWN), "33 to 128 rows"
+        return (*MIDDLE_UP, *LARGE_UP), (*MIDDLE_DOWN, *LARGE_DOWN), "65 to 128 rows"
     return LARGE_UP, LARGE_DOWN, "more than 128 rows"
 
 
@@ -266,10 +274,16 @@ def _for_sm_100(tile: TileConfig) -> TileConfig:
     return replace(tile, num_warps=8) if tile.block_r * tile.block_n == 128 * 128 else tile
 
 
-def _first_in_one_wave(
+def _cheapest(
     candidates: Sequence[TileConfig], counts: Sequence[int], columns: Sequence[int], num_sms: int
 ) -> TileConfig:
     for tile in candidates:
         if tile.tiles(counts, columns) <= num_sms:
             return tile
-    return candidates[-1]
+    last = candidates[-1]
+    if last.block_n == 256:
+        narrower = candidates[-2]
+        waves, more = (-(-tile.tiles(counts, columns) // num_sms) for tile in (last, narrower))
+        if more < WIDE_WAVE * waves:
+            return narrower
+    return last
