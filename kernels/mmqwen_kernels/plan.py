@@ -296,7 +296,7 @@ def _settle(rows: torch.Tensor, dtype: torch.dtype, device: torch.device) -> tor
     """Rows on the device, in `dtype`, each row's elements adjacent; a view where they are so."""
     if rows.dtype is not dtype or rows.device != device:
         rows = rows.to(device, dtype, non_blocking=True)
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+    return rows if rows.stride()[1] == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 def _copy_rows(target: np.ndarray, begin: int, addresses: np.ndarray, nbytes: int) -> None:
@@ -414,13 +414,13 @@ def _plan_on_device(
     stay: list[list[torch.Tensor | None]] = []
     by_address = False
     for part in parts:
-        there: list[torch.Tensor | None] = [
-            None if _on_host(p) else _settle(p, dtype, device) for p in part
-        ]
-        travel.append([p for p, q in zip(part, there, strict=True) if q is None])
-        stay.append(there)
-        if len(there) > len(travel[-1]):
+        of_host = [p for p in part if _on_host(p)]
+        there: list[torch.Tensor | None] = [None] * len(part)
+        if len(of_host) < len(part):
+            there = [None if of_host and _on_host(p) else _settle(p, dtype, device) for p in part]
             by_address = by_address or len(there) > 1 or _is_far(there[0])
+        travel.append(of_host)
+        stay.append(there)
     entries_here = num_entries(len(counts))
     addresses_at = entries_here * ENTRY_BYTES
     order_at = addresses_at + (_aligned(8 * total) if by_address else 0)
@@ -459,6 +459,8 @@ def _plan_on_device(
     for m, placed in enumerate(stay):
         if len(travel[m]) == len(placed):  # `RowPlan.rows` finds them in the buffer
             settled.append(())
+        elif not travel[m]:
+            settled.append(tuple(cast("list[torch.Tensor]", placed)))
         else:
             settled.append(_in_order(placed, travel[m], moved, rows_at[m], widths[m], dtype))
     first = next((m for m, count in enumerate(counts) if count), None)
@@ -509,6 +511,8 @@ def _spans_of(
     """The parts of one modality in their order; those that travel lie from `address` on."""
     if stay and len(travel) == len(stay):
         return [(address, width, sum(rows.shape[0] for rows in travel))]
+    if not travel:
+        return [_span_of(rows, width) for rows in cast("list[torch.Tensor]", stay)]
     from_host = iter(travel)
     spans: list[_Span] = []
     for rows in stay:
@@ -517,9 +521,13 @@ def _spans_of(
             spans.append((address, width, count))
             address += count * width * itemsize
         else:
-            count = rows.shape[0]
-            spans.append((rows.data_ptr(), rows.stride(0) if count > 1 else width, count))
+            spans.append(_span_of(rows, width))
     return spans
+
+
+def _span_of(rows: torch.Tensor, width: int) -> _Span:
+    count = rows.shape[0]
+    return rows.data_ptr(), rows.stride()[0] if count > 1 else width, count
 
 
 def _in_order(
@@ -607,10 +615,11 @@ def _tables_of_spans(
     entries = np.array(table, dtype=np.int64)
     if not by_address:
         return entries, None, align
-    flat = np.array([span for m in active for span in spans[m]], dtype=np.int64)
-    bases, steps, rows = flat[:, 0], flat[:, 1] * itemsize, flat[:, 2]
-    ends = np.cumsum(rows)
-    within = np.arange(first, dtype=np.int64) - np.repeat(ends - rows, rows)
-    addresses = np.repeat(bases, rows) + within * np.repeat(steps, rows)
-    lowest = int(np.bitwise_or.reduce(bases) | np.bitwise_or.reduce(steps))
-    return entries, addresses, math.gcd(align, lowest)
+    flat = [span for m in active for span in spans[m]]
+    bases, steps, rows = np.array(flat, dtype=np.int64).T
+    steps = steps * itemsize
+    # Row r of the step lies r steps behind where row 0 would, if its part began there.
+    origins = bases - (rows.cumsum() - rows) * steps
+    addresses = np.arange(first, dtype=np.int64) * steps.repeat(rows)
+    addresses += origins.repeat(rows)
+    return entries, addresses, math.gcd(align, *bases.tolist(), *steps.tolist())
