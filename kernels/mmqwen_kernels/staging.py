@@ -1,8 +1,9 @@
 """Pinned memory that is used again, and the stream that brings a step's tables and rows over.
 
-Copies run on a stream of their own, beside the kernels of earlier steps: a copy of 4 KiB takes
-9 us of the stream that it stands in, one of 1 MiB 32, one of 8 MiB 260, and none of it where it
-stands in another (H100, PCIe, 2026-11-24; docs/kernels.md).
+Where the device still has work, copies run on a stream of their own beside it: a copy of 4 KiB
+takes 9 us of the stream that it stands in, one of 1 MiB 32, one of 8 MiB 260, and none of it where
+it stands in another (H100, PCIe, 2026-11-24; docs/kernels.md). Where it has none, there is nothing
+to run beside, and the second stream would only cost the host.
 """
 
 from __future__ import annotations
@@ -83,17 +84,21 @@ class Uploader:
         source = staging.pinned
         if staging.nbytes > WHOLE_BYTES:
             source = source[:nbytes]
-        torch.cuda.set_stream(self._stream)
+        beside = not current.query()
+        if beside:
+            torch.cuda.set_stream(self._stream)
         try:
             # Allocated on the copying stream: memory freed by the current one may still be in use.
             moved = torch.empty(source.numel(), dtype=torch.uint8, device=self._device)
             complete(moved.data_ptr())
             moved.copy_(source, non_blocking=True)
-            staging.copied.record(self._stream)
+            staging.copied.record(self._stream if beside else current)
         finally:
-            torch.cuda.set_stream(current)
-        current.wait_event(staging.copied)
-        moved.record_stream(current)
+            if beside:
+                torch.cuda.set_stream(current)
+        if beside:
+            current.wait_event(staging.copied)
+            moved.record_stream(current)
         self._idle[staging.nbytes].append(staging)
         return moved
 

@@ -319,21 +319,34 @@ def test_warm_up_leaves_nothing_to_compile() -> None:
     assert len(triton_backend(torch.device("cuda"))._variants) == made
 
 
-def test_an_upload_waits_for_its_rows_to_be_read() -> None:
-    """Staging buffers and device buffers are used again; many steps in flight must not mix."""
+@pytest.mark.parametrize("device_is", ["busy", "idle", "idle at times"])
+def test_an_upload_waits_for_its_rows_to_be_read(device_is: str) -> None:
+    """Staging buffers and device buffers are used again; many steps in flight must not mix.
+
+    Copies go beside the stream where it is busy, into it where it is idle.
+    """
     case = gpu_case([768], [40], torch.bfloat16, item_rows=40)
     steps = []
     for seed in range(60):
         torch.manual_seed(seed)
         rows = torch.randn(40, 768).bfloat16()
         steps.append((directory(pack_rows([(0, rows)])), rows.cuda()))
-    torch.cuda._sleep(20_000_000)  # 10 ms: all are queued before the first runs
-    outs = [
-        fuse_embeddings(
-            case.input_ids, case.table, [pack], case.projectors, slots=case.slots, backend="triton"
+    outs = []
+    for at, (pack, _) in enumerate(steps):
+        if device_is == "idle" or (device_is == "idle at times" and at % 7 == 0):
+            torch.cuda.synchronize()
+        elif device_is == "idle at times" or at == 0:
+            torch.cuda._sleep(20_000_000 if at == 0 else 200_000)  # 10 ms: all are queued meanwhile
+        outs.append(
+            fuse_embeddings(
+                case.input_ids,
+                case.table,
+                [pack],
+                case.projectors,
+                slots=case.slots,
+                backend="triton",
+            )
         )
-        for pack, _ in steps
-    ]
     for out, (_, rows) in zip(outs, steps, strict=True):
         want = project_rows(rows, case.projectors[0], backend="triton")
         assert torch.equal(out[case.slots], want)
