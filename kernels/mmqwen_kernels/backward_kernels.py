@@ -127,6 +127,7 @@ def _hidden_kernel(
     )
     fact = facts_ptr + entry * 16
     width = tl.load(fact).to(tl.int32) // ALIGN * ALIGN
+    tl.assume(width > 0)  # as in K1
     w_ptr = _aligned_pointer(tl.load(fact + 2), DTYPE, ALIGN)
     w_stride = tl.load(fact + 3).to(tl.int32) // ALIGN * ALIGN
     b_ptr = tl.load(fact + 4).to(tl.pointer_type(DTYPE))
@@ -219,6 +220,7 @@ def _hidden_gradient_kernel(
     g_offsets = (slot * grad_stride)[:, None] + offs_k[None, :]
     w_offsets = (offs_k * w_stride)[:, None] + offs_n[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_R) if SWAP else (BLOCK_R, BLOCK_N), dtype=tl.float32)
+    tl.assume(columns > 0)  # as in K1
     for k in tl.range(0, columns, BLOCK_K):
         if EVEN_K:
             g = tl.load(grad_ptr + (g_offsets + k))
@@ -235,7 +237,10 @@ def _hidden_gradient_kernel(
     at = _along_rows((first + offs_r) * hidden_stride, SWAP) + _along_columns(offs_n, SWAP)
     inside = _along_rows(offs_r < count, SWAP) & _along_columns(offs_n < units, SWAP)
     hidden = tl.load(hidden_ptr + at, mask=inside, other=0.0)
-    tl.store(below_ptr + at, tl.where(hidden <= 0, 0.0, acc).to(DTYPE), mask=inside)
+    # where(hidden <= 0, 0, acc), in words: of a select of floats ptxas holds that it reads
+    # accumulators while they are multiplied, and lets every product wait for the one before it.
+    bits = acc.to(tl.int32, bitcast=True) & ((hidden <= 0).to(tl.int32) - 1)
+    tl.store(below_ptr + at, bits.to(tl.float32, bitcast=True).to(DTYPE), mask=inside)
 
 
 @triton.jit(

@@ -105,15 +105,19 @@ LARGE = (
     TileConfig(128, 64, 128, num_warps=4, num_stages=4),
     TileConfig(128, 128, 64, num_warps=4, num_stages=4, group_r=8),
 )
-LARGE_UP = (*LARGE, TileConfig(128, 128, 64, num_warps=4, num_stages=3, group_r=8))
+LARGE_UP = (
+    *LARGE,
+    TileConfig(128, 128, 64, num_warps=4, num_stages=3, group_r=8),
+    TileConfig(128, 256, 64, num_warps=8, num_stages=3, group_r=8),
+)
 LARGE_DOWN = (*LARGE, TileConfig(128, 256, 64, num_warps=8, num_stages=4, group_r=16))
-"""K1's depth, d, is short: two programs of 128x128 a multiprocessor hide each other's ends, 137 us
-against 155 by 128x256 at 8192 rows. K2's is long: 377 us by 128x256, 427 by 128x128 (728 and 644
-TFLOP/s; 8192^3 by cuBLAS: 790)."""
+"""At 8192 rows of D = H = 4096 a step takes 468 us with 128x256 for K1, 482 with 128x128, 477 with
+256x128; for K2 480 and 562. Of 128x128, K1 runs two programs a multiprocessor."""
 WIDE_WAVE = 1.6
-"""A wave of 128x256 taken for as many of 128x128. Three waves of those beat two of these by 4 to 14
-us at (D, rows) of (2560, 2048) and (5120, 1024); five lost to three by 0 to 12 at (2560, 4096) and
-(5120, 2048), sixteen to eight by 50 at (4096, 8192)."""
+"""A wave of 128x256 taken for as many of 128x128. For K2, three waves of these beat two of those by
+4 to 14 us at (D, rows) of (2560, 2048) and (5120, 1024); five lost to three by 0 to 12 at (2560,
+4096) and (5120, 2048), sixteen to eight by 80 at (4096, 8192). For K1 the same points say the same:
+3 to 4 us gained, 1 to 2 lost, 14 lost."""
 MIDDLE_UP = (
     TileConfig(64, 32, 128, num_warps=4, num_stages=6),
     TileConfig(64, 64, 128, num_warps=4, num_stages=4),

@@ -211,6 +211,8 @@ def _check_projector(
         if ndim == 2 and tensor.stride(0) * 256 >= 1 << 31:
             raise ValueError(f"projector {m}: rows of {name} lie {tensor.stride(0)} apart, too far")
     units, columns = w1.shape[0], w2.shape[0]
+    if not (units and columns and w1.shape[1]):
+        raise ValueError(f"projector {m}: w1 {tuple(w1.shape)} and w2 {tuple(w2.shape)} are empty")
     if b1.shape[0] != units or w2.shape[1] != units or (b2 is not None and len(b2) != columns):
         raise ValueError(
             f"projector {m}: w1 {tuple(w1.shape)}, b1 {tuple(b1.shape)}, w2 {tuple(w2.shape)} "

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 import triton
-from compiled_kernels import Built, _resources
+from compiled_kernels import Built, built_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -59,8 +59,7 @@ def compile_backward(
     source = ASTSource(function, signature, constexprs=constants, attrs=attrs)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    registers, stack = _resources(built.asm["cubin"])
-    return Built(registers, stack, built.metadata.shared, built.asm["ptx"])
+    return built_of(built)
 
 
 def main() -> None:

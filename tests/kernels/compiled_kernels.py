@@ -70,6 +70,8 @@ class Built:
     stack: int
     shared: int
     ptx: str
+    serialized: bool
+    """Each wgmma waits for the one before it: ptxas saw accumulators used meanwhile (its C7514)."""
 
     def count(self, instruction: str) -> int:
         return len(re.findall(instruction, self.ptx))
@@ -114,17 +116,22 @@ def compile_variant(v: Variant) -> Built:
     if v.kernel == "down" and v.dependent:
         options["launch_pdl"] = True
     built = triton.compile(source, target=GPUTarget("cuda", v.capability, 32), options=options)
-    registers, stack = _resources(built.asm["cubin"])
-    return Built(registers, stack, built.metadata.shared, built.asm["ptx"])
+    return built_of(built)
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of stack per thread): spills are the only use of stack here."""
+def built_of(compiled: Any) -> Built:
+    """What `triton.compile` gave; spills are the only use of stack here."""
+    registers, stack, serialized = _read_cubin(compiled.asm["cubin"])
+    return Built(registers, stack, compiled.metadata.shared, compiled.asm["ptx"], serialized)
+
+
+def _read_cubin(cubin: bytes) -> tuple[int, int, bool]:
+    """Registers, bytes of stack per thread, and whether products are serialized."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         told = subprocess.run(
-            [str(CUOBJDUMP), "--dump-resource-usage", file.name],
+            [str(CUOBJDUMP), "--dump-resource-usage", "--dump-sass", file.name],
             capture_output=True,
             text=True,
             check=True,
@@ -132,7 +139,9 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     found = re.search(r"REG:(\d+) STACK:(\d+)", told)
     if found is None:
         raise RuntimeError(f"cuobjdump said {told!r}")
-    return int(found[1]), int(found[2])
+    products = len(re.findall(r"\bHGMMA", told))
+    serialized = len(re.findall(r"\bWARPGROUP\.ARRIVE", told)) >= products > 1
+    return int(found[1]), int(found[2]), serialized
 
 
 def tiles_of(

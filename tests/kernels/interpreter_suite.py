@@ -278,6 +278,7 @@ def test_refusals() -> None:
         (good._replace(w2=good.w2.t().contiguous().t()), "is transposed"),
         (Projector(*(w.half() for w in good)), r"expected 2-D torch\.float32"),  # type: ignore[union-attr]
         (good._replace(b1=good.b1[1:]), "do not fit together"),
+        (good._replace(w1=good.w1[:0], b1=good.b1[:0], w2=good.w2[:, :0]), "are empty"),
     ):
         with pytest.raises(ValueError, match=message):
             fuse_embeddings(case.input_ids, case.table, plan_of(case), [bad], backend="triton")

@@ -27,6 +27,7 @@ def check(v: Variant) -> None:
         return
     expected = "fma" if v.dtype == torch.float32 else MULTIPLIER[v.capability]
     assert built.multiplier == expected
+    assert not built.serialized
     if v.align_bytes == 16:
         # Both operands come in by 16-byte asynchronous copies: what the pipeline rests on.
         assert built.count(r"cp\.async\.cg\.shared\.global[^;]*0x10") > 0

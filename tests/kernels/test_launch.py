@@ -60,11 +60,11 @@ def test_the_narrowest_tile_that_fits_one_wave() -> None:
     assert tiles([64] * 4) == [(64, 128), (64, 128)]
     assert tiles([128] * 4) == [(128, 128), (128, 128)]
     assert tiles([256]) == [(128, 64), (128, 64)]
-    assert tiles([1024]) == [(128, 128), (128, 256)]
-    assert tiles([8192]) == [(128, 128), (128, 256)]
+    assert tiles([1024]) == [(128, 256), (128, 256)]
+    assert tiles([8192]) == [(128, 256), (128, 256)]
     assert tiles([1024], size=1024) == [(128, 64), (128, 64)]
     assert tiles([2048], size=2560) == [(128, 128), (128, 128)]  # three waves instead of two
-    assert tiles([4096], size=2560) == [(128, 128), (128, 256)]  # five instead of three
+    assert tiles([4096], size=2560) == [(128, 256), (128, 256)]  # five instead of three
     assert tiles([64] * 4, size=5120) == [(64, 128), (64, 128)]  # two waves, no padding
     # The largest modality decides, rows of others ride along.
     assert tiles([1, 1, 1, 64])[1] == (64, 128)
