@@ -120,7 +120,7 @@ class Clock:
 
 
 def measure_roofs(device: str, dtype: torch.dtype) -> dict[str, float]:
-    """Bytes/s of a large copy, FLOP/s of a large square product, us of no step at all, here, now."""
+    """Bytes/s of a large copy, FLOP/s of a large square product, us read around nothing; now."""
     cuda = device != "cpu"
     elements = (1 << 30) if cuda else (1 << 22)
     side = 8192 if cuda else 256

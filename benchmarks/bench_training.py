@@ -50,7 +50,7 @@ SLACK = 1.1
 """A gradient's error against float64 may be this many times eager's."""
 STEPS_QUEUED = 10
 PAUSE_CYCLES = 40_000_000
-"""About 20 ms: longer than Python takes for `STEPS_QUEUED` steps."""
+"""About 20 ms: longer than Python takes for `STEPS_QUEUED` steps, most of the time."""
 Step = Callable[..., torch.Tensor]
 
 
@@ -252,17 +252,25 @@ def wall_times(function: Step, case: Case, device: str, repeats: int) -> list[fl
 
 
 def device_times(function: Step, case: Case, batches: int = 2) -> list[float]:
-    """Milliseconds of steps on the GPU alone: queued while the GPU is kept busy."""
-    times = []
-    for _ in range(batches):
+    """Milliseconds of steps on the GPU alone: queued while the GPU is kept busy.
+
+    Where the pause was over before all were queued, it is doubled and the batch taken again.
+    """
+    times: list[float] = []
+    pause = PAUSE_CYCLES
+    while len(times) < batches * STEPS_QUEUED:
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(STEPS_QUEUED + 1)]
-        torch.cuda._sleep(PAUSE_CYCLES)
+        torch.cuda._sleep(pause)
         marks[0].record()
         for mark in marks[1:]:
             step(function, case)
             mark.record()
+        stalled = marks[0].query()
         torch.cuda.synchronize()
-        times += [a.elapsed_time(b) for a, b in pairwise(marks)]
+        if stalled and pause < 16 * PAUSE_CYCLES:  # a step that synchronises stalls each time
+            pause *= 2
+        else:
+            times += [a.elapsed_time(b) for a, b in pairwise(marks)]
     return times
 
 
