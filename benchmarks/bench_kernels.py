@@ -102,6 +102,7 @@ class Clock:
             return self.host(step, samples)
         # Long enough for the host to queue the step behind it; clock below 2.1 GHz assumed.
         cycles = int(2100 * (2 * host_us + 100))
+        longest = 64 * cycles
         found: list[float] = []
         stalls = 0
         while len(found) < samples:
@@ -114,7 +115,9 @@ class Clock:
             stalled = begin.query()  # the stream ran dry before the step was queued
             torch.cuda.synchronize()
             stalls += stalled
-            if not stalled or stalls > samples:  # a step that synchronises stalls each time
+            if stalled and cycles < longest:  # a step that synchronises stalls each time
+                cycles *= 2
+            else:
                 found.append(begin.elapsed_time(end) * 1e3)
         return {**percentiles(found), "stalls": stalls}
 

@@ -27,8 +27,8 @@ KERNEL_ROWS = 2048
 """Rows times H times D of a modality, and rows, up to which the kernels run. Below, a step waits
 for launches and memory, of which the kernels want least; above, for the tensor cores, which cuBLAS
 keeps busier. Kernels and cuBLAS in us, forward and backward, one modality, H100, 2026-11-24
-(benchmarks/results/training_h100_1ac6467.json): D = 4096, 256 rows 126 and 138, 1024 rows 250 and
-244; D = 1024, 1024 rows 72 and 84, 4096 rows 178 and 160."""
+(benchmarks/results/training_h100_f59081d.json): D = 4096, 256 rows 124 and 140, 1024 rows 240 and
+241, 4096 rows 812 and 817; D = 1024, 1024 rows 70 and 83, 4096 rows 180 and 158."""
 MOST_ELEMENTS = 2**31
 """Of a tensor that a launch addresses by int32: below this many."""
 IN_PLACE_BYTES = 32 * 2**20
@@ -37,8 +37,8 @@ buffer less."""
 CHUNK_BYTES = 8 * 2**20
 """Most memory of a temporary of one chunk of rows: 1024 rows of 4096 in bf16."""
 SMALL_BYTES = 32 * 2**20
-"""Hidden activations up to this size are kept: one product less. By cuBLAS 246 us against 263 at
-1024 rows of D = H = 4096, 3.23 ms against 3.38 at 16384 (the same file)."""
+"""Hidden activations up to this size are kept: one product less. By cuBLAS 245 us against 260 at
+1024 rows of D = H = 4096, 3.24 ms against 3.39 at 16384 (the same file)."""
 
 
 def keeps_hidden(rows: int, width: int, units: int, columns: int, itemsize: int) -> bool:
@@ -253,7 +253,7 @@ class Tile(NamedTuple):
 
 
 # Rows x units x depth: of those tried the best, or within 8% of it, at up to 1,024 rows of D = H =
-# 4096 (H100, 2026-11-24, benchmarks/results/training_sweep_backward_h100_7af9505.json).
+# 4096 (H100, 2026-11-24, benchmarks/results/training_sweep_backward_h100_4412564.json).
 FEW_ROWS = ((16, Tile(16, 64, 128, 4, 4, 1, True)), (64, Tile(32, 64, 128, 4, 4, 1, True)))
 ROW_TILES = (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(64, 64, 64, 4, 4, 4))
 FULL = 0.9
