@@ -7,6 +7,7 @@ compiled kernels are stubs that record how they are launched.
 from __future__ import annotations
 
 import os
+from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from fusion_cases import make_case
 
-from mmqwen_kernels import RowPlan, directory, pack_rows
+from mmqwen_kernels import RowPlan, directory, pack_rows, staging
 from mmqwen_kernels import plan as plan_module
 from mmqwen_kernels.plan import RowSource
 
@@ -127,6 +128,55 @@ def test_rows_are_converted_while_they_are_staged(device: Device) -> None:
     rows = torch.randn(3, 8).half()
     made = device.plan([(0, rows)], [2, 0, 1], 4)
     assert torch.equal(made.rows[0], rows.float())  # type: ignore[arg-type]
+
+
+class Stream:
+    """Stands for a CUDA stream; notes what it is told."""
+
+    def __init__(self, name: str, idle: bool, log: list[tuple[str, ...]]) -> None:
+        self.name, self.idle, self.log = name, idle, log
+
+    def query(self) -> bool:
+        return self.idle
+
+    def wait_event(self, event: Any) -> None:
+        self.log.append(("wait", self.name))
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_copy_goes_beside_a_busy_stream_and_into_an_idle_one(
+    monkeypatch: pytest.MonkeyPatch, busy: bool
+) -> None:
+    log: list[tuple[str, ...]] = []
+    current, own = Stream("current", not busy, log), Stream("own", True, log)
+    up = staging.Uploader.__new__(staging.Uploader)
+    up.__dict__.update(_device=torch.device("cpu"), _stream=own, _idle={64: deque()})
+    monkeypatch.setattr(up, "_current_stream", lambda: current)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: log.append(("set", stream.name)))
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda tensor, stream: log.append(("keep for", stream.name))
+    )
+    event = SimpleNamespace(record=lambda stream: log.append(("copied on", stream.name)))
+    pinned = torch.arange(64, dtype=torch.uint8)
+    lent: Any = SimpleNamespace(pinned=pinned, nbytes=64, copied=event)
+
+    def complete(address: int) -> None:
+        pinned[0] = 7
+
+    moved = up.upload(lent, 64, complete)
+    assert moved.tolist() == [7, *range(1, 64)], "what depends on the address travels too"
+    if busy:
+        assert log == [
+            ("set", "own"),
+            ("copied on", "own"),
+            ("set", "current"),
+            ("wait", "current"),
+            ("keep for", "current"),
+        ]
+    else:
+        assert log == [("copied on", "current")]
+    assert list(up._idle[64]) == [lent], "lent again, once its event has run"
 
 
 def test_rows_too_far_apart_are_found_by_address() -> None:
