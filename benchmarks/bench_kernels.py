@@ -104,7 +104,7 @@ class Clock:
         cycles = int(2100 * (2 * host_us + 100))
         longest = 64 * cycles
         found: list[float] = []
-        stalls = 0
+        stalls = kept = 0
         while len(found) < samples:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.sum(self._flush, dim=0, out=self._sink)
@@ -117,9 +117,10 @@ class Clock:
             stalls += stalled
             if stalled and cycles < longest:  # a step that synchronises stalls each time
                 cycles *= 2
-            else:
-                found.append(begin.elapsed_time(end) * 1e3)
-        return {**percentiles(found), "stalls": stalls}
+                continue
+            kept += stalled
+            found.append(begin.elapsed_time(end) * 1e3)
+        return {**percentiles(found), "stalls": stalls, "kept_stalled": kept}
 
 
 def measure_roofs(device: str, dtype: torch.dtype) -> dict[str, float]:

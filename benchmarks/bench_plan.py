@@ -3,7 +3,8 @@
     python benchmarks/bench_plan.py [--out FILE]
 
 - *host*: what `mmqwen_kernels.plan` does: the order of the tokens from vLLM's mask, by numpy,
-  in one copy with the row tables, on a stream of its own (`side`) or in the step's (`in stream`).
+  in one copy with the row tables, beside the step's stream where that is busy (`side`: as for its
+  device time; the host's, of an idle stream, is of a copy into it) or always in it (`in stream`).
 - *gpu*: a third kernel reads `input_ids`, one placeholder id a modality, and writes the same order;
   nothing is copied, but the kernel stands in the stream before K2.
 

@@ -26,9 +26,10 @@ KERNEL_PRODUCT = 2**34
 KERNEL_ROWS = 2048
 """Rows times H times D of a modality, and rows, up to which the kernels run. Below, a step waits
 for launches and memory, of which the kernels want least; above, for the tensor cores, which cuBLAS
-keeps busier. Kernels and cuBLAS in us, forward and backward, one modality, H100, 2026-11-24
-(benchmarks/results/training_h100_f59081d.json): D = 4096, 256 rows 124 and 140, 1024 rows 240 and
-241, 4096 rows 812 and 817; D = 1024, 1024 rows 70 and 83, 4096 rows 180 and 158."""
+keeps as busy or, for small H and D or very many rows, busier. Kernels and cuBLAS in us, forward and
+backward, one modality, H100, 2026-11-24 (benchmarks/results/training_h100_f59081d.json): D = 4096,
+256 rows 124 and 140, 1024 rows 240 and 241, 4096 rows 812 and 817, 16384 rows 3719 and 3215; D =
+1024, 1024 rows 70 and 83, 4096 rows 180 and 158."""
 MOST_ELEMENTS = 2**31
 """Of a tensor that a launch addresses by int32: below this many."""
 IN_PLACE_BYTES = 32 * 2**20
@@ -252,7 +253,7 @@ class Tile(NamedTuple):
     swap: bool = False
 
 
-# Rows x units x depth: of those tried the best, or within 8% of it, at up to 1,024 rows of D = H =
+# Rows x units x depth: of those tried the best, or within 4% of it, at up to 1,024 rows of D = H =
 # 4096 (H100, 2026-11-24, benchmarks/results/training_sweep_backward_h100_4412564.json).
 FEW_ROWS = ((16, Tile(16, 64, 128, 4, 4, 1, True)), (64, Tile(32, 64, 128, 4, 4, 1, True)))
 ROW_TILES = (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(64, 64, 64, 4, 4, 4))

@@ -1,7 +1,7 @@
 """How the kernels are launched: a frozen value from a pure function of shapes and device.
 
 Figures cited here were measured on one H100 80GB HBM3 (bf16, torch 2.11.0, triton 3.6.0,
-2026-11-24) by trying 8 to 17 tiles at each of 76 points, one and four modalities of 1 to 8192
+2026-11-24) by trying 6 to 21 tiles at each of 76 points, one and four modalities of 1 to 8192
 rows: D = H of 1024 and 4096 (`benchmarks/results/kernels_sweep_h100.json`), and from 256 rows on
 of 2048, 2560 and 5120 (`kernels_sweep_h100_2f395d0.json`); docs/kernels.md. "Not measured" marks
 choices that only compile (`tests/kernels/test_compile.py`) and compute right under the interpreter.
@@ -111,13 +111,14 @@ LARGE_UP = (
     TileConfig(128, 256, 64, num_warps=8, num_stages=3, group_r=8),
 )
 LARGE_DOWN = (*LARGE, TileConfig(128, 256, 64, num_warps=8, num_stages=4, group_r=16))
-"""At 8192 rows of D = H = 4096 a step takes 468 us with 128x256 for K1, 482 with 128x128, 477 with
-256x128; for K2 480 and 562. Of 128x128, K1 runs two programs a multiprocessor."""
+"""At 8192 rows of D = H = 4096 a step takes 467 us with 128x256 for K1, 482 with 128x128, 477 with
+256x128; and, K1 with 128x128, 478 and 561 with 128x256 and 128x128 for K2. Of 128x128, K1 runs two
+programs a multiprocessor."""
 WIDE_WAVE = 1.6
 """A wave of 128x256 taken for as many of 128x128. For K2, three waves of these beat two of those by
 4 to 14 us at (D, rows) of (2560, 2048) and (5120, 1024); five lost to three by 0 to 12 at (2560,
 4096) and (5120, 2048), sixteen to eight by 80 at (4096, 8192). For K1 the same points say the same:
-3 to 4 us gained, 1 to 2 lost, 14 lost."""
+3 to 4 us gained, 1 to 2 (within the noise) and 14 lost."""
 MIDDLE_UP = (
     TileConfig(64, 32, 128, num_warps=4, num_stages=6),
     TileConfig(64, 64, 128, num_warps=4, num_stages=4),
@@ -281,11 +282,12 @@ def _for_sm_100(tile: TileConfig) -> TileConfig:
 def _cheapest(
     candidates: Sequence[TileConfig], counts: Sequence[int], columns: Sequence[int], num_sms: int
 ) -> TileConfig:
+    """The first tile of which all run at once; else the last or the one before (`WIDE_WAVE`)."""
     for tile in candidates:
         if tile.tiles(counts, columns) <= num_sms:
             return tile
     last = candidates[-1]
-    if last.block_n == 256:
+    if last.block_n == 256:  # after 128x128, in `LARGE_UP` and `LARGE_DOWN`
         narrower = candidates[-2]
         waves, more = (-(-tile.tiles(counts, columns) // num_sms) for tile in (last, narrower))
         if more < WIDE_WAVE * waves:

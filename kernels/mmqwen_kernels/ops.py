@@ -176,7 +176,8 @@ def fuse_embeddings(
         `[T, D]`: `out` where given.
 
     Raises:
-        ValueError: rows and slots do not match, a width is wrong, or the backend cannot run.
+        ValueError: rows and slots do not match, a width is wrong, or the backend cannot run; the
+            kernels also refuse weights without elements.
     """
     chosen = _pick(backend, token_table, (w for p in projectors for w in p))
     if not isinstance(rows, RowPlan):

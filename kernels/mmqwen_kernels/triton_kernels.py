@@ -236,8 +236,8 @@ def _project_up_kernel(
     units = units // ALIGN * ALIGN
     w_stride = w_stride // ALIGN * ALIGN
     # Else ptxas keeps a way around the loop, on which accumulators are set by other instructions
-    # than products, and lets every product of a 128x256 tile wait for the one before it: a step of
-    # 8192 rows took 502 us instead of 470. `test_compile.py` looks for that in the SASS.
+    # than products, and lets every product of a 128x256 tile wait for the one before it (triton
+    # 3.6; not 3.7, 3.9): a step of 8192 rows took 502 us instead of 470 (docs/kernels.md).
     tl.assume(width > 0)
 
     # Rows and units past the end are read from the last one and never stored: no row masks.

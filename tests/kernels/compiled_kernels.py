@@ -72,6 +72,8 @@ class Built:
     ptx: str
     serialized: bool
     """Each wgmma waits for the one before it: ptxas saw accumulators used meanwhile (its C7514)."""
+    assumes: bool
+    """Something is assumed: that loops run."""
 
     def count(self, instruction: str) -> int:
         return len(re.findall(instruction, self.ptx))
@@ -122,7 +124,14 @@ def compile_variant(v: Variant) -> Built:
 def built_of(compiled: Any) -> Built:
     """What `triton.compile` gave; spills are the only use of stack here."""
     registers, stack, serialized = _read_cubin(compiled.asm["cubin"])
-    return Built(registers, stack, compiled.metadata.shared, compiled.asm["ptx"], serialized)
+    return Built(
+        registers,
+        stack,
+        compiled.metadata.shared,
+        compiled.asm["ptx"],
+        serialized,
+        "llvm.intr.assume" in compiled.asm["ttir"],
+    )
 
 
 def _read_cubin(cubin: bytes) -> tuple[int, int, bool]:
@@ -140,8 +149,10 @@ def _read_cubin(cubin: bytes) -> tuple[int, int, bool]:
     if found is None:
         raise RuntimeError(f"cuobjdump said {told!r}")
     products = len(re.findall(r"\bHGMMA", told))
-    serialized = len(re.findall(r"\bWARPGROUP\.ARRIVE", told)) >= products > 1
-    return int(found[1]), int(found[2]), serialized
+    arrivals = len(re.findall(r"\bWARPGROUP\.ARRIVE", told))
+    if bool(products) != bool(arrivals):
+        raise RuntimeError(f"{products} HGMMA and {arrivals} WARPGROUP.ARRIVE in the SASS")
+    return int(found[1]), int(found[2]), arrivals >= products > 1
 
 
 def tiles_of(

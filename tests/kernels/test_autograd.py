@@ -202,6 +202,39 @@ def test_the_rule_of_what_is_kept():
     assert not backward.keeps_hidden(16384, 768, 4096, 4096, 2)
 
 
+@pytest.mark.parametrize(
+    ("rows", "size", "name"),
+    [
+        (1024, 4096, "kernels"),
+        (1025, 4096, "torch"),
+        (2048, 1024, "kernels"),
+        (2049, 1024, "torch"),
+    ],
+)
+def test_the_rule_of_the_backward(rows, size, name, monkeypatch):
+    monkeypatch.setattr(backward, "_why_no_kernels", lambda *_: None)
+    tensors = [torch.empty(rows, 8, device="meta"), None, None, None]
+    tensors.append(torch.empty(size, size, device="meta"))
+    chosen = backward.select_backward(tensors, tensors[0], torch.bfloat16, [True])
+    assert chosen.name == name
+    assert str(rows) in chosen.reason
+
+
+def test_the_tiles_of_the_backward():
+    """The winners of training_sweep_backward_h100_4412564.json, on 132 multiprocessors."""
+
+    def tile(counts, units):
+        found = backward.row_tile(counts, [units] * len(counts), 132, 2)
+        return found.a, found.b
+
+    assert tile([16], 4096) == tile([16] * 4, 4096) == (16, 64)
+    assert tile([64], 4096) == (32, 64)
+    assert tile([256], 4096) == (64, 64)
+    assert tile([896], 4096) == (128, 128)
+    assert tile([1024], 4096) == tile([256] * 4, 4096) == (128, 256)
+    assert tile([1024], 1024) == (64, 64)
+
+
 def test_backward_may_run_twice():
     """What forward kept is not overwritten."""
     inputs = make((12, 5), dtype=torch.float32)

@@ -151,13 +151,27 @@ def test_a_copy_goes_beside_a_busy_stream_and_into_an_idle_one(
     current, own = Stream("current", not busy, log), Stream("own", True, log)
     up = staging.Uploader.__new__(staging.Uploader)
     up.__dict__.update(_device=torch.device("cpu"), _stream=own, _idle={64: deque()})
+    on = ["current"]
+
+    def set_stream(stream: Stream) -> None:
+        on[0] = stream.name
+
+    def note(what: str, original: Any) -> Any:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            log.append((what, on[0]))
+            return original(*args, **kwargs)
+
+        return noted
+
     monkeypatch.setattr(up, "_current_stream", lambda: current)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: log.append(("set", stream.name)))
+    monkeypatch.setattr(torch.cuda, "set_stream", set_stream)
+    monkeypatch.setattr(torch, "empty", note("allocated on", torch.empty))
+    monkeypatch.setattr(torch.Tensor, "copy_", note("copied on", torch.Tensor.copy_))
     monkeypatch.setattr(
         torch.Tensor, "record_stream", lambda tensor, stream: log.append(("keep for", stream.name))
     )
-    event = SimpleNamespace(record=lambda stream: log.append(("copied on", stream.name)))
+    event = SimpleNamespace(record=lambda stream: log.append(("recorded on", stream.name)))
     pinned = torch.arange(64, dtype=torch.uint8)
     lent: Any = SimpleNamespace(pinned=pinned, nbytes=64, copied=event)
 
@@ -166,17 +180,28 @@ def test_a_copy_goes_beside_a_busy_stream_and_into_an_idle_one(
 
     moved = up.upload(lent, 64, complete)
     assert moved.tolist() == [7, *range(1, 64)], "what depends on the address travels too"
-    if busy:
-        assert log == [
-            ("set", "own"),
-            ("copied on", "own"),
-            ("set", "current"),
-            ("wait", "current"),
-            ("keep for", "current"),
-        ]
-    else:
-        assert log == [("copied on", "current")]
-    assert list(up._idle[64]) == [lent], "lent again, once its event has run"
+    where = "own" if busy else "current"
+    steps = [("allocated on", where), ("copied on", where), ("recorded on", where)]
+    assert log == steps + ([("wait", "current"), ("keep for", "current")] if busy else [])
+    assert on == ["current"]
+    assert list(up._idle[64]) == [lent], "to be lent again"
+
+
+def test_a_buffer_is_lent_again_once_its_copy_has_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    up = staging.Uploader.__new__(staging.Uploader)
+    size = staging.SMALLEST_BYTES
+    ran = [False]
+    used: Any = SimpleNamespace(copied=SimpleNamespace(query=lambda: ran[0]))
+    up.__dict__.update(_idle={size: deque([used])})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(staging, "Staging", lambda nbytes: f"new, {nbytes}")
+    assert up.lend(100) == f"new, {size}"
+    ran[0] = True
+    assert up.lend(100) is used
+    assert up.lend(100) == f"new, {size}"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="before capturing"):
+        up.lend(100)
 
 
 def test_rows_too_far_apart_are_found_by_address() -> None:
