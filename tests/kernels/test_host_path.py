@@ -6,7 +6,6 @@ compiled kernels are stubs that record how they are launched.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from types import SimpleNamespace
 from typing import Any
@@ -292,7 +291,6 @@ def bf16_case(counts: list[int], **more: Any) -> Any:
     return make_case([64] * len(counts), counts, torch.bfloat16, hidden=128, columns=64, **more)
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the JIT's names")
 class TestLaunches:
     @pytest.mark.parametrize("counts", [[1], [40], [500], [3, 70, 1, 9]])
     def test_two_launches_and_no_more(self, stubbed: Stubbed, counts: list[int]) -> None:
