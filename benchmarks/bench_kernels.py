@@ -28,9 +28,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,45 @@ def percentiles(samples: list[float]) -> dict[str, float]:
     return {"p20": cut[1], "p50": statistics.median(samples), "p80": cut[7]}
 
 
+def queued(
+    steps: Sequence[Step], runs: int, cycles: int, before: Step = lambda: None
+) -> tuple[list[float], int, int]:
+    """Time steps on the GPU alone: queued behind a pause, so that none waits for Python.
+
+    Where the pause was over before all were queued, it is doubled and the run taken again.
+
+    Args:
+        steps: run one after the other, each timed.
+        runs: of all steps.
+        cycles: the first pause.
+        before: what comes before the pause.
+
+    Returns:
+        Milliseconds of each step of each run; runs that stalled; how many of those were kept, as
+        the longest pause was too short for a step that synchronises.
+    """
+    longest = 64 * cycles
+    found: list[float] = []
+    stalls = kept = 0
+    while len(found) < runs * len(steps):
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(steps) + 1)]
+        before()
+        torch.cuda._sleep(cycles)
+        marks[0].record()
+        for step, mark in zip(steps, marks[1:], strict=True):
+            step()
+            mark.record()
+        stalled = marks[0].query()
+        torch.cuda.synchronize()
+        stalls += stalled
+        if stalled and cycles < longest:
+            cycles *= 2
+            continue
+        kept += stalled
+        found += [a.elapsed_time(b) for a, b in pairwise(marks)]
+    return found, stalls, kept
+
+
 class Clock:
     """Times a step on the device and on the host, in us."""
 
@@ -88,7 +128,7 @@ class Clock:
             for name, step in steps.items():
                 if self.cuda:
                     if to_the_end:
-                        torch.sum(self._flush, dim=0, out=self._sink)
+                        self._empty_l2()
                     torch.cuda.synchronize()
                 begin = time.perf_counter()
                 step()
@@ -102,25 +142,15 @@ class Clock:
             return self.host(step, samples)
         # Long enough for the host to queue the step behind it; clock below 2.1 GHz assumed.
         cycles = int(2100 * (2 * host_us + 100))
-        longest = 64 * cycles
-        found: list[float] = []
-        stalls = kept = 0
-        while len(found) < samples:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.sum(self._flush, dim=0, out=self._sink)
-            torch.cuda._sleep(cycles)
-            begin.record()
-            step()
-            end.record()
-            stalled = begin.query()  # the stream ran dry before the step was queued
-            torch.cuda.synchronize()
-            stalls += stalled
-            if stalled and cycles < longest:  # a step that synchronises stalls each time
-                cycles *= 2
-                continue
-            kept += stalled
-            found.append(begin.elapsed_time(end) * 1e3)
-        return {**percentiles(found), "stalls": stalls, "kept_stalled": kept}
+        found, stalls, kept = queued([step], samples, cycles, self._empty_l2)
+        return {
+            **percentiles([1e3 * ms for ms in found]),
+            "stalls": stalls,
+            "kept_stalled": kept,
+        }
+
+    def _empty_l2(self) -> None:
+        torch.sum(self._flush, dim=0, out=self._sink)
 
 
 def measure_roofs(device: str, dtype: torch.dtype) -> dict[str, float]:

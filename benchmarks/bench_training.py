@@ -27,14 +27,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_kernels import commit
+from bench_kernels import commit, queued
 
 from mmqwen_kernels import Projector, autograd
 from mmqwen_kernels.autograd import fused_embed
@@ -252,26 +252,9 @@ def wall_times(function: Step, case: Case, device: str, repeats: int) -> list[fl
 
 
 def device_times(function: Step, case: Case, batches: int = 2) -> list[float]:
-    """Milliseconds of steps on the GPU alone: queued while the GPU is kept busy.
-
-    Where the pause was over before all were queued, it is doubled and the batch taken again.
-    """
-    times: list[float] = []
-    pause = PAUSE_CYCLES
-    while len(times) < batches * STEPS_QUEUED:
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(STEPS_QUEUED + 1)]
-        torch.cuda._sleep(pause)
-        marks[0].record()
-        for mark in marks[1:]:
-            step(function, case)
-            mark.record()
-        stalled = marks[0].query()
-        torch.cuda.synchronize()
-        if stalled and pause < 16 * PAUSE_CYCLES:  # a step that synchronises stalls each time
-            pause *= 2
-        else:
-            times += [a.elapsed_time(b) for a, b in pairwise(marks)]
-    return times
+    """Milliseconds of steps on the GPU alone."""
+    steps = [lambda: step(function, case)] * STEPS_QUEUED
+    return queued(steps, batches, PAUSE_CYCLES)[0]
 
 
 def measure(function: Step, case: Case, device: str, repeats: int) -> dict[str, Any]:

@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from bench_kernels import queued
 from bench_training import RESULTS, Case, about
 
 from mmqwen_kernels import backward
@@ -72,14 +72,7 @@ def time_of(case: Case, repeats: int = 10) -> float:
             for own in gradients:
                 if not all(bool(g.isfinite().all()) for g in own if g is not None):
                     raise RuntimeError("a gradient is not finite")
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-        torch.cuda._sleep(10_000_000)
-        marks[0].record()
-        for mark in marks[1:]:
-            step()
-            mark.record()
-        torch.cuda.synchronize()
-    return median(a.elapsed_time(b) for a, b in pairwise(marks))
+        return median(queued([step] * repeats, 1, 10_000_000)[0])
 
 
 def fits(tile: Tile, rows: int) -> bool:
