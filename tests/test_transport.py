@@ -31,7 +31,10 @@ try:
 except ImportError:  # optional: numpy's bfloat16
     ml_dtypes = None
 
-needs_ml_dtypes = pytest.mark.skipif(ml_dtypes is None, reason="ml_dtypes is not installed")
+needs_ml_dtypes = pytest.mark.skipif(
+    ml_dtypes is None,
+    reason="needs the package ml_dtypes, whose bfloat16 numpy then knows (pip install ml_dtypes)",
+)
 
 DIM = 6
 SPEC = ModalitySpec("m1", DIM, max_rows=5)

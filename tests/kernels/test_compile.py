@@ -21,6 +21,7 @@ KNOWN_SPILLS = {"up-sm100-fp32-64x64x32-8w3s-4e-masked-address-align4": 8}
 KNOWN_SPILLS |= {
     "3.7": {
         "up-sm100-fp32-64x64x32-8w3s-4e-masked-address-align4": 16,
+        "up-sm90-fp32-16x64x64-4w3s-4e-masked-address": 8,
         "text-sm100-bf16-align2": 104,
     },
     "3.9": {
