@@ -1,27 +1,34 @@
-"""`pytest benchmarks/ --benchmark-only`: torch backend, planner and packer on a CPU.
+"""`pytest benchmarks/ --benchmark-only`: a step by every provider that runs here, and its parts.
 
-The providers too where there is a GPU. `bench_kernels.py` is the full measurement.
+Names say what is timed: `test_step[ours-D4096-2_modalities-512_rows-64_text]`; `providers.py` says
+what the providers do. `bench_kernels.py` is the full measurement, with device times.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 
 import pytest
 import torch
-from providers import PROVIDERS, WIDTHS, gate, make_workload, why_not
+from providers import PROVIDERS, WIDTHS, gate, into_buffer, make_workload, why_not
 
-from mmqwen_kernels import directory, fuse_embeddings, pack_rows, plan_rows
+from mmqwen_kernels import directory, pack_rows, plan_rows
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 SIZES = [1024, 4096] if CUDA else [256]
-ROWS = [1, 64, 1024, 8192] if CUDA else [1, 64, 256]
+ROWS = [1, 64, 1024, 8192] if CUDA else [4, 64, 256]
 
 Benchmark = Callable[..., Any]
-ITEM_SHAPES = [(1, 64, 1), (16, 4, 1), (128, 1, 1), (128, 1, 4), (1024, 1, 1)]
+ITEMS = [(1, 64, 1), (16, 4, 1), (128, 1, 1), (128, 1, 4), (1024, 1, 1)]
+REQUESTS = [(64, 4, 1), (64, 4, 4), (256, 1, 1)]
+
+
+def words(count: int, rows: int, modalities: int, of: str) -> str:
+    return f"{count}_{of}_of_{rows}_rows-{modalities}_modalities"
 
 
 def make_items(count: int, rows: int, modalities: int) -> list[tuple[int, torch.Tensor]]:
@@ -30,56 +37,37 @@ def make_items(count: int, rows: int, modalities: int) -> list[tuple[int, torch.
     ]
 
 
-def mask_for(total: int) -> torch.Tensor:
-    mask = torch.zeros(total + 256, dtype=torch.bool)
-    mask[100 : 100 + total] = True
-    return mask
-
-
-@pytest.mark.parametrize(("count", "rows", "modalities"), ITEM_SHAPES)
+@pytest.mark.parametrize(
+    ("count", "rows", "modalities"), ITEMS, ids=[words(*i, "items") for i in ITEMS]
+)
 def test_pack(benchmark: Benchmark, count: int, rows: int, modalities: int) -> None:
-    items = make_items(count, rows, modalities)
-    benchmark(pack_rows, items)
+    """A message's items into one pack, as the front end does at each request."""
+    benchmark(pack_rows, make_items(count, rows, modalities))
 
 
-@pytest.mark.parametrize(("count", "rows", "modalities"), ITEM_SHAPES)
-@pytest.mark.parametrize("packed", [True, False])
-def test_plan(benchmark: Benchmark, count: int, rows: int, modalities: int, packed: bool) -> None:
-    """From one pack, or from as many loose items, to where the kernels can begin."""
-    sources: list = make_items(count, rows, modalities)
-    if packed:
-        sources = [directory(pack_rows(sources))]
-    mask = mask_for(count * rows)
-
-    def plan() -> object:
-        made = plan_rows(sources, mask, len(mask), WIDTHS, dtype=torch.bfloat16, device=DEVICE)
-        return made.rows if DEVICE == "cpu" else made
-
-    benchmark(plan)
+def plan_of(packs: list[torch.Tensor], rows: int) -> Callable[[], object]:
+    mask = torch.zeros(rows + 256, dtype=torch.bool)
+    mask[100 : 100 + rows] = True
+    return lambda: plan_rows(packs, mask, len(mask), WIDTHS, dtype=torch.bfloat16, device=DEVICE)
 
 
-@pytest.mark.parametrize(("requests", "rows", "modalities"), [(64, 4, 1), (64, 4, 4), (256, 1, 1)])
-def test_plan_of_many_requests(
+@pytest.mark.parametrize(
+    ("count", "rows", "modalities"), ITEMS, ids=[words(*i, "items") for i in ITEMS]
+)
+def test_plan_one_request(benchmark: Benchmark, count: int, rows: int, modalities: int) -> None:
+    """From one pack to where the kernels can begin."""
+    benchmark(plan_of([directory(pack_rows(make_items(count, rows, modalities)))], count * rows))
+
+
+@pytest.mark.parametrize(
+    ("requests", "rows", "modalities"), REQUESTS, ids=[words(*r, "requests") for r in REQUESTS]
+)
+def test_plan_many_requests(
     benchmark: Benchmark, requests: int, rows: int, modalities: int
 ) -> None:
-    parts = [directory(pack_rows(make_items(rows, 1, modalities))) for _ in range(requests)]
-    mask = mask_for(requests * rows)
-
-    def plan() -> object:
-        made = plan_rows(parts, mask, len(mask), WIDTHS, dtype=torch.bfloat16, device=DEVICE)
-        return made.rows if DEVICE == "cpu" else made
-
-    benchmark(plan)
-
-
-def test_torch_backend_from_a_pack(benchmark: Benchmark) -> None:
-    work = make_workload(256, 2, 64, dtype=torch.float32, device="cpu")
-    pack = directory(pack_rows([(m, x) for m, x in work.items]))
-    benchmark(
-        lambda: fuse_embeddings(
-            work.input_ids, work.table, [pack], work.projectors, slots=work.mask, backend="torch"
-        )
-    )
+    """The same from a pack a request."""
+    packs = [directory(pack_rows(make_items(rows, 1, modalities))) for _ in range(requests)]
+    benchmark(plan_of(packs, requests * rows))
 
 
 STEPS = [
@@ -88,20 +76,24 @@ STEPS = [
     for size in SIZES
     for modalities in (1, 4)
     for rows in ROWS
-    # C compiles anew at each point, A projects item by item: minutes.
-    if name != "C" and not (name == "A" and rows > 1024)
-    if why_not(name, DEVICE, DTYPE, rows) is None
+    # compiled takes seconds for each shape: bench_kernels.py --providers compiled
+    if name != "compiled" and rows >= modalities and why_not(name, DEVICE, DTYPE) is None
 ]
 
 
-@pytest.mark.parametrize(("name", "size", "modalities", "rows"), STEPS)
+@pytest.mark.parametrize(
+    ("name", "size", "modalities", "rows"),
+    STEPS,
+    ids=[f"{n}-D{size}-{m}_modalities-{rows}_rows-64_text" for n, size, m, rows in STEPS],
+)
 def test_step(benchmark: Benchmark, name: str, size: int, modalities: int, rows: int) -> None:
-    work = make_workload(size, modalities, rows, dtype=DTYPE, device=DEVICE)
+    """A whole step to the end of its work, from packs on the host; correct before it is timed."""
+    work = make_workload(size, modalities, rows, 64, steps=8, dtype=DTYPE, device=DEVICE)
     gate(work, [name])
-    step = PROVIDERS[name](work)
+    run, steps = into_buffer(work, PROVIDERS[name](work)), cycle(work.steps)
 
     def timed() -> None:
-        step()
+        run(next(steps))
         if CUDA:
             torch.cuda.synchronize()
 
