@@ -15,7 +15,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mmqwen import transport
 from mmqwen.modalities import ModalitySpec
 from mmqwen.transport import (
     EmbeddingError,
@@ -24,6 +23,7 @@ from mmqwen.transport import (
     concat_items,
     decode_rows,
     encode_rows,
+    wire,
 )
 
 try:
@@ -50,8 +50,8 @@ rows_strategy = st.integers(1, 5).flatmap(
 @pytest.fixture(params=["pybase64", "standard library"])
 def base64_backend(request, monkeypatch):
     if request.param == "standard library":
-        monkeypatch.setattr(transport, "pybase64", None)
-    elif transport.pybase64 is None:
+        monkeypatch.setattr(wire, "pybase64", None)
+    elif wire.pybase64 is None:
         pytest.skip(
             "needs the package pybase64, which vLLM brings (pip install pybase64); what serves "
             "without it is tested by the other half, 'standard library'"
@@ -527,7 +527,7 @@ payloads = st.one_of(
                 st.binary(max_size=64).map(lambda raw: base64.b64encode(raw).decode()),
                 json_values,
             ),
-            "dtype": st.sampled_from([*transport.WIRE_DTYPES, "float64", "int32"]) | json_values,
+            "dtype": st.sampled_from([*wire.WIRE_DTYPES, "float64", "int32"]) | json_values,
             "shape": st.lists(st.integers(-1, 6), max_size=3)
             | st.tuples(st.integers(1, 5), st.just(DIM)).map(list)
             | json_values,
