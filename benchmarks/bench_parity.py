@@ -29,8 +29,9 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from bench_training import RESULTS, about
+from bench_kernels import HERE, about
 
+RESULTS = HERE / "results"
 DTYPES = ("float32", "bfloat16")
 
 
@@ -129,8 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     output = arguments.output or RESULTS / f"parity-{device}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {**about(device, torch.float32), "results": [], "failed": []}
-    del report["dtype"]
+    report: dict[str, Any] = {**about(device), "results": [], "failed": []}
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = arguments.checkpoint
         if checkpoint is None:

@@ -292,31 +292,3 @@ def test_a_modality_without_an_id_is_refused(model):
     config = MultimodalQwen3Config(text_config=model.config.text_config, modalities={"m1": 24})
     with pytest.raises(ValueError, match="'m1' has no token_id"):
         MultimodalQwen3ForConditionalGeneration(config)
-
-
-def test_the_fused_training_path_gives_the_same_loss_and_gradients(tmp_path):
-    model = MultimodalQwen3ForConditionalGeneration.from_pretrained(
-        make_composite(tmp_path / "model"), dtype=torch.float32
-    ).train()
-    m1, m2 = (model.specs[name].token_id for name in ("m1", "m2"))
-    ids = torch.tensor([[5, m1, m1, 6, m2, 7], [8, m2, 9, 10, m1, 11]])
-    generator = torch.Generator().manual_seed(0)
-    rows = {
-        "m1": torch.randn(3, 24, generator=generator),
-        "m2": torch.randn(2, 40, generator=generator),
-    }
-    results = []
-    for path in ("torch", "fused"):
-        model.training_path = path
-        assert model.training_choice().name == path
-        model.zero_grad()
-        loss = model(ids, labels=ids, embeddings=rows).loss
-        loss.backward()
-        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        results.append((loss.detach(), grads))
-    (loss, grads), (fused_loss, fused_grads) = results
-    torch.testing.assert_close(fused_loss, loss)
-    assert fused_grads.keys() == grads.keys()
-    assert any(name.startswith("projectors.m1") for name in grads)
-    for name, grad in grads.items():
-        torch.testing.assert_close(fused_grads[name], grad, rtol=1e-4, atol=1e-6)

@@ -95,28 +95,6 @@ def test_projector_stage_leaves_the_language_model_bit_for_bit(places):
     assert not (run / ".saving").exists()
 
 
-def test_the_fused_path_trains_alike(places, monkeypatch):
-    from mmqwen_kernels import autograd
-
-    fused = []
-    original = autograd.fused_embed
-    monkeypatch.setattr(
-        autograd, "fused_embed", lambda *a, **k: fused.append(1) or original(*a, **k)
-    )
-    output = train(settings_for(places, "fused", training_path="fused"))
-    curve = losses(output)
-    assert fused
-    report = json.loads((output / "training.json").read_text())
-    assert report["training_path"].startswith("fused: ")
-    fused.clear()
-    assert curve == pytest.approx(losses(train(settings_for(places, "modules"))), rel=1e-4)
-    assert not fused
-    with pytest.raises(TrainingError, match="training_path 'fast'"):
-        settings_for(places, "unknown", training_path="fast")
-    with pytest.raises(TrainingError, match="which fsdp shards"):
-        settings_for(places, "sharded", training_path="fused", fsdp="full_shard")
-
-
 def test_the_best_checkpoint_is_what_is_written(places):
     output = train(settings_for(places, "best", max_steps=9, eval_share=0.25, lr=0.3, keep=9))
     report = json.loads((output / "training.json").read_text())

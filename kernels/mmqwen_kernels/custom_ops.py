@@ -1,7 +1,9 @@
 """The kernels as torch custom ops, so that `torch.compile(fullgraph=True)` goes through them.
 
-Used while compiling only: a custom op's dispatch costs more than the rest of a step's host path.
-Registered when first needed; what they compute is in `reference.py`.
+For models of your own that call the op inside `torch.compile`. Nothing in mmqwen does: vLLM calls
+`embed_input_ids` outside of what it compiles, and training goes by modules. Used while compiling
+only: a custom op's dispatch costs more than the rest of a step's host path. Registered when first
+needed; what they compute is in `reference.py`.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ def _run(
         Projector(next(left), next(left), next(left), next(left) if has else None)
         for has in with_b2
     ]
-    fused, _ = triton_backend(token_table.device).fuse(
+    return triton_backend(token_table.device).fuse(
         input_ids,
         token_table,
         order,
@@ -50,7 +52,6 @@ def _run(
         out=out,
         launch="batch_invariant" if launch == "batch_invariant" else "fastest",
     )
-    return fused
 
 
 @torch.library.custom_op("mmqwen::fuse_embeddings", mutates_args=())

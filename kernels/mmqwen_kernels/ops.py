@@ -133,8 +133,8 @@ def _pick(backend: str, first: torch.Tensor, others: Iterable[torch.Tensor | Non
     if _needs_gradients(first, others):
         if backend == "triton":
             raise ValueError(
-                "this op has no backward by the kernels: use mmqwen_kernels.autograd.fused_embed, "
-                "torch.no_grad() or backend='torch'"
+                "the kernels give no gradients (docs/adr/0004): use torch.no_grad() or "
+                "backend='torch'"
             )
         if backend == "auto":
             return "torch"
@@ -216,7 +216,7 @@ def fuse_embeddings(
         from mmqwen_kernels.custom_ops import fuse_compiled
 
         return fuse_compiled(input_ids, token_table, rows, projectors, vocab_start, out, launch)
-    fused, _ = _backend_of(token_table.device).fuse(
+    return _backend_of(token_table.device).fuse(
         input_ids,
         token_table,
         rows.buffer,
@@ -228,7 +228,6 @@ def fuse_embeddings(
         out=out,
         launch=launch,
     )
-    return fused
 
 
 def project_rows(

@@ -254,11 +254,8 @@ class TritonBackend:
         vocab_start: int = 0,
         out: torch.Tensor | None = None,
         launch: Mode | LaunchConfig = "fastest",
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> torch.Tensor:
         """`fuse_embeddings` of a plan's tensors. See `ops.fuse_embeddings` and `plan.RowPlan`.
-
-        Returns:
-            Its result, and the hidden activations `[R, stride]` of all rows, or None without rows.
 
         Raises:
             ValueError: tensors differ in dtype or device, or do not fit together.
@@ -286,17 +283,16 @@ class TritonBackend:
         if input_ids.dtype not in _INTEGERS or not input_ids.is_contiguous():
             input_ids = input_ids.long().contiguous()
         total = sum(counts)
-        hidden = None
         with self._on_device():
             if total:
                 weights = self._weights_of(projectors, dtype)
-                hidden = self._project(
+                self._project(
                     weights, tables, counts, total, result, launch, (order, order_at),
                     (input_ids, token_table, vocab_start),
                 )  # fmt: skip
             elif tokens:
                 self._gather_text(input_ids, token_table, vocab_start, result)
-        return (result if out is None or result is out else out.copy_(result)), hidden
+        return result if out is None or result is out else out.copy_(result)
 
     def project(
         self,
@@ -408,12 +404,8 @@ class TritonBackend:
         launch: Mode | LaunchConfig,
         order: tuple[torch.Tensor, int] | None = None,
         text: tuple[torch.Tensor, torch.Tensor, int] | None = None,
-    ) -> torch.Tensor:
-        """K1 and K2; `order` and `text` (ids, token table, vocab_start) are for `fuse`.
-
-        Returns:
-            The hidden activations `[R, stride]`.
-        """
+    ) -> None:
+        """K1 and K2; `order` and `text` (ids, token table, vocab_start) are for `fuse`."""
         tokens, columns = out.shape
         dtype, itemsize = out.dtype, out.dtype.itemsize
         if weights.columns != columns or len(counts) != len(weights.rows):
@@ -496,7 +488,6 @@ class TritonBackend:
             units,
             w2_stride,
         )
-        return hidden
 
     def _recipe(self, weights: _Weights, shape: tuple[Any, ...]) -> _Recipe:
         """What a step's launches need beyond its tensors, made once per kind of step."""

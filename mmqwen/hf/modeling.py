@@ -16,8 +16,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOut
 from mmqwen.hf.configuration import MultimodalQwen3Config
 from mmqwen.modalities import ModalitySpec
 from mmqwen.shards import drop_replaced_files
-from mmqwen_kernels.ops import BackendChoice
-from mmqwen_kernels.reference import Projector
 
 Rows = Tensor | Sequence[Any]
 """`[R, d]` packed rows of one modality, or a list of `[n, d]` and `[d]` items in the same order."""
@@ -79,8 +77,6 @@ class MultimodalQwen3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     input_modalities = "text"
     supports_gradient_checkpointing = True
-    # Not "auto": on CUDA that would be the kernels, whose training has not been run on a GPU yet.
-    training_path = "torch"
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -157,19 +153,8 @@ class MultimodalQwen3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 )
             slots.append(at)
             packed.append(rows)
-        embedding = self.get_input_embeddings()
         learns = self.training and torch.is_grad_enabled()
-        if learns and self.training_choice().name == "fused":
-            from mmqwen_kernels.autograd import fused_embed
-
-            weights = [_weights_of(self.projector(name)) for name in self.specs]
-            padding = embedding.padding_idx
-            flat_ids = input_ids.reshape(-1)
-            fused = fused_embed(
-                flat_ids, embedding.weight, packed, slots, weights, padding_idx=padding
-            )
-            return fused.view(*input_ids.shape, -1)
-        inputs_embeds = embedding(input_ids)
+        inputs_embeds = self.get_input_embeddings()(input_ids)
         projected, kept = [], []
         for name, at, rows in zip(self.specs, slots, packed, strict=True):
             if at.numel() or learns:
@@ -181,17 +166,6 @@ class MultimodalQwen3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # Out of place: the lookup may be a leaf's view, and autograd needs its input.
         fused = flat.index_put((torch.cat(kept),), torch.cat(projected).to(flat.device))
         return fused.view_as(inputs_embeds)
-
-    def training_choice(self) -> BackendChoice:
-        """Whether `fuse` trains through the fused op or through the modules, and why.
-
-        `training_path`, an attribute, is "torch" unless set to "fused" or "auto".
-        """
-        from mmqwen_kernels.autograd import select_training_path
-
-        projectors = [self.projector(name) for name in self.specs]
-        linears = [linear for p in projectors for linear in (p.linear_1, p.linear_2)]
-        return select_training_path(self.get_input_embeddings(), linears, self.training_path)
 
     def _read_rows(self, spec: ModalitySpec, rows: Rows | None) -> Tensor:
         """`[R, d]` in the dtype of the projector, which may be trained in more than the model's."""
@@ -376,11 +350,6 @@ class MultimodalQwen3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
             input_ids=cast(Any, input_ids),
             **model_kwargs,
         )
-
-
-def _weights_of(projector: MultiModalProjector) -> Projector:
-    first, second = projector.linear_1, projector.linear_2
-    return Projector(first.weight, first.bias, second.weight, second.bias)
 
 
 def _check_width(spec: ModalitySpec, rows: Tensor) -> None:

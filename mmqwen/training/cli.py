@@ -32,9 +32,6 @@ def command(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
     ] = False,
-    training_path: Annotated[
-        str, typer.Option(help="torch, auto (fused where the kernels run) or fused.")
-    ] = "torch",
     save_steps: Annotated[
         int | None, typer.Option(help="Steps between checkpoints; default: once an epoch.")
     ] = None,
@@ -91,7 +88,6 @@ def command(
             seed=seed,
             bf16=bf16,
             gradient_checkpointing=gradient_checkpointing,
-            training_path=training_path,
             save_steps=save_steps,
             keep=keep,
             log_steps=log_steps,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 STAGES = ("projector", "lora", "full")
-TRAINING_PATHS = ("torch", "auto", "fused")
 LEARNING_RATES = {"projector": 1e-3, "lora": 2e-4, "full": 2e-5}
 """Peak learning rate of each stage unless told: those of LLaVA 1.5 (arXiv:2310.03744, and scripts
 of its repository) for the projector alone, for LoRA and for all weights."""
@@ -47,8 +46,6 @@ class TrainSettings:
         seed: of the order of samples, the LoRA weights and dropout.
         bf16: compute in bfloat16. Trained weights are kept in float32 until they are written.
         gradient_checkpointing: recompute the language model's activations in backward.
-        training_path: "torch" projects and places by modules, "fused" by the op that serves and its
-            own backward, "auto" by that where the kernels run (`select_training_path`).
         save_steps: steps between checkpoints (and evaluations); None: once an epoch.
         keep: checkpoints kept, besides the best.
         log_steps: steps between log entries.
@@ -82,7 +79,6 @@ class TrainSettings:
     seed: int = 0
     bf16: bool = False
     gradient_checkpointing: bool = False
-    training_path: str = "torch"
     save_steps: int | None = None
     keep: int = 2
     log_steps: int = 10
@@ -106,10 +102,6 @@ class TrainSettings:
         object.__setattr__(self, "lora_layers", tuple(self.lora_layers))
         if self.stage not in STAGES:
             raise TrainingError(f"stage {self.stage!r}, expected one of {STAGES}")
-        if self.training_path not in TRAINING_PATHS:
-            raise TrainingError(
-                f"training_path {self.training_path!r}, expected one of {TRAINING_PATHS}"
-            )
         for name in ("batch_size", "accumulation", "keep", "log_steps", "lora_rank"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} is {getattr(self, name)}, expected at least 1")
@@ -117,8 +109,6 @@ class TrainSettings:
             raise TrainingError(f"save_steps is {self.save_steps}, expected at least 1")
         if not 0 <= self.eval_share < 1:
             raise TrainingError(f"eval_share is {self.eval_share}, expected 0 to 1")
-        if self.training_path == "fused" and self.fsdp:
-            raise TrainingError("training_path 'fused' reads whole weights, which fsdp shards")
         if self.eval_data is not None and self.eval_share:
             raise TrainingError("give eval_data or eval_share, not both")
         if self.epochs <= 0 and self.max_steps <= 0:

@@ -78,7 +78,6 @@ def train(settings: TrainSettings, *, callbacks: Sequence[Any] = ()) -> Path:
     )
     checkpoint = last_checkpoint(settings.run_folder)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    choice = model.training_choice()
     if settings.fsdp:  # the shards' whole weights, in a model of the first process alone
         weights = trainable_state(trainer.model)
         if main:
@@ -90,7 +89,6 @@ def train(settings: TrainSettings, *, callbacks: Sequence[Any] = ()) -> Path:
             "steps": trainer.state.global_step,
             "best_step": trainer.state.best_global_step,
             "best_eval_loss": trainer.state.best_metric,
-            "training_path": f"{choice.name}: {choice.reason}",
             "log": trainer.state.log_history,
         }
         _write_output(settings, model, tuner, Path(settings.output), report)
@@ -239,7 +237,6 @@ def _load_model(settings: TrainSettings, config: MultimodalQwen3Config) -> tuple
             seed=settings.seed,
         )
     model.projectors.float().requires_grad_(True)
-    model.training_path = settings.training_path
     return model, tuner
 
 
