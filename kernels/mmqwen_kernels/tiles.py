@@ -11,12 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
-
-Mode = Literal["fastest", "batch_invariant"]
-MODES: tuple[Mode, ...] = ("fastest", "batch_invariant")
 
 SHARED_BYTES = {(8, 0): 166_912, (8, 7): 166_912, (9, 0): 232_448, (10, 0): 232_448}
 """Shared memory of a block, at most, by capability (CUDA C++ Programming Guide, "Compute
@@ -158,7 +154,6 @@ def choose_config(
     num_sms: int,
     *,
     aligned: bool = True,
-    mode: Mode = "fastest",
 ) -> LaunchConfig:
     """Pick tiles for one step. A pure function; nothing is tuned at run time.
 
@@ -171,21 +166,17 @@ def choose_config(
         capability: (major, minor) of the GPU.
         num_sms: its number of multiprocessors.
         aligned: every address and row stride is a multiple of 16 bytes.
-        mode: "fastest"; or "batch_invariant", tiles that do not depend on `counts` at all, for
-            GPUs on which nobody has checked that "fastest" keeps a row's bits.
 
     Raises:
-        ValueError: `mode` is unknown, or the lists differ in length.
+        ValueError: the lists differ in length.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode {mode!r}, expected one of {MODES}")
     if not len(counts) == len(widths) == len(hidden):
         raise ValueError(
             f"{len(counts)} counts, {len(widths)} widths and {len(hidden)} hidden sizes, expected "
             "one of each per modality"
         )
     most = max(counts, default=0)
-    ups, downs, reason = _candidates(most, dtype, capability, aligned, mode)
+    ups, downs, reason = _candidates(most, dtype, capability, aligned)
     up = _cheapest(ups, counts, hidden, num_sms)
     down = _cheapest(downs, counts, [columns] * len(counts), num_sms)
     return LaunchConfig(
@@ -210,11 +201,11 @@ def launches_dependently(capability: tuple[int, int]) -> bool:
 def every_tile(
     dtype: torch.dtype, capability: tuple[int, int], aligned: bool
 ) -> tuple[list[TileConfig], list[TileConfig]]:
-    """All tiles of K1 and of K2 that `choose_config` can give in mode "fastest"."""
+    """All tiles of K1 and of K2 that `choose_config` can give."""
     ups: dict[TileConfig, None] = {}
     downs: dict[TileConfig, None] = {}
     for most in ROW_CLASSES:
-        up, down, _ = _candidates(most, dtype, capability, aligned, "fastest")
+        up, down, _ = _candidates(most, dtype, capability, aligned)
         ups |= dict.fromkeys(up)
         downs |= dict.fromkeys(down)
     return list(ups), list(downs)
@@ -227,15 +218,15 @@ _Candidates = tuple[Sequence[TileConfig], Sequence[TileConfig], str]
 
 
 def _candidates(
-    most: int, dtype: torch.dtype, capability: tuple[int, int], aligned: bool, mode: Mode
+    most: int, dtype: torch.dtype, capability: tuple[int, int], aligned: bool
 ) -> _Candidates:
     """Tiles of K1 and K2 from narrow to wide for `most` rows a modality, and why these."""
     if dtype == torch.float32:
-        return _plain(most, mode, FP32_16, FP32_MIDDLE, "fp32 by FMA")
+        return _plain(most, FP32_16, FP32_MIDDLE, "fp32 by FMA")
     if not aligned:
-        return _plain(most, mode, UNALIGNED_16, UNALIGNED_MIDDLE, "rows not 16-byte aligned")
+        return _plain(most, UNALIGNED_16, UNALIGNED_MIDDLE, "rows not 16-byte aligned")
     if capability in ((9, 0), (10, 0)):
-        ups, downs, reason = _hopper(most, mode)
+        ups, downs, reason = _hopper(most)
         if capability == (9, 0):
             return ups, downs, reason
         # On sm_100 a 128x128 accumulator in four warps spills 80 bytes, in eight none; a 128x256
@@ -244,9 +235,7 @@ def _candidates(
             *([_for_sm_100(t) for t in tiles if t.block_n < 256] for tiles in (ups, downs)),
             reason + " (Hopper's tiles, not measured here)",
         )  # type: ignore[return-value]
-    if mode == "batch_invariant":
-        tile, reason = DEFAULT_MIDDLE, "default, same tiles for every batch"
-    elif most <= 16:
+    if most <= 16:
         tile, reason = DEFAULT_16, "default for up to 16 rows"
     elif most <= 128:
         tile, reason = DEFAULT_MIDDLE, "default for up to 128 rows"
@@ -255,16 +244,12 @@ def _candidates(
     return (tile,), (tile,), reason
 
 
-def _plain(most: int, mode: Mode, few: TileConfig, many: TileConfig, why: str) -> _Candidates:
-    if mode == "batch_invariant":
-        return (many,), (many,), f"{why}, same tiles for every batch"
+def _plain(most: int, few: TileConfig, many: TileConfig, why: str) -> _Candidates:
     tile = few if most <= 16 else many
     return (tile,), (tile,), f"{why}, {'up to' if most <= 16 else 'more than'} 16 rows"
 
 
-def _hopper(most: int, mode: Mode) -> _Candidates:
-    if mode == "batch_invariant":
-        return MIDDLE_UP[1:2], MIDDLE_DOWN[:1], "same tiles for every batch"
+def _hopper(most: int) -> _Candidates:
     if most <= 32:
         rows = 16 if most <= 16 else 32
         return FEW[rows], FEW_DOWN[rows], f"up to {rows} rows: swapped, weights stream"

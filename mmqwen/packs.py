@@ -29,6 +29,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from mmqwen_kernels import HostRows
+
 _MAGIC = 0x6D6D7177656E3032  # "mmqwen02"
 _HEADER_WORDS = 4
 _GROUP_WORDS = 4
@@ -45,18 +47,6 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 class PackError(ValueError):
     """A tensor is not a pack, or not a slice of a pack's directory."""
-
-
-class RowGroup(NamedTuple):
-    """Consecutive rows of one modality.
-
-    Attributes:
-        modality: index of the modality.
-        rows: `[n, d]`, a view where possible.
-    """
-
-    modality: int
-    rows: torch.Tensor
 
 
 def _align(words: int) -> int:
@@ -250,6 +240,20 @@ def directory(pack: torch.Tensor) -> torch.Tensor:
     return open_pack(pack)[0]
 
 
+def blank_directory(count: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """A directory whose `count` rows of modality 0 are one and the same row of zeros."""
+    pack, places = allocate_pack([0], [1], {0: (1, width)}, dtype)
+    places[0].zero_()
+    head = _HEADER_WORDS + _GROUP_WORDS
+    words = torch.empty(2 * count + len(pack), dtype=torch.int64)
+    words[2 * count :] = pack
+    entries = words[: 2 * count].view(count, 2)
+    # The header stands behind the directory here: positions count from it, so they are negative.
+    entries[:, 0] = torch.arange(-2 * count, 0, 2)
+    entries[:, 1] = pack[head + 1]
+    return entries
+
+
 def open_pack(pack: torch.Tensor) -> tuple[torch.Tensor, list[tuple[int, int]]]:
     """Check a pack's header; 4 us, whatever the pack holds. `find_rows` looks at the directory.
 
@@ -291,95 +295,9 @@ def open_pack(pack: torch.Tensor) -> tuple[torch.Tensor, list[tuple[int, int]]]:
     return pack.as_strided((total, 2), (2, 1), pack.storage_offset() + begin), kinds
 
 
-def read_slice(part: torch.Tensor) -> tuple[np.ndarray, list[RowGroup]]:
-    """Resolve a slice of a directory.
-
-    Args:
-        part: int64 `[n, 2]`, consecutive rows of what `directory()` returned, n >= 1.
-
-    Returns:
-        The modality index of each of the n rows, int64 `[n]`; and for each modality among them its
-        rows in order, as a view into the pack.
-
-    Raises:
-        PackError: `part` is not such a slice (for instance a copy that left the data behind).
-    """
-    modality, found = resolve_slice(part)
-    if modality is None:
-        modality = np.full(part.shape[0], found[0].modality, dtype=np.int64)
-    return modality, found
-
-
-def resolve_slice(part: torch.Tensor) -> tuple[np.ndarray | None, list[RowGroup]]:
-    """`read_slice` with None in place of the modalities of a pack that holds but one."""
-    if part.dtype != torch.int64 or part.ndim != 2 or part.shape[1] != 2:
-        raise PackError(
-            f"expected an int64 [n, 2] slice of a directory, got {tuple(part.shape)} of "
-            f"{part.dtype}"
-        )
-    if part.stride() != (2, 1):
-        raise PackError("the rows of the slice are not consecutive")
-    offset, n = part.storage_offset(), part.shape[0]
-    size = part.untyped_storage().nbytes() // 8
-    # One view of the whole storage, read by numpy: a torch index costs a few us, numpy's 0.1.
-    base = part.as_strided((size,), (1,), 0)
-    words = base.numpy()
-    start = offset - int(words[offset])
-    if start < 0 or start + _HEADER_WORDS > size:
-        raise PackError("the slice has lost the pack that it was taken from")
-    magic, total, groups, code = words[start : start + _HEADER_WORDS].tolist()
-    if (
-        magic != _MAGIC
-        or offset + 2 * n > start + _HEADER_WORDS + _GROUP_WORDS * groups + 2 * total
-    ):
-        raise PackError("the slice has lost the pack that it was taken from")
-    at = start + _HEADER_WORDS
-    table = words[at : at + _GROUP_WORDS * groups].tolist()
-    dtype = _DTYPES[code]
-    data = base.view(dtype)
-    scale = 8 // dtype.itemsize
-    if groups == 1:
-        modality = None
-    else:
-        entries = words[offset + 1 : offset + 2 * n : 2]
-        modality = (entries >> _MODALITY_AT) & MAX_MODALITY
-    found: list[RowGroup] = []
-    for g in range(groups):
-        index, width, count, first = table[_GROUP_WORDS * g : _GROUP_WORDS * (g + 1)]
-        if n == total:
-            lo, rows = 0, count
-        else:
-            if modality is None:
-                first_entry, rows = int(words[offset + 1]), n
-            else:
-                hits = np.flatnonzero(modality == index)
-                rows = len(hits)
-                if not rows:
-                    continue
-                first_entry = int(entries[hits[0]])
-            lo = ((first_entry & _BEGIN_MASK) - 8 * first) // (width * dtype.itemsize)
-        if lo < 0 or lo + rows > count:
-            raise PackError("the slice reaches past the rows of its pack")
-        at = (start + first) * scale + lo * width
-        found.append(RowGroup(index, data.as_strided((rows, width), (width, 1), at)))
-    return modality, found
-
-
-class HostRows(NamedTuple):
-    """Where the rows of slices lie in host memory.
-
-    Attributes:
-        modality: int64 `[R]`.
-        address: int64 `[R]`, bytes. Valid as long as the slices are.
-    """
-
-    modality: np.ndarray
-    address: np.ndarray
-
-
 def find_rows(
     parts: Sequence[torch.Tensor], widths: Sequence[int], dtype: torch.dtype
-) -> HostRows | None:
+) -> HostRows:
     """The addresses of all rows of many slices, by a few array operations.
 
     Args:
@@ -388,16 +306,22 @@ def find_rows(
         dtype: the dtype that all rows must have.
 
     Returns:
-        The rows in their order, or None where their dtype is another.
+        The rows in their order; valid as long as the slices are.
 
     Raises:
-        PackError: a part is no such slice, or reaches past its pack.
+        PackError: a part is no such slice (for instance a copy that left the data behind), reaches
+            past its pack, or holds rows of another dtype.
         ValueError: a modality index is unknown, or rows have another width.
     """
     tables, counts, begins, ends = [], [], [], []
     for part in parts:
-        if part.dtype != torch.int64 or part.ndim != 2 or part.stride() != (2, 1):
-            resolve_slice(part)  # says what is wrong
+        if part.dtype != torch.int64 or part.ndim != 2 or part.shape[1] != 2 or not part.is_cpu:
+            raise PackError(
+                f"expected an int64 [n, 2] slice of a directory on the CPU, got "
+                f"{tuple(part.shape)} of {part.dtype} on {part.device}"
+            )
+        if part.stride() != (2, 1):
+            raise PackError("the rows of the slice are not consecutive")
         table = part.numpy()
         if not len(table):
             continue
@@ -431,7 +355,7 @@ def find_rows(
     )
     if (kind != expected.take(modality, mode="clip")).any():
         if (kind >> (_DTYPE_AT - _WIDTH_AT) != code).any():
-            return None
+            raise PackError(f"a pack holds rows of another dtype than {dtype}")
         _refuse_rows(kind & MAX_WIDTH, modality, widths)
     address = (entries & _BEGIN_MASK) + begin
     row_bytes = np.array(widths).take(modality) * dtype.itemsize

@@ -1,0 +1,66 @@
+"""How the kernels find rows: one entry a modality, and an address a row where that is not enough."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+ALIGN_BYTES = 16
+ENTRY_FIELDS = 8
+ENTRY_BYTES = 8 * ENTRY_FIELDS
+_MAX_ROW_STRIDE = 1 << 23  # elements: 256 rows of a tile times this fit in int32
+
+Span = tuple[int, int, int]
+"""Address, row stride in elements, and number of rows that lie one stride apart."""
+
+
+def num_entries(modalities: int) -> int:
+    """A power of two with room for all modalities: one value an engine, so one set of kernels."""
+    return 1 << max(modalities - 1, 0).bit_length()
+
+
+def span_of(rows: torch.Tensor, width: int) -> Span:
+    """Of rows `[n, d]` whose elements are adjacent."""
+    count = rows.shape[0]
+    return rows.data_ptr(), rows.stride(0) if count > 1 else width, count
+
+
+def is_far(rows: torch.Tensor) -> bool:
+    """Whether a tile's offsets within these rows would not fit in int32."""
+    return rows.shape[0] > 1 and rows.stride(0) >= _MAX_ROW_STRIDE
+
+
+def tables_of(
+    spans: Sequence[Sequence[Span]],
+    counts: Sequence[int],
+    widths: Sequence[int],
+    itemsize: int,
+    by_address: bool,
+) -> tuple[np.ndarray, np.ndarray | None, int]:
+    """The entries `[A, 8]` (see `triton_kernels.py`), the row addresses `[R]` if wanted, and the
+    alignment in bytes."""
+    active = [m for m, count in enumerate(counts) if count]
+    table: list[tuple[int, ...]] = []
+    first, align = 0, ALIGN_BYTES
+    for m in active:
+        address, stride, _ = spans[m][0]
+        table.append((m, first, counts[m], address, stride, 0, 0, 0))
+        first += counts[m]
+        align = math.gcd(align, widths[m] * itemsize)
+        if not by_address:
+            align = math.gcd(align, address, stride * itemsize)
+    table += [(0,) * ENTRY_FIELDS] * (num_entries(len(counts)) - len(table))
+    entries = np.array(table, dtype=np.int64)
+    if not by_address:
+        return entries, None, align
+    flat = [span for m in active for span in spans[m]]
+    bases, steps, rows = np.array(flat, dtype=np.int64).T
+    steps = steps * itemsize
+    # Row r of the step lies r steps behind where row 0 would, if its part began there.
+    origins = bases - (rows.cumsum() - rows) * steps
+    addresses = np.arange(first, dtype=np.int64) * steps.repeat(rows)
+    addresses += origins.repeat(rows)
+    return entries, addresses, math.gcd(align, *bases.tolist(), *steps.tolist())
