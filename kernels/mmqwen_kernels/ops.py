@@ -11,12 +11,7 @@ import torch
 
 from mmqwen_kernels.launch import MODES, LaunchConfig, Mode
 from mmqwen_kernels.plan import RowPlan, RowSource, plan_rows
-from mmqwen_kernels.reference import (
-    Projector,
-    fuse_embeddings_torch,
-    project_rows_torch,
-    scatter_rows_torch,
-)
+from mmqwen_kernels.reference import Projector, fuse_embeddings_torch, project_rows_torch
 
 if TYPE_CHECKING:
     from mmqwen_kernels.triton_backend import TritonBackend
@@ -249,24 +244,6 @@ def project_rows(
 
         return project_rows_op(rows, *projector)
     return _backend_of(rows.device).project(rows, projector, launch=launch)
-
-
-def scatter_rows(
-    out: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor, *, backend: str = "auto"
-) -> torch.Tensor:
-    """`out[slots[r]] = rows[r]` in place: out `[T, D]`, slots `[R]` distinct, rows `[R, D]`.
-
-    Raises:
-        ValueError: the backend cannot run, or the tensors do not fit together.
-    """
-    if _pick(backend, rows, (out,)) == "torch":
-        return scatter_rows_torch(out, slots, rows)
-    if torch.compiler.is_compiling():
-        from mmqwen_kernels.custom_ops import scatter_rows_op
-
-        scatter_rows_op(out, slots, rows)
-        return out
-    return _backend_of(rows.device).scatter(out, slots, rows)
 
 
 def warm_up(projectors: Sequence[Projector], *, backend: str = "auto") -> int:

@@ -52,7 +52,7 @@ _INTEGERS = {torch.int32: "i32", torch.int64: "i64"}
 _WORDS = ("entries_ptr", "weights_ptr", "row_address_ptr", "slots_ptr", "text_ptr")
 _ADDRESSES = ("x_address", "w_address", "b_address")
 _WIDE = dict.fromkeys(_WORDS, "*i64") | dict.fromkeys(_ADDRESSES, "i64")
-_ROWS = ("hidden_ptr", "out_ptr", "table_ptr", "rows_ptr")
+_ROWS = ("hidden_ptr", "out_ptr", "table_ptr")
 
 
 def ast_source(
@@ -68,7 +68,7 @@ def ast_source(
         kernel: one of `triton_kernels`' kernels.
         constants: its constexprs by name.
         dtype: of rows and weights.
-        ids_dtype: of token ids (or of the slots of `_scatter_rows_kernel`).
+        ids_dtype: of token ids.
         aligned: addresses of out and token table are multiples of 16 bytes.
     """
     signature: dict[str, str] = {}
@@ -80,7 +80,7 @@ def ast_source(
             signature[name] = "*" + _TYPES[dtype]
             if aligned or name == "hidden_ptr":
                 attributes[(at,)] = [["tt.divisibility", 16]]
-        elif name == "ids_ptr" or (name == "slots_ptr" and "rows_ptr" in kernel.arg_names):
+        elif name == "ids_ptr":
             signature[name] = "*" + _INTEGERS[ids_dtype]
         else:
             signature[name] = _WIDE.get(name, "i32")
@@ -316,49 +316,6 @@ class TritonBackend:
                 weights = self._weights_of([projector], rows.dtype)
                 tables = tables_of([[rows]], [count], [rows.shape[1]], rows.dtype, rows.device)
                 self._project(weights, tables, [count], count, out, launch)
-        return out
-
-    def scatter(self, out: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """`scatter_rows`: `out[slots[r]] = rows[r]` in place, one launch.
-
-        Raises:
-            ValueError: out and rows differ in dtype or width, or an inner stride is not 1.
-        """
-        if rows.ndim != 2 or out.ndim != 2 or rows.shape[1] != out.shape[1]:
-            raise ValueError(f"rows are {tuple(rows.shape)}, out is {tuple(out.shape)}")
-        if rows.dtype != out.dtype or slots.shape != rows.shape[:1]:
-            raise ValueError(
-                f"rows are {rows.dtype} with {tuple(slots.shape)} slots, out is {out.dtype}"
-            )
-        if out.stride(1) != 1:
-            raise ValueError("out is transposed, expected rows whose elements are adjacent")
-        rows = rows if rows.stride(1) == 1 else rows.contiguous()
-        if slots.dtype not in _INTEGERS or not slots.is_contiguous():
-            slots = slots.long().contiguous()
-        count, columns = rows.shape
-        if not count or not columns:
-            return out
-        align = _align_of(rows.dtype.itemsize, FULL_ALIGN_BYTES, out, rows)
-        block_t, block_d = 4, text_columns(columns)
-        with self._on_device():
-            variant = self._variant(
-                kernels._scatter_rows_kernel,
-                rows.dtype,
-                slots.dtype,
-                align * rows.dtype.itemsize,
-                {"ALIGN": align, "BLOCK_T": block_t, "BLOCK_D": block_d},
-            )
-            variant(
-                -(-count // block_t) * -(-columns // block_d),
-                self._stream(),
-                self._at(out),
-                out.stride(0),
-                self._at(slots),
-                self._at(rows),
-                rows.stride(0),
-                count,
-                columns,
-            )
         return out
 
     def warm_up(
