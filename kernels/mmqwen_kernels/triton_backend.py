@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import triton
-from triton.compiler import ASTSource
+import triton.language as tl
 
 from mmqwen_kernels import triton_kernels as kernels
 from mmqwen_kernels.launch import (
@@ -21,6 +22,15 @@ from mmqwen_kernels.launch import (
     every_tile,
     launches_dependently,
     text_columns,
+)
+from mmqwen_kernels.launcher import (
+    DISPATCH_VARIABLE,
+    INTEGERS,
+    Compiled,
+    Dispatched,
+    ast_source,
+    types_of,
+    why_dispatch,
 )
 from mmqwen_kernels.plan import RowTables, num_entries, tables_of
 from mmqwen_kernels.reference import Projector
@@ -43,92 +53,6 @@ def device_limits(index: int) -> tuple[tuple[int, int], int]:
     """(compute capability, multiprocessors) of a CUDA device."""
     properties = torch.cuda.get_device_properties(index)
     return (properties.major, properties.minor), properties.multi_processor_count
-
-
-# -- compilation and launch ----------------------------------------------------------------------
-
-_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_INTEGERS = {torch.int32: "i32", torch.int64: "i64"}
-_WORDS = ("entries_ptr", "weights_ptr", "row_address_ptr", "slots_ptr", "text_ptr")
-_ADDRESSES = ("x_address", "w_address", "b_address")
-_WIDE = dict.fromkeys(_WORDS, "*i64") | dict.fromkeys(_ADDRESSES, "i64")
-_ROWS = ("hidden_ptr", "out_ptr", "table_ptr")
-
-
-def ast_source(
-    kernel: Any,
-    constants: dict[str, Any],
-    dtype: torch.dtype,
-    ids_dtype: torch.dtype = torch.int64,
-    aligned: bool = True,
-) -> ASTSource:
-    """What to compile: the kernel with the types and alignments that a launch has.
-
-    Args:
-        kernel: one of `triton_kernels`' kernels.
-        constants: its constexprs by name.
-        dtype: of rows and weights.
-        ids_dtype: of token ids.
-        aligned: addresses of out and token table are multiples of 16 bytes.
-    """
-    signature: dict[str, str] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for at, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in _ROWS:
-            signature[name] = "*" + _TYPES[dtype]
-            if aligned or name == "hidden_ptr":
-                attributes[(at,)] = [["tt.divisibility", 16]]
-        elif name == "ids_ptr":
-            signature[name] = "*" + _INTEGERS[ids_dtype]
-        else:
-            signature[name] = _WIDE.get(name, "i32")
-    return ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-
-
-class _Variant:
-    """One compiled kernel, ready to be launched with addresses and numbers.
-
-    Goes past Triton's own dispatch, which reads every argument's type and alignment at each call:
-    36 us for 20 arguments against 7 (slow CPU; docs/kernels.md, "Host"). A variant is fixed by what
-    `ast_source` takes, so nothing has to be read.
-    """
-
-    def __init__(
-        self, source: ASTSource, options: dict[str, Any], constants: Sequence[Any]
-    ) -> None:
-        compiled = triton.compile(source, options=options)
-        self._run = compiled.run  # loads the module onto the current device
-        self._function = compiled.function
-        self._metadata = compiled.packed_metadata
-        self._constants = tuple(constants)
-
-    def __call__(self, programs: int, stream: int, *args: int) -> None:
-        self._run(
-            programs,
-            1,
-            1,
-            stream,
-            self._function,
-            self._metadata,
-            None,
-            None,
-            None,
-            *args,
-            *self._constants,
-        )
-
-
-class _Interpreted:
-    """The same under Triton's interpreter, which takes tensors."""
-
-    def __init__(self, kernel: Any, constants: Sequence[Any]) -> None:
-        self._kernel = kernel
-        self._constants = tuple(constants)
-
-    def __call__(self, programs: int, stream: int, *args: Any) -> None:
-        self._kernel[(programs, 1, 1)](*args, *self._constants)
 
 
 class _Recipe(NamedTuple):
@@ -236,6 +160,7 @@ class TritonBackend:
             self.capability, self.num_sms = (8, 0), 4
         else:
             self.capability, self.num_sms = device_limits(device.index)
+        self._dispatch: bool | None = True if self._interpret else None  # None: not looked yet
         self._variants: dict[tuple[Any, ...], Any] = {}
         self._weights: dict[tuple[Any, ...], _Weights] = {}
 
@@ -280,7 +205,7 @@ class TritonBackend:
             result = torch.empty(tokens, columns, dtype=dtype, device=self._device)
         else:
             result = out
-        if input_ids.dtype not in _INTEGERS or not input_ids.is_contiguous():
+        if input_ids.dtype not in INTEGERS or not input_ids.is_contiguous():
             input_ids = input_ids.long().contiguous()
         total = sum(counts)
         with self._on_device():
@@ -336,7 +261,7 @@ class TritonBackend:
             aligned = weights.align_bytes == FULL_ALIGN_BYTES
             ups, downs = every_tile(dtype, self.capability, aligned)
             text_tile = (LaunchConfig.block_t, text_columns(weights.columns))
-            dependent = launches_dependently(self.capability)
+            dependent = self._depends(launches_dependently(self.capability))
             before = len(self._variants)
             entries = num_entries(len(projectors))
             for tile in ups:
@@ -469,7 +394,7 @@ class TritonBackend:
         entries = num_entries(len(counts))
         some = [counts[m] for m in active]
         units = [weights.hidden[m] for m in active]
-        dependent = config.dependent and not self._interpret
+        dependent = self._depends(config.dependent)
         text_tile = (config.block_t, config.block_d)
         has_text = ids_dtype is not None
         found = _Recipe(
@@ -576,16 +501,45 @@ class TritonBackend:
         found = self._variants.get(key)
         if found is None:
             in_order = [constants[name] for name in kernel.arg_names if name in constants]
-            if self._interpret:
-                found = _Interpreted(kernel, in_order)
+            options: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
+            if dependent:
+                options["launch_pdl"] = True
+            if self._dispatches():
+                types = types_of(kernel, constants, dtype, ids_dtype)
+                found = Dispatched(kernel, types, options, in_order)
+                if not self._interpret:
+                    found.compile()
             else:
-                options: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
-                if dependent:
-                    options["launch_pdl"] = True
                 source = ast_source(kernel, constants, dtype, ids_dtype, aligned)
-                found = _Variant(source, options, in_order)
+                found = Compiled(source, options, in_order)
             self._variants[key] = found
         return found
+
+    def _dispatches(self) -> bool:
+        """Whether kernels are launched by Triton's own dispatch; looked at once, with a warning.
+
+        Raises:
+            RuntimeError: the current stream is being captured, and nobody has looked yet.
+        """
+        if self._dispatch is None:
+            if self._capturing():
+                raise RuntimeError(
+                    "the kernels are new to this device: run the op once before capturing it"
+                )
+            reason = why_dispatch(self._device, self._stream())
+            self._dispatch = reason is not None
+            if reason is not None and DISPATCH_VARIABLE not in reason:
+                warnings.warn(
+                    f"triton {triton.__version__} launches kernels otherwise than is known here "
+                    f"({reason}): they go by its own dispatch, which takes the host longer",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        return self._dispatch
+
+    def _depends(self, wanted: bool) -> bool:
+        """Whether K2 is launched before K1 ends, where that is `wanted`."""
+        return wanted and not self._dispatches() and hasattr(tl.extra.cuda, "gdc_wait")
 
     # -- small things ---------------------------------------------------------------------------
 
@@ -601,6 +555,9 @@ class TritonBackend:
         if self._interpret:
             return 0
         return torch._C._cuda_getCurrentRawStream(self._device.index)
+
+    def _capturing(self) -> bool:
+        return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _on_device(self) -> Any:
         """Launches go to the current device: make it ours, at no cost where it is."""

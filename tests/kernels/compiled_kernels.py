@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 
 from mmqwen_kernels import triton_kernels
 from mmqwen_kernels.launch import TileConfig, every_tile
-from mmqwen_kernels.triton_backend import ast_source
+from mmqwen_kernels.launcher import ast_source
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 MIDDLE = TileConfig(64, 64, 128, num_warps=4, num_stages=4)

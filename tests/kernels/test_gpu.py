@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
@@ -24,6 +25,7 @@ from mmqwen_kernels import (
     project_rows,
     warm_up,
 )
+from mmqwen_kernels.launcher import DISPATCH_VARIABLE
 from mmqwen_kernels.plan import RowSource
 from mmqwen_kernels.triton_backend import triton_backend
 
@@ -311,6 +313,30 @@ def test_warm_up_leaves_nothing_to_compile() -> None:
         )
         check_against_torch(case, got)
     assert len(triton_backend(torch.device("cuda"))._variants) == made
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("counts", [[0, 0], [3, 0], [40, 9], [300, 700]])
+def test_tritons_own_dispatch_gives_the_same_bits(
+    counts: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs where the installed Triton launches otherwise than is known; forced here."""
+    case = gpu_case([768, 770], counts, dtype, item_rows=9)
+    want = check(case)
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert triton_backend(device)._dispatch is False, "this Triton is launched past its dispatch"
+    monkeypatch.setattr(triton_backend, "made", {})
+    monkeypatch.setenv(DISPATCH_VARIABLE, "1")
+    warm_up(case.projectors, backend="triton")
+    assert torch.equal(check(case), want)
+    assert triton_backend(device)._dispatch is True
+
+
+def test_compiled_kernels_outlive_a_collection() -> None:
+    case = gpu_case([768], [40], torch.bfloat16)
+    want = case.run("triton")
+    gc.collect()
+    assert torch.equal(case.run("triton"), want)
 
 
 @pytest.mark.parametrize("device_is", ["busy", "idle", "idle at times"])

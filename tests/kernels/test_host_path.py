@@ -246,10 +246,10 @@ class Stubbed:
             self.variants.append(Variant(*args))
             return self.variants[-1]
 
-        monkeypatch.setattr(module, "_Variant", make)
+        monkeypatch.setattr(module, "Compiled", make)
         self.backend = module.TritonBackend(torch.device("cpu"))
         self.backend.capability, self.backend.num_sms = (9, 0), 132
-        self.backend._interpret = False
+        self.backend._interpret = self.backend._dispatch = False
         monkeypatch.setattr(self.backend, "_on_device", lambda: module._NOTHING)
         monkeypatch.setattr(self.backend, "_stream", lambda: 0)
 
