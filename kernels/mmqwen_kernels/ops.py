@@ -48,6 +48,8 @@ def select_backend(
     if backend == "torch":
         return BackendChoice("torch", "asked for")
     device = torch.device(device)
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())  # answers are kept by device
     if backend == "auto":
         if device.type != "cuda":
             return BackendChoice("torch", f"no kernels for {device.type} devices")
@@ -171,8 +173,8 @@ def fuse_embeddings(
         `[T, D]`: `out` where given.
 
     Raises:
-        ValueError: rows and slots do not match, a width is wrong, or the backend cannot run; the
-            kernels also refuse weights without elements.
+        ValueError: rows and slots do not match, ids or slots are no integers, a width is wrong, or
+            the backend cannot run; the kernels also refuse weights without elements.
     """
     chosen = _pick(backend, token_table, (w for p in projectors for w in p))
     if not isinstance(rows, RowPlan):
@@ -186,6 +188,8 @@ def fuse_embeddings(
             dtype=token_table.dtype,
             device=token_table.device,
         )
+    if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
+        raise ValueError(f"input_ids are {input_ids.dtype}, expected int32 or int64")
     if rows.num_tokens != input_ids.shape[0]:
         raise ValueError(f"{input_ids.shape[0]} token ids for a plan of {rows.num_tokens} tokens")
     if chosen == "torch":

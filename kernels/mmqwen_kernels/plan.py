@@ -28,6 +28,8 @@ _MAX_ROW_STRIDE = 1 << 23  # elements: 256 rows of a tile times this fit in int3
 _FEW_RUNS = 32
 """Up to here slots are grouped by slices, which cost 1 us each; a sort costs 30 (slow CPU)."""
 
+_SLOT_DTYPES = (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 RowSource = torch.Tensor | tuple[int, torch.Tensor]
 """Either a slice of a pack's directory (int64 `[n, 2]`) or (modality index, rows `[n, d]`)."""
 
@@ -59,7 +61,8 @@ class RowPlan:
     """The rows of one step on the device, grouped by modality.
 
     A plan refers to the rows of its sources that lie on the device already: they must not change
-    before the op has run. It is for the stream on which it was made.
+    before the op has run. It is for the stream on which it was made. A CUDA graph that was captured
+    with it reads its buffer: keep the plan as long as the graph.
 
     Attributes:
         parts: per modality its rows in order, tensors `[n, d_m]` on the device; empty for rows
@@ -169,7 +172,8 @@ def plan_rows(
 
     Raises:
         ValueError: the number of rows is not the number of slots, a row has the wrong width, a
-            slot is taken twice or lies outside the step, or a modality index is unknown.
+            slot is no integer, is taken twice or lies outside the step, slots lie on a device, or a
+            modality index is unknown.
         PackError: a pack slice has lost its pack.
         RuntimeError: the device's current stream is being captured.
     """
@@ -210,7 +214,16 @@ def _split_tokens(
     slots: torch.Tensor | np.ndarray | Sequence[int], num_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Text slots, ascending, and the rows' slots in their order; int64."""
-    array = slots.numpy() if isinstance(slots, torch.Tensor) else np.asarray(slots)
+    if isinstance(slots, torch.Tensor):
+        if not slots.is_cpu:
+            raise ValueError(f"slots lie on {slots.device}, expected the CPU: plans are made there")
+        if slots.dtype not in _SLOT_DTYPES and len(slots):  # an empty list is float to torch
+            raise ValueError(f"slots are {slots.dtype}, expected a bool mask or integer positions")
+        array = slots.numpy()
+    else:
+        array = np.asarray(slots)
+        if array.dtype.kind not in "bui" and array.size:
+            raise ValueError(f"slots are {array.dtype}, expected a bool mask or integer positions")
     if array.ndim != 1:
         raise ValueError(f"slots have shape {array.shape}, expected one dimension")
     if array.dtype == np.bool_:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -68,10 +69,18 @@ class _Recipe(NamedTuple):
 
 
 class _Weights:
-    """The device table of one set of projectors' addresses and sizes."""
+    """The device table of one set of projectors' addresses and sizes.
+
+    Attributes:
+        captured: a CUDA graph may read the table, so it is kept for good.
+    """
 
     def __init__(
-        self, projectors: Sequence[Projector], dtype: torch.dtype, device: torch.device
+        self,
+        projectors: Sequence[Projector],
+        dtype: torch.dtype,
+        device: torch.device,
+        stream: int,
     ) -> None:
         itemsize = dtype.itemsize
         table = np.zeros((len(projectors), kernels.WEIGHT_FIELDS), dtype=np.int64)
@@ -115,6 +124,17 @@ class _Weights:
         self.rows: list[list[int]] = table.tolist()
         self.address = self.table.data_ptr()
         self.recipes: dict[tuple[Any, ...], _Recipe] = {}
+        self.captured = False
+        self._streams = {stream}
+
+    def read_on(self, stream: int) -> None:
+        """Note that launches on this stream, the current one, read the table.
+
+        Its memory is then not used again before they have run, should it be freed meanwhile.
+        """
+        if stream not in self._streams and not self.captured:
+            self._streams.add(stream)
+            self.table.record_stream(torch.cuda.current_stream(self.table.device))
 
 
 def _check_projector(
@@ -162,7 +182,7 @@ class TritonBackend:
             self.capability, self.num_sms = device_limits(device.index)
         self._dispatch: bool | None = True if self._interpret else None  # None: not looked yet
         self._variants: dict[tuple[Any, ...], Any] = {}
-        self._weights: dict[tuple[Any, ...], _Weights] = {}
+        self._weights: OrderedDict[tuple[Any, ...], _Weights] = OrderedDict()
 
     # -- the op and its halves ------------------------------------------------------------------
 
@@ -310,6 +330,7 @@ class TritonBackend:
         )
         hidden = torch.empty(total, recipe.stride, dtype=dtype, device=self._device)
         stream = self._stream()
+        weights.read_on(stream)
         entries = self._part(tables.buffer, tables.entries_at)
         addresses = entries
         if tables.addresses_at >= 0:
@@ -566,17 +587,23 @@ class TritonBackend:
         return torch.cuda.device(self._device)
 
     def _weights_of(self, projectors: Sequence[Projector], dtype: torch.dtype) -> _Weights:
-        # The key holds all that the table does, so that it cannot be stale, whoever owned the
-        # addresses before.
+        # The key holds all that is looked at where a table is made, so that no set of weights can
+        # pass for another, whoever owned the addresses before.
         key = (dtype, *[_identity(projector) for projector in projectors])
         found = self._weights.get(key)
-        if found is None:
+        if found is not None:
+            self._weights.move_to_end(key)
+        else:
             if len(projectors) > MAX_MODALITIES:
                 raise ValueError(f"{len(projectors)} modalities, expected {MAX_MODALITIES} at most")
-            found = _Weights(projectors, dtype, self._device)
-            while len(self._weights) >= _WEIGHT_TABLES_KEPT:
-                self._weights.pop(next(iter(self._weights)))
+            found = _Weights(projectors, dtype, self._device, self._stream())
+            # The least recently used go, but for those that a graph reads.
+            free = [old for old, weights in self._weights.items() if not weights.captured]
+            for old in free[: max(0, len(free) + 1 - _WEIGHT_TABLES_KEPT)]:
+                del self._weights[old]
             self._weights[key] = found
+        if not found.captured and self._capturing():
+            found.captured = True
         return found
 
 
@@ -613,19 +640,16 @@ _NOTHING = _Nothing()
 
 
 def _identity(projector: Projector) -> tuple[Any, ...]:
-    w1, b1, w2, b2 = projector
-    return (
-        w1.dtype,
-        w1.data_ptr(),
-        w1.shape,
-        w1.stride(),
-        b1.data_ptr(),
-        b1.shape,
-        w2.data_ptr(),
-        w2.shape,
-        w2.stride(),
-        0 if b2 is None else b2.data_ptr(),
-    )
+    """All of a projector that `_Weights` reads or checks."""
+    found: list[Any] = []
+    for tensor in projector:
+        if tensor is None:
+            found.append(None)
+        else:
+            found += (
+                tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+            )  # fmt: skip
+    return tuple(found)
 
 
 def _align_of(itemsize: int, align_bytes: int, *tensors: torch.Tensor) -> int:

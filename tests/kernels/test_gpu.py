@@ -399,6 +399,37 @@ def test_cuda_graph(rows: int) -> None:
         check_against_torch(case, out)
 
 
+def test_a_captured_graph_outlives_the_tables_of_others() -> None:
+    """Two modalities: the kernels of the graph read a table of weights on the device."""
+    case = gpu_case([768, 512], [30, 20], torch.bfloat16)
+    plan = plan_of(case)
+    out = poisoned(case)
+
+    def step() -> None:
+        fuse_embeddings(
+            case.input_ids, case.table, plan, case.projectors, out=out, backend="triton"
+        )
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    alive = []  # so that no address is used again
+    for seed in range(200):
+        other = gpu_case([64, 64], [1, 1], torch.bfloat16, hidden=64, columns=64, seed=seed)
+        other.run("triton")
+        alive.append(other)
+    backend = triton_backend(torch.device("cuda"))
+    assert any(w.captured for w in backend._weights.values())
+    zeros = [torch.zeros(64, dtype=torch.int64, device="cuda") for _ in range(1000)]
+    out.fill_(NAN)
+    graph.replay()
+    torch.cuda.synchronize()
+    check_against_torch(case, out)
+    assert not any(zero.any() for zero in zeros)
+
+
 def test_streams_do_not_share_scratch() -> None:
     cases = [gpu_case([768], [500], torch.bfloat16, seed=seed) for seed in range(4)]
     wants = [case.run("triton") for case in cases]

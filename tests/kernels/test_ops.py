@@ -149,6 +149,14 @@ def test_a_wrong_width_is_named() -> None:
         case.run("auto")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_ids_that_are_no_integers_are_refused(dtype: torch.dtype) -> None:
+    case = make_case([8], [1], torch.float32)
+    case.input_ids = case.input_ids.to(dtype)
+    with pytest.raises(ValueError, match=f"input_ids are {dtype}, expected int32 or int64"):
+        case.run("torch")
+
+
 def test_text_alone_is_an_embedding() -> None:
     case = make_case([8], [0], torch.float32, text=9)
     assert torch.equal(case.run("auto"), case.table[case.input_ids])
