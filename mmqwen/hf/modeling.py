@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOut
 from mmqwen.hf.configuration import MultimodalQwen3Config
 from mmqwen.modalities import ModalitySpec
 from mmqwen.shards import drop_replaced_files
+from mmqwen.trained import CONFIG_FIELD, read_trained
 from mmqwen_kernels.ops import BackendChoice
 from mmqwen_kernels.reference import Projector
 
@@ -71,6 +72,10 @@ class MultimodalQwen3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
     `forward` as in `generate`: a placeholder is no word, and vLLM's `compute_logits` masks it the
     same way. In training mode, or with labels, logits and loss are raw.
 
+    Attributes:
+        projectors_trained: modality to whether its projector was ever trained, where that is known:
+            read with the weights, set by training steps that have rows of it, saved with the model.
+
     Raises:
         ValueError: a modality of `config` has no `token_id`.
     """
@@ -92,6 +97,7 @@ class MultimodalQwen3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         text = config.text_config
         self.specs: dict[str, ModalitySpec] = config.modality_specs
+        self.projectors_trained: dict[str, bool] = {}
         for name, spec in self.specs.items():
             if spec.token_id is None:
                 raise ValueError(
@@ -119,6 +125,20 @@ class MultimodalQwen3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
             init.zeros_(module.bias)
         else:
             super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As transformers does; also reads which projectors were ever trained."""
+        path = pretrained_model_name_or_path
+        loaded = super().from_pretrained(path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if path is not None:
+            model.projectors_trained = read_trained(
+                path, model.config, revision=kwargs.get("revision"), cache=kwargs.get("cache_dir")
+            )
+        return loaded
 
     def projector(self, name: str) -> MultiModalProjector:
         """The projector of one modality."""
@@ -159,6 +179,8 @@ class MultimodalQwen3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
             packed.append(rows)
         embedding = self.get_input_embeddings()
         learns = self.training and torch.is_grad_enabled()
+        if learns:
+            self._note_training(slots)
         if learns and self.training_choice().name == "fused":
             from mmqwen_kernels.autograd import fused_embed
 
@@ -181,6 +203,11 @@ class MultimodalQwen3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # Out of place: the lookup may be a leaf's view, and autograd needs its input.
         fused = flat.index_put((torch.cat(kept),), torch.cat(projected).to(flat.device))
         return fused.view_as(inputs_embeds)
+
+    def _note_training(self, slots: Sequence[Tensor]) -> None:
+        for name, at in zip(self.specs, slots, strict=True):
+            if at.numel() and self.projector(name).linear_1.weight.requires_grad:
+                self.projectors_trained[name] = True
 
     def training_choice(self) -> BackendChoice:
         """Whether `fuse` trains through the fused op or through the modules, and why.
@@ -307,6 +334,10 @@ class MultimodalQwen3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         The base that the links led to is not written to.
         """
+        if hasattr(self.config, CONFIG_FIELD):
+            delattr(self.config, CONFIG_FIELD)
+        if self.projectors_trained:
+            setattr(self.config, CONFIG_FIELD, dict(self.projectors_trained))
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             drop_replaced_files(Path(save_directory))
