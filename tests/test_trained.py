@@ -23,7 +23,6 @@ from tiny import make_composite
 
 MODALITIES = {"m1": 24, "site": 8}
 FILE = "projectors.safetensors"
-quiet = pytest.mark.filterwarnings("ignore::mmqwen.trained.UntrainedProjectorsWarning")
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +175,7 @@ def test_training_on_what_is_trained_says_what_stays(start, data, tmp_path):
     assert read_trained(output) == {"m1": True, "site": True}
 
 
-@quiet
+@pytest.mark.filterwarnings("default::mmqwen.trained.UntrainedProjectorsWarning")
 def test_train_warns_in_one_line_and_refuses_broken_weights(start, data, tmp_path, capsys):
     pytest.importorskip("accelerate")
     model = tmp_path / "model"
@@ -217,7 +216,6 @@ def test_the_pipeline_warns_by_name(start, tmp_path):
             MultimodalQwen3Pipeline(half, engine="transformers", dtype="float32").close()
 
 
-@quiet
 def test_vllm_warns_once_by_name(start, base, tmp_path):
     pytest.importorskip("vllm")
     from engines import start as start_engine
