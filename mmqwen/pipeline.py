@@ -11,6 +11,7 @@ from typing import Any, Literal, overload
 
 from mmqwen.inputs import Prompt, read_messages, read_prompt
 from mmqwen.modalities import ModalitySpec
+from mmqwen.trained import read_trained, warn_untrained
 
 Engine = Literal["vllm", "transformers"]
 OnError = Literal["raise", "return"]
@@ -66,6 +67,7 @@ class MultimodalQwen3Pipeline:
                     "of its own; give modalities and projector for plain text models only"
                 )
             self._start(self.model_name)
+            warn_untrained(read_trained(self.model_name), self.specs, stacklevel=2)
         elif modalities is not None:
             self._start(self._build(modalities))
         elif projector is not None:

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOut
 from mmqwen.hf.configuration import MultimodalQwen3Config
 from mmqwen.modalities import ModalitySpec
 from mmqwen.shards import drop_replaced_files
+from mmqwen.trained import CONFIG_FIELD, read_trained
 
 Rows = Tensor | Sequence[Any]
 """`[R, d]` packed rows of one modality, or a list of `[n, d]` and `[d]` items in the same order."""
@@ -69,6 +70,10 @@ class MultimodalQwen3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
     `forward` as in `generate`: a placeholder is no word, and vLLM's `compute_logits` masks it the
     same way. In training mode, or with labels, logits and loss are raw.
 
+    Attributes:
+        projectors_trained: modality to whether its projector was ever trained, where that is known:
+            read with the weights, set by training steps that have rows of it, saved with the model.
+
     Raises:
         ValueError: a modality of `config` has no `token_id`.
     """
@@ -88,6 +93,7 @@ class MultimodalQwen3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         text = config.text_config
         self.specs: dict[str, ModalitySpec] = config.modality_specs
+        self.projectors_trained: dict[str, bool] = {}
         for name, spec in self.specs.items():
             if spec.token_id is None:
                 raise ValueError(
@@ -115,6 +121,20 @@ class MultimodalQwen3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
             init.zeros_(module.bias)
         else:
             super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As transformers does; also reads which projectors were ever trained."""
+        path = pretrained_model_name_or_path
+        loaded = super().from_pretrained(path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if path is not None:
+            model.projectors_trained = read_trained(
+                path, model.config, revision=kwargs.get("revision"), cache=kwargs.get("cache_dir")
+            )
+        return loaded
 
     def projector(self, name: str) -> MultiModalProjector:
         """The projector of one modality."""
@@ -154,6 +174,8 @@ class MultimodalQwen3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
             slots.append(at)
             packed.append(rows)
         learns = self.training and torch.is_grad_enabled()
+        if learns:
+            self._note_training(slots)
         inputs_embeds = self.get_input_embeddings()(input_ids)
         projected, kept = [], []
         for name, at, rows in zip(self.specs, slots, packed, strict=True):
@@ -166,6 +188,11 @@ class MultimodalQwen3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # Out of place: the lookup may be a leaf's view, and autograd needs its input.
         fused = flat.index_put((torch.cat(kept),), torch.cat(projected).to(flat.device))
         return fused.view_as(inputs_embeds)
+
+    def _note_training(self, slots: Sequence[Tensor]) -> None:
+        for name, at in zip(self.specs, slots, strict=True):
+            if at.numel() and self.projector(name).linear_1.weight.requires_grad:
+                self.projectors_trained[name] = True
 
     def _read_rows(self, spec: ModalitySpec, rows: Rows | None) -> Tensor:
         """`[R, d]` in the dtype of the projector, which may be trained in more than the model's."""
@@ -281,6 +308,10 @@ class MultimodalQwen3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         The base that the links led to is not written to.
         """
+        if hasattr(self.config, CONFIG_FIELD):
+            delattr(self.config, CONFIG_FIELD)
+        if self.projectors_trained:
+            setattr(self.config, CONFIG_FIELD, dict(self.projectors_trained))
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             drop_replaced_files(Path(save_directory))

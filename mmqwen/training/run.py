@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from mmqwen._version import __version__
 from mmqwen.checkpoint import read_config
 from mmqwen.data import DatasetError, Example, RowsDataset, validate
 from mmqwen.hf import MultimodalQwen3Config, MultimodalQwen3ForConditionalGeneration
-from mmqwen.shards import CheckpointError, check_output, staged
+from mmqwen.shards import CheckpointError, check_output, read_weight_map, staged
 from mmqwen.tokens import add_placeholder_tokens
+from mmqwen.trained import UntrainedProjectorsWarning, read_trained, untrained
 from mmqwen.training.collator import Collator
 from mmqwen.training.config import TrainingError, TrainSettings, claim_run_folder, read_settings
 from mmqwen.training.lora import ADAPTER_FOLDER, add_lora, merge_lora, save_adapter
@@ -44,6 +46,9 @@ def train(settings: TrainSettings, *, callbacks: Sequence[Any] = ()) -> Path:
         TrainingError: settings that do not fit together or to the run found there, a loss that is
             no number, or a checkpoint that cannot be written (the last good one is kept).
         CheckpointError: the model cannot be read, or the output exists or cannot be written.
+
+    Warns:
+        UntrainedProjectorsWarning: the data has no rows of a modality that was never trained.
     """
     from mmqwen.training.trainer import (
         RowsTrainer,
@@ -61,12 +66,16 @@ def train(settings: TrainSettings, *, callbacks: Sequence[Any] = ()) -> Path:
     with arguments.main_process_first(local=False, desc="checking"):
         if main:
             check_output(Path(settings.output))
+            read_weight_map(Path(settings.model))
             for path in (settings.data, settings.eval_data):
                 if path is not None and settings.validate:
                     specs = config.modality_specs
                     validate(path, specs, tokenizer=tokenizer, max_length=limit)
             claim_run_folder(settings)
     train_set, eval_set = _open_data(settings)
+    learnt = _modalities_with_rows(train_set, config.modality_specs) if main else set()
+    if main:
+        _warn_without_rows(settings, config, learnt)
     model, tuner = _load_model(settings, config)
     trainer = RowsTrainer(
         model=model,
@@ -91,6 +100,7 @@ def train(settings: TrainSettings, *, callbacks: Sequence[Any] = ()) -> Path:
             "best_eval_loss": trainer.state.best_metric,
             "log": trainer.state.log_history,
         }
+        model.projectors_trained.update(dict.fromkeys(learnt, True))
         _write_output(settings, model, tuner, Path(settings.output), report)
     trainer.accelerator.wait_for_everyone()
     return Path(settings.output)
@@ -112,8 +122,15 @@ def export(checkpoint: str | Path, output: str | Path) -> Path:
     checkpoint, output = Path(checkpoint), Path(output)
     check_output(output)
     settings = read_settings(checkpoint.parent)
-    model, tuner = _load_model(settings, read_config(settings.model))
+    config = read_config(settings.model)
+    model, tuner = _load_model(settings, config)
     load_trainable(model, checkpoint)
+    try:
+        learnt = _modalities_with_rows(_open_data(settings)[0], config.modality_specs)
+        model.projectors_trained.update(dict.fromkeys(learnt, True))
+    except (DatasetError, TrainingError):  # the data is gone: what this run trained is not known
+        for name in untrained(model.projectors_trained, config.modality_specs):
+            del model.projectors_trained[name]
     _write_output(settings, model, tuner, output, {"checkpoint": checkpoint.name})
     return output
 
@@ -206,6 +223,40 @@ def _open(path: str) -> RowsDataset:
     return dataset
 
 
+def _modalities_with_rows(data: Dataset[Example], names: Collection[str]) -> set[str]:
+    """Those of the modalities `names` that some sample has an item of; stops once all are found."""
+    whole, indices = (data.dataset, data.indices) if isinstance(data, Subset) else (data, None)
+    assert isinstance(whole, RowsDataset)
+    found: set[str] = set()
+    for index in range(len(whole)) if indices is None else indices:
+        found |= {name for name, items in whole.sample(index).items.items() if items}
+        if found >= set(names):
+            break
+    return found & set(names)
+
+
+def _warn_without_rows(
+    settings: TrainSettings, config: MultimodalQwen3Config, learnt: Collection[str]
+) -> None:
+    """Say which projectors this run will not train."""
+    absent = [name for name in config.modality_specs if name not in learnt]
+    random = untrained(read_trained(settings.model), absent)
+    if random:
+        warnings.warn(
+            f"{settings.data} has no rows of {', '.join(random)}, whose projectors are UNTRAINED "
+            "(random) and stay so: add samples with such rows, or give the projectors (`mmqwen "
+            "build --projector FILE`)",
+            UntrainedProjectorsWarning,
+            stacklevel=3,
+        )
+    kept = [name for name in absent if name not in random]
+    if kept:
+        warnings.warn(
+            f"{settings.data} has no rows of {', '.join(kept)}: their projectors stay as they are",
+            stacklevel=3,
+        )
+
+
 def _stored_dtype(config: MultimodalQwen3Config) -> torch.dtype:
     """The dtype of the checkpoint's weights, which the output keeps."""
     dtype = config.text_config.dtype or config.dtype or torch.float32
@@ -253,7 +304,7 @@ def _write_output(
         with staged(output) as stage:
             if linked:
                 state = {k: v for k, v in model.state_dict().items() if k.startswith(PREFIX)}
-                write_linked(source, stage, state, stored)
+                write_linked(source, stage, state, stored, model.projectors_trained)
                 if tuner is not None:
                     save_adapter(tuner, stage / ADAPTER_FOLDER, str(output))
             else:

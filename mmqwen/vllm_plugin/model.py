@@ -28,6 +28,7 @@ from vllm.model_executor.models.utils import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.platforms import current_platform
 
+from mmqwen.trained import read_trained, untrained, untrained_message
 from mmqwen.vllm_plugin import compat
 from mmqwen.vllm_plugin.modality_table import modality_table, text_config_of
 from mmqwen.vllm_plugin.processing import DummyInputs, PackingProcessor, ProcessingInfo
@@ -120,10 +121,25 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
                     ranks=self._ranks,
                     dtype=model_config.dtype,
                 )
+        if self._place and get_tensor_model_parallel_rank() == 0:
+            self._warn_untrained(vllm_config)
         placeholder_ids = sorted(spec.token_id for spec in self._spec_list)  # type: ignore[type-var]
         self.register_buffer(
             "_placeholder_ids", torch.tensor(placeholder_ids, dtype=torch.int64), persistent=False
         )
+
+    def _warn_untrained(self, vllm_config: VllmConfig) -> None:
+        model_config = vllm_config.model_config
+        file = getattr(self.config, "projector", None)
+        trained = read_trained(
+            file or model_config.model,
+            self.config,
+            revision=model_config.revision,
+            cache=vllm_config.load_config.download_dir,
+        )
+        names = untrained(trained, self.specs)
+        if names:
+            logger.warning("%s", untrained_message(names))
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
