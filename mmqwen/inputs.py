@@ -273,10 +273,11 @@ def misplaced_rows(
         specs: the modalities.
         known: fields that are read, whatever they hold.
     """
+    unknown = {key: fields[key] for key in fields if key not in known and isinstance(key, str)}
+    if not unknown:
+        return None
     names = {_plain(name + end) for name in specs for end in ("", "_embeds", "_embeddings")}
-    for key, value in fields.items():
-        if key in known or not isinstance(key, str):
-            continue
+    for key, value in unknown.items():
         empty = value is None or (isinstance(value, (str, list, tuple, Mapping)) and not value)
         if not empty and (_plain(key) in _ROW_FIELDS or _holds_rows(key, value, names)):
             return key
