@@ -56,6 +56,8 @@ def check_model(args: Namespace, default: str | None) -> None:
     Raises:
         ServeError: no model is named, its config cannot be read, or it is not ours.
     """
+    from mmqwen.vllm_plugin import compat
+
     model = getattr(args, "model_tag", None) or args.model
     if not model or (getattr(args, "model_tag", None) is None and model == default):
         raise ServeError(
@@ -65,6 +67,8 @@ def check_model(args: Namespace, default: str | None) -> None:
     overrides = args.hf_overrides if isinstance(args.hf_overrides, dict) else {}
     found = overrides.get("architectures")
     if found is None:
+        if "://" in model or compat.uses_modelscope():
+            return  # vLLM fetches it from where transformers does not look
         found = _architectures(model, args)
     if ARCHITECTURE not in found:
         raise ServeError(
@@ -84,7 +88,9 @@ def _architectures(model: str, args: Namespace) -> list[Any]:
 
     path = getattr(args, "hf_config_path", None) or model
     try:
-        config, _ = PretrainedConfig.get_config_dict(path, revision=args.revision)
+        config, _ = PretrainedConfig.get_config_dict(
+            path, revision=args.revision, token=getattr(args, "hf_token", None) or None
+        )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ServeError(

@@ -212,6 +212,13 @@ def uses_rust_frontend() -> bool:
     return bool(getattr(envs, "VLLM_USE_RUST_FRONTEND", False))
 
 
+def uses_modelscope() -> bool:
+    """Whether vLLM takes models from ModelScope, not from the Hugging Face hub."""
+    import vllm.envs as envs
+
+    return bool(getattr(envs, "VLLM_USE_MODELSCOPE", False))
+
+
 def is_cpu() -> bool:
     """Whether the vLLM that is installed runs on CPUs."""
     from vllm.platforms import current_platform
