@@ -13,6 +13,20 @@ EMBEDDINGS_KEY = "multimodal_embeddings"
 TEXT_KINDS = frozenset({"text", "input_text", "output_text"})
 """Types of chat parts whose field `text` is text."""
 
+_ROW_FIELDS = frozenset(
+    {
+        *("multimodaldata", "multimodalembeddings", "multimodalembeds", "multimodalinputs"),
+        *("multimodalitems", "mmdata", "mmembeddings", "mmembeds", "mminputs", "mmitems"),
+        *("embeddings", "embeds", "rows", "promptembeds", "promptembeddings", "inputembeds"),
+        *("inputsembeds",),
+    }
+)
+"""Names under which rows are handed over, right ones and near misses, in lower case and without
+underscores and hyphens."""
+
+_MESSAGE_FIELDS = frozenset({"role", "content", "name", "audio", "tool_calls", "function_call"})
+"""Fields of chat messages that a modality may be named like."""
+
 PASSED_KINDS = TEXT_KINDS | {"refusal", "thinking", "tool_reference"}
 """Types of chat parts that a message without rows may hold. Others would be fetched, unpickled or
 decoded by whatever reads the message next, although no such model takes them."""
@@ -89,7 +103,7 @@ class MessageError(ModalityError):
     """A chat message that cannot be read.
 
     Attributes:
-        reason: short code for metrics: `part` or `typed_marker`.
+        reason: short code for metrics: `part`, `typed_marker` or `misplaced`.
     """
 
     def __init__(self, message: str, reason: str) -> None:
@@ -150,6 +164,7 @@ class _PartReader:
         self._bytes = 0
 
     def read(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        self._refuse_misplaced(message, _MESSAGE_FIELDS, "a message")
         content = message.get("content")
         if isinstance(content, str):
             check_typed_text(content, self._specs)
@@ -170,10 +185,14 @@ class _PartReader:
         """A part of a message without rows."""
         if kind not in self._passed:
             self._refuse(kind)
-        text = part if isinstance(part, str) else part.get("text")
+        if isinstance(part, str):
+            check_typed_text(part, self._specs)
+            return part
+        self._refuse_misplaced(part, (kind, "text", "type"), f"a part of type {kind!r}")
+        text = part.get("text")
         if isinstance(text, str):
             check_typed_text(text, self._specs)
-        if isinstance(part, Mapping) and "uuid" in part:
+        if "uuid" in part:
             return {key: value for key, value in part.items() if key != "uuid"}
         return part
 
@@ -182,6 +201,8 @@ class _PartReader:
         text = part if isinstance(part, str) else part.get("text") if kind in TEXT_KINDS else None
         if not isinstance(text, str):
             self._refuse(kind)
+        if not isinstance(part, str):
+            self._refuse_misplaced(part, ("text", "type"), f"a part of type {kind!r}")
         check_typed_text(text, self._specs)
         return text
 
@@ -189,10 +210,25 @@ class _PartReader:
         expected = ["text", *(f"{name}_embeds" for name in self._specs)]
         raise MessageError(f"a part of type {kind!r:.60}; expected one of {expected}", "part")
 
+    def _refuse_misplaced(
+        self, fields: Mapping[str, Any], known: Collection[str], where: str
+    ) -> None:
+        found = misplaced_rows(fields, self._specs, known)
+        if found is not None:
+            name = next(iter(self._specs))
+            raise MessageError(
+                f"{found!r:.60} is no field of {where}, and what it holds would be dropped; an "
+                f"item of modality {name!r} is a part of its own in 'content': {name!r} (an "
+                f"array) or {name + '_embeds'!r} (over HTTP), under the field of that name",
+                "misplaced",
+            )
+
     def _take(self, kind: str, part: Mapping[str, Any]) -> str:
         name = self._kinds[kind]
         if kind not in part:
             raise MessageError(f"a part of type {kind!r} lacks the field {kind!r}", "part")
+        if len(part) > 2:
+            self._refuse_misplaced(part, (kind, "type"), f"a part of type {kind!r}")
         items = self.items.setdefault(name, [])
         items.append(part[kind] if kind == name else self._decode(name, part[kind], len(items)))
         return self._specs[name].token
@@ -220,6 +256,55 @@ class _PartReader:
             raise
         self._bytes += rows.numel() * rows.element_size()
         return rows
+
+
+def misplaced_rows(
+    fields: Mapping[str, Any], specs: Mapping[str, ModalitySpec], known: Collection[str] = ()
+) -> str | None:
+    """The first field that seems to hold rows although nothing reads it there.
+
+    What reads prompts and requests skips fields that it does not know, so rows under another
+    spelling would be dropped and the rest answered as text. A field is taken for rows if its name
+    says so, if it is named like a modality and holds a list, a dict or an array, or if it holds
+    arrays or fields of that kind, whatever its name.
+
+    Args:
+        fields: a prompt, a request, a message or a part.
+        specs: the modalities.
+        known: fields that are read, whatever they hold.
+    """
+    unknown = {key: fields[key] for key in fields if key not in known and isinstance(key, str)}
+    if not unknown:
+        return None
+    names = {_plain(name + end) for name in specs for end in ("", "_embeds", "_embeddings")}
+    for key, value in unknown.items():
+        empty = value is None or (isinstance(value, (str, list, tuple, Mapping)) and not value)
+        if not empty and (_plain(key) in _ROW_FIELDS or _holds_rows(key, value, names)):
+            return key
+    return None
+
+
+def _holds_rows(key: str, value: Any, names: Collection[str], depth: int = 3) -> bool:
+    if getattr(value, "dtype", None) is not None and len(getattr(value, "shape", ())):
+        return True
+    if not isinstance(value, (list, tuple, Mapping)):
+        return False
+    if _plain(key) in names or _plain(key) in _ROW_FIELDS:
+        return True
+    if not depth:
+        return False
+    if isinstance(value, Mapping):
+        return any(
+            _holds_rows(inner, member, names, depth - 1)
+            for inner, member in value.items()
+            if isinstance(inner, str)
+        )
+    # Items of one list are alike: the first tells.
+    return any(_holds_rows("", member, names, depth - 1) for member in value[:1])
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "")
 
 
 def listed(message: Mapping[str, Any]) -> dict[str, Any]:

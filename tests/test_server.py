@@ -481,6 +481,59 @@ def test_token_api_is_closed(server, path):
     refuse(server, {}, "is closed", path=path, status=403)
 
 
+ROWS = [[1.0] * 24] * 2
+MISPLACED: dict[str, Any] = {
+    "multi_modal_data": {"m1": [ROWS]},
+    "multimodal_data": {"multimodal_embeddings": {"m1": [ROWS]}},
+    "multimodal_embeddings": {"m1": [ROWS]},
+    "mm_data": {"m1": [ROWS]},
+    "embeddings": ROWS,
+    "m1_embeds": {"data": "AA==", "dtype": "float32", "shape": [1, 24]},
+    "m1": ROWS,
+    "mutli_modal_data": {"m1": [ROWS]},
+    "mm_processor_kwargs": {"m1": [ROWS]},
+}
+TEXT_DOORS: dict[str, dict[str, Any]] = {
+    COMPLETIONS: {"prompt": "hi", "max_tokens": 2},
+    CHAT: {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
+    "/v1/chat/completions/batch": {
+        "messages": [[{"role": "user", "content": "hi"}]], "max_tokens": 2,
+    },
+    "/tokenize": {"prompt": "hi"},
+    "/v1/responses": {"input": "hi", "max_output_tokens": 2},
+    "/v1/messages": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
+    "/invocations": {"prompt": "hi", "max_tokens": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", TEXT_DOORS)
+def test_rows_in_fields_that_vllm_skips(server, path):
+    """Each was answered as text alone, with a 200."""
+    for field, value in MISPLACED.items():
+        body = {"model": "tiny", **TEXT_DOORS[path], field: value}
+        if field == "mm_processor_kwargs" and path in ("/tokenize", "/v1/messages"):
+            continue  # no options reach a prompt there, whatever they hold
+        refuse(
+            server, body, *([field, "m1_embeds"] if "kwargs" not in field else [field]), path=path
+        )
+    plain = {"model": "tiny", **TEXT_DOORS[path], "my_own_label": "m1", "user": "somebody"}
+    assert httpx.post(server.url + path, json=plain, timeout=60).status_code == 200
+
+
+def test_rows_beside_the_parts_of_a_message(server):
+    for message in (
+        {"role": "user", "content": "hi", "multi_modal_data": {"m1": [ROWS]}},
+        {"role": "user", "content": "hi", "m1_embeds": good_part()["m1_embeds"]},
+        {"role": "user", "content": [{**text("hi"), "m1_embeds": good_part()["m1_embeds"]}]},
+    ):
+        refuse(server, {"model": "tiny", "messages": [message]}, "would be dropped", "m1_embeds")
+    parts = [{**good_part(), "text": "hi"}]
+    doors = {"/v1/responses": "input", "/v1/messages": "messages"}
+    for path, field in doors.items():
+        body = {"model": "tiny", "max_tokens": 2, field: [{"role": "user", "content": parts}]}
+        assert httpx.post(server.url + path, json=body, timeout=60).status_code == 400
+
+
 # -- the cases of facts/serving.md, by name ------------------------------------------------------
 
 
@@ -680,6 +733,44 @@ def test_a_plugin_that_vllm_would_not_load_is_noticed(monkeypatch, capsys):
     assert "leaves the plugin out" in capsys.readouterr().err
 
 
+def test_a_start_without_a_checkpoint(monkeypatch, capsys):
+    from mmqwen.serve import main
+
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    for argv in ([], ["--port", "8123"]):
+        assert main(argv) == 2
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+        assert message.startswith("mmqwen serve: no checkpoint is named; `mmqwen serve CHECKPOINT`")
+
+
+def test_a_start_with_a_plain_model(monkeypatch, capsys, checkpoint, tmp_path):
+    from mmqwen.serve import main
+
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    base = checkpoint.with_name("model-base")
+    for argv in ([str(base)], ["--model", str(base)]):
+        assert main(argv) == 2
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "Qwen3ForCausalLM" in message
+        assert f"mmqwen build --base {base}" in message
+        assert len(message) < 500
+    assert main([str(tmp_path / "nowhere")]) == 2
+    assert "nowhere" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_checkpoints_and_overrides_are_let_through(checkpoint):
+    from argparse import Namespace
+
+    from mmqwen.serve import check_model
+
+    def flags(model, **overrides):
+        return Namespace(model_tag=None, model=str(model), hf_overrides=overrides, revision=None)
+
+    check_model(flags(checkpoint), "default")
+    ours = {"architectures": ["MultimodalQwen3ForConditionalGeneration"]}
+    check_model(flags(checkpoint.with_name("model-base"), **ours), "default")
+
+
 # -- life and death -----------------------------------------------------------------------------
 
 
@@ -689,6 +780,14 @@ def test_stock_server_takes_embeddings(checkpoint, tmp_path):
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         LAYOUTS["many turns"](Conversation()).check(client, checkpoint)
         refuse(server, chat(text("<|m1|>")), "placeholder")
+        for path in (CHAT, COMPLETIONS):
+            body = {
+                "model": str(checkpoint),
+                **TEXT_DOORS[path],
+                "multi_modal_data": {"m1": [ROWS]},
+            }
+            refuse(server, body, "multi_modal_data", "m1_embeds", path=path)
+        assert server.metric('mmqwen_refusals_total{reason="misplaced"}') == 2
         assert server.metric("mmqwen_requests_total") == 1
         refuse(server, {}, path="/inference/v1/generate", status=403)  # 0.32: closed by vLLM
         assert server.stop() == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -30,6 +30,7 @@ from vllm.platforms import current_platform
 
 from mmqwen.trained import read_trained, untrained, untrained_message
 from mmqwen.vllm_plugin import compat
+from mmqwen.vllm_plugin.engine_config import refuse_drafter
 from mmqwen.vllm_plugin.modality_table import modality_table, text_config_of
 from mmqwen.vllm_plugin.processing import DummyInputs, PackingProcessor, ProcessingInfo
 from mmqwen.vllm_plugin.projector import ShardedProjector
@@ -44,9 +45,6 @@ from mmqwen_kernels import (
 from mmqwen_kernels.packing import find_rows, open_pack
 
 logger = init_logger(__name__)
-
-DRAFTERS_WITHOUT_EMBEDDINGS = frozenset({"ngram", "ngram_gpu", "suffix"})
-"""Speculative methods that read token ids alone; others would be fed raw rows."""
 
 PROJECTOR_PREFIX = "projectors."
 
@@ -93,6 +91,10 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         self._max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self._max_model_len = model_config.max_model_len
         self._prepared = False
+        self._loaded = False
+        self._model_config = model_config
+        self._started_from = model_config.model
+        self.secondary_weights = DiskMark()
         self._backend = os.environ.get(BACKEND_VARIABLE, DEFAULT_BACKEND)
         self._choice = choice = select_backend(
             current_platform.device_type, cast(torch.dtype, model_config.dtype), self._backend
@@ -351,30 +353,66 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
     # -- weights --------------------------------------------------------------------------------
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load the text model by vLLM's own loader, and the projectors.
+        """Load the text model by vLLM's own loader, and the projectors: all of them, or any part.
+
+        The first load, before the engine's first pass, must bring every projector. Later ones
+        (`reload_weights`, weight updates) change what they bring, in place, and nothing else.
+        `projector: FILE` of `hf_overrides` is read at the first load, and again where vLLM reads
+        the checkpoint from disk again; not over what an update gives.
+
+        Returns:
+            Names of the parameters that were loaded.
 
         Raises:
-            ValueError: a projector's weight is missing, misshaped, or of an unknown modality.
+            ValueError: a projector's weight is misshaped, no floating point, or of an unknown
+                modality; at the first load: missing. Weights that come as a list or a tuple are
+                looked at before anything is copied.
         """
+        first = not (self._loaded or self._prepared)
+        if isinstance(weights, (list, tuple)):
+            for name, tensor in weights:
+                if name.startswith(PROJECTOR_PREFIX):
+                    self._check_projector_weight(name, tensor)
         loaded: set[str] = set()
+        self.secondary_weights.walked = False
 
         def without_projectors() -> Iterable[tuple[str, torch.Tensor]]:
             for name, tensor in weights:
                 if name.startswith(PROJECTOR_PREFIX):
-                    loaded.add(self._load_projector_weight(name, tensor))
+                    self._load_projector_weight(name, tensor)
+                    loaded.add(name)
                 else:
                     yield name, tensor
 
         text_loaded = AutoWeightsLoader(self).load_weights(
             without_projectors(), mapper=self.hf_to_vllm_mapper
         )
-        file = getattr(self.config, "projector", None)
-        if file is not None:
-            from mmqwen.checkpoint import load_projectors
+        if first or self.secondary_weights.walked:
+            for name, tensor in self._projector_file(keep=set() if first else loaded).items():
+                self._load_projector_weight(name, tensor)
+                loaded.add(name)
+        if first:
+            self._refuse_missing(loaded)
+            self._loaded = True
+        return set(text_loaded) | loaded
 
-            hidden_size = text_config_of(self.config).hidden_size
-            for name, tensor in load_projectors(file, self.specs, hidden_size).items():
-                loaded.add(self._load_projector_weight(name, tensor))
+    def _projector_file(self, keep: set[str]) -> dict[str, torch.Tensor]:
+        """The weights of `projector: FILE`; {} without one.
+
+        Args:
+            keep: names that another checkpoint than the engine's own has given.
+        """
+        file = getattr(self.config, "projector", None)
+        if file is None:
+            return {}
+        from mmqwen.checkpoint import load_projectors
+
+        found = load_projectors(file, self.specs, text_config_of(self.config).hidden_size)
+        if self._model_config.model == self._started_from:
+            return found
+        return {name: tensor for name, tensor in found.items() if name not in keep}
+
+    def _refuse_missing(self, loaded: set[str]) -> None:
         expected = {
             f"{PROJECTOR_PREFIX}{name}.{weight}"
             for name in self.projectors
@@ -387,18 +425,38 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
                 f"modalities {names}: the checkpoint lacks projector weights {missing}; expected "
                 f"{len(expected)} of them, got {len(loaded)}"
             )
-        return set(text_loaded) | expected
 
-    def _load_projector_weight(self, name: str, tensor: torch.Tensor) -> str:
-        _, modality, weight = name.split(".", 2)
+    def _check_projector_weight(self, name: str, tensor: torch.Tensor) -> tuple[str, str]:
+        """The modality and the weight that a full name means, both known."""
+        modality, _, weight = name.removeprefix(PROJECTOR_PREFIX).partition(".")
         if modality not in self.specs:
             raise ValueError(
                 f"{name}: the config has no modality {modality!r}, expected one of "
                 f"{sorted(self.specs)}"
             )
         if self._place:
+            self._projector(modality).check(weight, tensor)
+        return modality, weight
+
+    def _load_projector_weight(self, name: str, tensor: torch.Tensor) -> None:
+        modality, weight = self._check_projector_weight(name, tensor)
+        if self._place:
             self._projector(modality).load(weight, tensor)
-        return name
+
+
+class DiskMark:
+    """The further sources of a checkpoint that vLLM's loader asks a model for: there are none.
+
+    The loader walks them after the checkpoint's own files, so `walked` tells a checkpoint that is
+    read from disk from weights that somebody hands over.
+    """
+
+    def __init__(self) -> None:
+        self.walked = False
+
+    def __iter__(self) -> Iterator[Any]:
+        self.walked = True
+        return iter(())
 
 
 def text_architectures(text_config: Any) -> list[str]:
@@ -421,18 +479,3 @@ def text_architectures(text_config: Any) -> list[str]:
             "text_config.architectures"
         )
     return [name]
-
-
-def refuse_drafter(vllm_config: VllmConfig) -> None:
-    """Refuse a speculative drafter that reads embeddings: it would be fed raw rows.
-
-    Raises:
-        ValueError: such a drafter is configured.
-    """
-    speculative = getattr(vllm_config, "speculative_config", None)
-    method = getattr(speculative, "method", None)
-    if speculative is not None and method not in DRAFTERS_WITHOUT_EMBEDDINGS:
-        raise ValueError(
-            f"speculative method {method!r} feeds prompt embeddings to its drafter, which has no "
-            f"projectors; expected one of {sorted(DRAFTERS_WITHOUT_EMBEDDINGS)}, or none"
-        )
