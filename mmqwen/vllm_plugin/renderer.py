@@ -12,8 +12,9 @@ import torch
 from vllm.logger import init_logger
 from vllm.renderers.hf import HfRenderer
 
+from mmqwen.chat import check_parts_kept
 from mmqwen.inputs import MessageError, misplaced_rows, read_messages, wire_characters
-from mmqwen.modalities import ModalityError, ModalitySpec, check_marker_count, check_no_markers
+from mmqwen.modalities import ModalityError, ModalitySpec, check_no_markers
 from mmqwen.tokens import add_placeholder_tokens
 from mmqwen.transport import EmbeddingError
 from mmqwen.vllm_plugin import compat
@@ -166,15 +167,8 @@ class MultimodalQwen3Renderer(HfRenderer):
         if not items:
             check_no_markers(token_ids, self._specs)
         elif prompt.pop(_FROM_CHAT, False):
-            for name, members in items.items():
-                spec = self._specs[name]
-                found = sum(token == spec.token_id for token in token_ids)
-                if found != len(members):
-                    check_marker_count(spec, found, len(members))
-                    raise ModalityError(
-                        f"modality {name!r}: the rendered prompt holds none of the messages' "
-                        f"{len(members)} part(s); the chat template, or truncation, dropped them"
-                    )
+            counts = {name: len(members) for name, members in items.items()}
+            check_parts_kept(token_ids, self._specs, counts)
 
 
 def check_prompt_fields(prompt: Mapping[str, Any], specs: Mapping[str, ModalitySpec]) -> None:
