@@ -216,9 +216,7 @@ def test_a_second_turn_takes_all_rows_or_the_new_ones(model, turn, given):
 def test_a_second_turn_of_text(model, turn, embeddings):
     cache, whole, _ = turn
     text = whole[:, :-2]
-    got = model.generate(
-        text, embeddings=embeddings, past_key_values=cache(), max_new_tokens=NEW
-    )
+    got = model.generate(text, embeddings=embeddings, past_key_values=cache(), max_new_tokens=NEW)
     assert torch.equal(got, greedy(model, text, ROWS))
 
 
@@ -271,7 +269,7 @@ def test_modes_that_go_together_in_no_way_that_is_right_are_refused(model, turn)
     fused = model.fuse(PROMPT, ROWS)
     with pytest.raises(ValueError, match="prefill_chunk_size goes with an empty cache"):
         model.generate(whole, past_key_values=cache(), prefill_chunk_size=3, **given)
-    with pytest.raises(ValueError, match="empty cache|Static cache"):
+    with pytest.raises(ValueError, match=r"empty cache|Static cache"):
         model.generate(whole, past_key_values=cache(), prompt_lookup_num_tokens=3, **given)
     with pytest.raises(ValueError, match="not inputs_embeds"):
         model.generate(inputs_embeds=fused, prefill_chunk_size=3, max_new_tokens=2)

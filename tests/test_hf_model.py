@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
+from spelling import make_spelling_checkpoint
 from transformers import AutoModelForCausalLM
 
 from mmqwen.hf import MultimodalQwen3Config, MultimodalQwen3ForConditionalGeneration
-from spelling import make_spelling_checkpoint
 from tiny import FAMILY_FIELDS, make_base, make_composite
 
 FAMILIES = ["qwen3", "qwen3_moe", "qwen2"]

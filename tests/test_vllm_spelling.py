@@ -12,9 +12,10 @@ import torch
 
 pytest.importorskip("vllm")
 
-import engines
 from run_gpu_engine import run_one
 from spelling import answers_of, compare, make_pairs, make_spelling_checkpoint
+
+import engines
 
 
 @pytest.mark.parametrize("configuration", ["bf16-chunked", "bf16-preempted", "bf16-lora-eager"])
@@ -27,7 +28,9 @@ def test_spelled_tokens_are_answered_as_tokens(configuration):
 
 # Gemma2 scales embeddings and caps logits, Granite scales both, Cohere2 the logits; Gemma3 and
 # Mistral have windows. Qwen3, Qwen3-MoE and Qwen2 are served by other tests.
-@pytest.mark.parametrize("family", ["cohere2", "gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral"])
+@pytest.mark.parametrize(
+    "family", ["cohere2", "gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral"]
+)
 def test_text_models_answer_spelled_tokens_as_tokens_and_as_transformers(tmp_path, family):
     from vllm import SamplingParams
 

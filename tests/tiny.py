@@ -54,7 +54,13 @@ FAMILY_FIELDS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "gemma3_text": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16},
-    "cohere2": {"head_dim": 32, "sliding_window": 16, "logit_scale": 0.5},
+    # vLLM's Cohere2 ties the head whatever the config says, and its window is one token wider.
+    "cohere2": {
+        "head_dim": 32,
+        "sliding_window": 256,
+        "logit_scale": 0.5,
+        "tie_word_embeddings": True,
+    },
     "granite": {
         "num_attention_heads": 2,
         "embedding_multiplier": 6.0,

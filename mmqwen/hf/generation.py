@@ -171,7 +171,12 @@ class GeneratesWithRows(GenerationMixin):
         )
 
     def _prefill(
-        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        generation_config: Any,
+        model_kwargs: dict,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         # transformers would take its chunks from the ids alone, and from the first one on.
         if generation_config.prefill_chunk_size is not None:
@@ -204,7 +209,8 @@ class GeneratesWithRows(GenerationMixin):
             )
         if model_kwargs.get("inputs_embeds") is not None:
             raise ValueError(
-                "assisted decoding drafts from ids; got inputs_embeds, give input_ids and embeddings"
+                "assisted decoding drafts from ids; got inputs_embeds, give input_ids and "
+                "embeddings"
             )
         if assistant_model is not None and not isinstance(assistant_model, GeneratesWithRows):
             model_kwargs = {k: v for k, v in model_kwargs.items() if k != "embeddings"}

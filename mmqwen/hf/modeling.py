@@ -60,9 +60,7 @@ class MultiModalProjector(nn.Module):
         return self.linear_2(torch.relu(self.linear_1(rows)))
 
 
-class MultimodalQwen3ForConditionalGeneration(
-    GeneratesWithRows, PreTrainedModel, GenerationMixin
-):
+class MultimodalQwen3ForConditionalGeneration(GeneratesWithRows, PreTrainedModel, GenerationMixin):
     """A causal language model over tokens and over rows of any number of modalities.
 
     Hidden states and logits come from the text model's own class, whatever it does to embeddings
@@ -174,7 +172,8 @@ class MultimodalQwen3ForConditionalGeneration(
             if name not in self.specs:
                 raise ValueError(f"unknown modality {name!r}; expected one of {sorted(self.specs)}")
         if not embeddings and not self.training:  # most steps of a loop with a cache
-            if not torch.isin(input_ids, self._placeholders(input_ids.device)).any():
+            placeholders = torch.isin(input_ids, self._placeholders(input_ids.device))
+            if not bool(placeholders.any()):
                 return self.get_input_embeddings()(input_ids)
         slots, packed = [], []
         for name, spec in self.specs.items():

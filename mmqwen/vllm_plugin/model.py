@@ -59,7 +59,7 @@ NEEDS_MORE_THAN_EMBEDDINGS = {
     "has_inner_state": "it has recurrent layers",
     "is_hybrid": "it has recurrent layers",
 }
-"""What a vLLM text class may declare that this class does not hand through, and why that matters."""
+"""What a vLLM text class may declare that this class does not hand through, and what it means."""
 
 PROJECTOR_PREFIX = "projectors."
 
