@@ -113,7 +113,7 @@ class MultimodalQwen3ForConditionalGeneration(GeneratesWithRows, PreTrainedModel
             )
         self.model, self.lm_head = causal_lm.model, causal_lm.lm_head
         # Past nn.Module's registry: its weights are this model's, under this model's names.
-        vars(self)["_causal_lm"] = causal_lm
+        self.__dict__["_causal_lm"] = causal_lm
         vars(causal_lm)["_modules"] = self._modules
         causal_lm.config = text
         std = getattr(text, "initializer_range", None) or 0.02
@@ -138,9 +138,9 @@ class MultimodalQwen3ForConditionalGeneration(GeneratesWithRows, PreTrainedModel
 
     def _text_model(self) -> Any:
         """The text model's own causal LM, made of this model's parts as they are now."""
-        view = vars(self)["_causal_lm"]
+        view = self.__dict__["_causal_lm"]
         if view._modules is not self._modules:  # this model is a copy, as DataParallel makes them
-            view = vars(self)["_causal_lm"] = copy.copy(view)
+            view = self.__dict__["_causal_lm"] = copy.copy(view)
             vars(view)["_modules"] = self._modules
         view.training = self.training
         return view
