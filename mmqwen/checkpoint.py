@@ -40,6 +40,7 @@ from mmqwen.shards import (
     refuse_pointers,
     staged,
 )
+from mmqwen.text_models import UntestedTextModelWarning, refuse_text_model, untested_warning
 from mmqwen.tokens import add_placeholder_tokens, next_token_id
 from mmqwen.trained import (
     UntrainedProjectorsWarning,
@@ -102,6 +103,7 @@ def build_checkpoint(
 
     Warns:
         UntrainedProjectorsWarning: a modality has no trained projector.
+        UntestedTextModelWarning: rows were never tried beside the base's type of text model.
     """
     output = Path(output)
     check_output(output)
@@ -161,6 +163,9 @@ def build_checkpoint(
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(joined.items()))}
         (stage / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
+    untested = untested_warning(text.model_type)
+    if untested is not None:
+        warnings.warn(untested, UntestedTextModelWarning, stacklevel=2)
     warn_untrained(trained, specs, stacklevel=2)
     return output
 
@@ -323,6 +328,10 @@ def _read_base_config(folder: Path) -> PretrainedConfig:
         raise CheckpointError(f"{folder} is a composite checkpoint already; give its text model")
     if not hasattr(config, "hidden_size") or not hasattr(config, "vocab_size"):
         raise CheckpointError(f"{folder}: {config.model_type!r} is not a plain text model")
+    try:
+        refuse_text_model(config.model_type)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
     return config
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from spelling import make_spelling_checkpoint
 from transformers import AutoModelForCausalLM
 
 from mmqwen.hf import MultimodalQwen3Config, MultimodalQwen3ForConditionalGeneration
-from tiny import make_base, make_composite
+from tiny import FAMILY_FIELDS, make_base, make_composite
 
 FAMILIES = ["qwen3", "qwen3_moe", "qwen2"]
+EVERY_FAMILY = sorted(FAMILY_FIELDS)
 M1, M2 = 403, 404
 
 
@@ -47,7 +51,7 @@ def text_columns(logits):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 @torch.no_grad()
 def test_text_alone_equals_the_base_bit_for_bit(checkpoints, family, tied):
     path = checkpoints(family, tied)
@@ -68,6 +72,41 @@ def test_text_alone_equals_the_base_bit_for_bit(checkpoints, family, tied):
         model.generate(ids, attention_mask=mask, **answer),
         base.generate(ids, attention_mask=mask, **answer),
     )
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+@torch.no_grad()
+def test_rows_that_equal_token_embeddings_are_answered_as_the_tokens(tmp_path, family):
+    """The row is what stands in the buffer: past a scale of the embedding layer, as Gemma's."""
+    model = load(make_spelling_checkpoint(tmp_path / "model", hidden_size=64, family=family))
+    spell = model.specs["spell"].token_id
+    words = torch.tensor([[7, 30, 31, 32, 9]])
+    spelled = words.clone()
+    spelled[0, 1:4] = spell
+    rows = {"spell": model.get_input_embeddings()(words[0, 1:4])}
+    got, expected = model(spelled, embeddings=rows).logits, model(words).logits
+    assert torch.equal(model.fuse(spelled, rows), model.get_input_embeddings()(words))
+    assert torch.equal(got, expected)
+    labelled = model(spelled, embeddings=rows, labels=words)
+    assert torch.equal(labelled.loss, model(words, labels=words).loss)
+
+
+@torch.no_grad()
+def test_parts_that_are_replaced_or_copied_are_used(checkpoints):
+    """As adapters and quantizers replace modules, and DataParallel copies the whole model."""
+    model = load(checkpoints("cohere2"))
+    ids = torch.tensor([[5, 6, 7]])
+    expected = model(ids).logits
+    twin = copy.deepcopy(model)
+    model.model.norm.weight.mul_(2)
+    assert not torch.equal(model(ids).logits, expected)
+    assert torch.equal(twin(ids).logits, expected)
+    replica = model._replicate_for_data_parallel()
+    replica._modules["model"], replica._modules["lm_head"] = twin.model, twin.lm_head
+    assert torch.equal(replica(ids).logits, expected)
+    assert not torch.equal(model(ids).logits, expected)
+    model.model, model.lm_head = twin.model, twin.lm_head
+    assert torch.equal(model(ids).logits, expected)
 
 
 @torch.no_grad()
@@ -276,6 +315,33 @@ def test_bfloat16_model_takes_float32_rows(checkpoints):
 def test_wrong_rows_are_refused(model, embeddings, words):
     with pytest.raises(ValueError, match=words):
         model(torch.tensor([[M1, 5, M1]]), embeddings=embeddings)
+
+
+def test_a_cached_turn_without_its_rows_is_refused(model):
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config.text_config)
+    model(torch.tensor([[5, M1]]), embeddings={"m1": rows(1, 24)}, past_key_values=cache)
+    assert model(torch.tensor([[6]]), past_key_values=cache).logits.shape[1] == 1
+    with pytest.raises(ValueError, match=r"modality 'm2': got 0 row\(s\), expected 1"):
+        model(torch.tensor([[M2, 7]]), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_weights_that_accelerate_keeps_elsewhere(checkpoints, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model = load(checkpoints("qwen3"))
+    ids, embeddings = torch.tensor([[5, M1, 6, M2]]), {"m1": [rows(24)], "m2": rows(1, 40)}
+    expected = model(ids, embeddings=embeddings).logits
+    answer = model.generate(ids, embeddings=embeddings, max_new_tokens=4)
+    offloaded = accelerate.cpu_offload(copy.deepcopy(model), execution_device="cpu")
+    assert offloaded.projectors["m1"].linear_1.weight.is_meta
+    assert torch.equal(offloaded(ids, embeddings=embeddings).logits, expected)
+    assert torch.equal(offloaded.generate(ids, embeddings=embeddings, max_new_tokens=4), answer)
+    places = {"model": "cpu", "lm_head": "disk", "projectors": "disk"}
+    mapped = load(checkpoints("qwen3"), device_map=places, offload_folder=tmp_path)
+    assert mapped.projectors["m1"].linear_1.weight.is_meta
+    assert torch.equal(mapped(ids, embeddings=embeddings).logits, expected)
 
 
 def test_ids_or_embeds_but_not_both(model):

@@ -28,6 +28,7 @@ from vllm.model_executor.models.utils import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.platforms import current_platform
 
+from mmqwen.text_models import refuse_text_model, untested_warning
 from mmqwen.trained import read_trained, untrained, untrained_message
 from mmqwen.vllm_plugin import compat
 from mmqwen.vllm_plugin.engine_config import refuse_drafter
@@ -45,6 +46,19 @@ from mmqwen_kernels import (
 from mmqwen_kernels.packing import find_rows, open_pack
 
 logger = init_logger(__name__)
+
+PROBED_IDS = 256
+"""Tokens by which the text model's embedding is compared with rows of its table."""
+
+NEEDS_MORE_THAN_EMBEDDINGS = {
+    "requires_raw_input_tokens": "it reads token ids beside the embeddings, and rows have none",
+    "get_model_state_cls": "it keeps a state of its own for each request",
+    "get_kv_cache_groups": "it lays out its own cache",
+    "get_mamba_specs_from_config": "it has recurrent layers",
+    "has_inner_state": "it has recurrent layers",
+    "is_hybrid": "it has recurrent layers",
+}
+"""What a vLLM text class may declare that this class does not hand through, and what it means."""
 
 PROJECTOR_PREFIX = "projectors."
 
@@ -95,17 +109,24 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         self._model_config = model_config
         self._started_from = model_config.model
         self.secondary_weights = DiskMark()
+        self._gathers: bool | None = None
         self._backend = os.environ.get(BACKEND_VARIABLE, DEFAULT_BACKEND)
         self._choice = choice = select_backend(
             current_platform.device_type, cast(torch.dtype, model_config.dtype), self._backend
         )
         logger.info("Fusion backend: %s (%s)", choice.name, choice.reason)
+        architectures = text_architectures(text_config)
+        refuse_text_model(text_config.model_type)
+        refuse_text_class(model_config.registry.resolve_model_cls(architectures, model_config)[0])
+        warning = untested_warning(text_config.model_type)
+        if warning is not None:
+            logger.warning("%s", warning)
         with cast(Any, self)._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config,
                 hf_config=text_config,
                 prefix=maybe_prefix(prefix, "language_model"),
-                architectures=text_architectures(text_config),
+                architectures=architectures,
             )
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
         self.packed_modules_mapping = getattr(
@@ -195,6 +216,7 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         self._prepared = True
         if not self._place:
             return
+        self._token_table()
         spec_at = max(range(len(self._spec_list)), key=lambda at: self._needed_bytes(at))
         weights = self._projector(self._spec_list[spec_at].name).weights()
         table = weights.w2.new_zeros(1, weights.w2.shape[0])
@@ -254,7 +276,7 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
                 backend=self._backend,
             )
             return tensor_model_parallel_all_reduce(fused) if self._ranks > 1 else fused
-        # A quantised or LoRA-wrapped table: its own layer gathers, and only rows are summed.
+        # The text model embeds its own tokens: a quantised or LoRA-wrapped table, a scale, a norm.
         text = self.language_model.embed_input_ids(input_ids)
         nothing = text.new_zeros(1, text.shape[1])
         rows = fuse_embeddings(
@@ -310,6 +332,32 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         return part
 
     def _token_table(self) -> tuple[torch.Tensor, int] | None:
+        """The token table (or this rank's shard) and its first id, where gathering embeds tokens.
+
+        Whether it does is asked of the text model once: no list of architectures whose embedding
+        also scales or normalises would stay complete.
+        """
+        table = self._plain_table()
+        if self._gathers is None:
+            self._gathers = table is not None and self._embeds_by_gathering(*table)
+            if not self._gathers:
+                logger.info("The text model embeds its own tokens; rows are placed beside them")
+        return table if self._gathers else None
+
+    @torch.inference_mode()
+    def _embeds_by_gathering(self, table: torch.Tensor, vocab_start: int) -> bool:
+        vocab_size = text_config_of(self.config).vocab_size
+        ids = torch.linspace(0, vocab_size - 1, PROBED_IDS, device=table.device).long()
+        gathered = fuse_embeddings(
+            ids, table, [], [], slots=(), vocab_start=vocab_start, backend="torch"
+        )
+        if self._ranks > 1:
+            gathered = tensor_model_parallel_all_reduce(gathered)
+        # Zeros, of weights that are yet to come, would look the same scaled.
+        embedded = self.language_model.embed_input_ids(ids)
+        return bool(gathered.any()) and torch.equal(gathered, embedded)
+
+    def _plain_table(self) -> tuple[torch.Tensor, int] | None:
         """The token table (or this rank's shard) and its first id, if it is a plain matrix."""
         inner = getattr(self.language_model, "model", None)
         layer = getattr(inner, "embed_tokens", None)
@@ -339,7 +387,8 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
             self._prepare()
         if intermediate_tensors is not None:
             inputs_embeds = None
-        return self.language_model.model(
+        # Not its `.model`: some text models do more than that, such as scale what it returns.
+        return self.language_model(
             input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds
         )
 
@@ -479,3 +528,20 @@ def text_architectures(text_config: Any) -> list[str]:
             "text_config.architectures"
         )
     return [name]
+
+
+def refuse_text_class(text_class: type) -> None:
+    """Refuse a text model that needs more of vLLM than embeddings and attention.
+
+    vLLM asks the outer class, this package's, for what a model needs: what the text model declares
+    would go unheard.
+
+    Raises:
+        ValueError: `text_class` declares such a need.
+    """
+    for name, reason in NEEDS_MORE_THAN_EMBEDDINGS.items():
+        if getattr(text_class, name, False):
+            raise ValueError(
+                f"text model {text_class.__name__} cannot be served with rows: {reason} "
+                f"({name}); expected a text model of attention layers, such as Qwen3"
+            )
