@@ -175,7 +175,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if debug:
             raise
-        _complain("error", "red", error)
+        for problem in getattr(error, "problems", (error,)):  # of a dataset: each on its own line
+            _complain("error", "red", problem)
         return 2
     except ModuleNotFoundError as error:
         if debug or (error.name or "mmqwen").startswith("mmqwen"):

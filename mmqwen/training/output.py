@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from mmqwen.shards import (
 )
 
 PREFIX = "projectors."
+GENERATION_FILE = "generation_config.json"
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
 
 
@@ -88,6 +89,24 @@ def copy_small_files(source: Path, stage: Path) -> None:
         for file in source.glob(pattern):
             if file.is_file() and file.name not in (INDEX_FILE, "training.json"):
                 shutil.copyfile(file, stage / file.name)
+
+
+def add_stops(stage: Path, config: Any, ids: Sequence[int]) -> None:
+    """Let generation stop at what training taught as an end, beside what it stops at anyway.
+
+    Args:
+        stage: directory of the output, with the base's `generation_config.json` if it has one.
+        config: the checkpoint's config, whose stops are used where there is no such file.
+        ids: the tokens that must be among the stops.
+    """
+    file = stage / GENERATION_FILE
+    own: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    stops = own.get("eos_token_id", config.eos_token_id)
+    known = [] if stops is None else stops if isinstance(stops, list) else [stops]
+    missing = [token for token in ids if token not in known]
+    if missing:
+        own["eos_token_id"] = [*known, *missing]
+        file.write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
 
 
 def _base_name(shard: str) -> str:
