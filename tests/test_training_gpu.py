@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_training import losses, settings_for, write_data
 
 from mmqwen.hf import MultimodalQwen3ForConditionalGeneration
 from mmqwen.training import train
 from mmqwen_kernels import autograd
 from tiny import make_composite
+from training_runs import losses, settings_for, write_data
 
 pytestmark = [
     pytest.mark.gpu,
