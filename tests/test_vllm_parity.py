@@ -17,8 +17,8 @@ pytest.importorskip("vllm")
 
 GREEDY = {"temperature": 0.0, "max_tokens": 8, "logprobs": 1, "prompt_logprobs": 1}
 BF16_TOLERANCE = 0.2
-"""Of a log-probability: two layers round some 24 times, each by up to 2**-8 of a value of up to some
-10, and errors of random signs add up to sqrt(24) * 2**-8 * 10. Other rows move it by several units."""
+"""Of a log-probability: two layers round some 24 times, each by up to 2**-8 of a value of up to
+some 10, and errors of random signs add up to sqrt(24) * 2**-8 * 10. Other rows move it by units."""
 
 
 def sampling(**options):
