@@ -331,6 +331,10 @@ def gate(work: Workload, names: list[str], factor: float = 1.1) -> dict[str, flo
     want = exact(work)
     scale = want.norm()
     errors: dict[str, float] = {}
+    # Another order of float32 sums: an error at each of the additions behind an element, of random
+    # sign; and a quarter of the dtype's rounding, where few rows make the ratio chance.
+    additions = max(sum(p.w1.shape) for p in work.projectors)
+    slack = torch.finfo(work.dtype).eps / 8 + 2**-24 * additions**0.5
     steps = {name: PROVIDERS[name](work) for name in dict.fromkeys(["D", *names])}
     for name, step in steps.items():
         work.buffer.fill_(float("nan"))
@@ -339,7 +343,6 @@ def gate(work: Workload, names: list[str], factor: float = 1.1) -> dict[str, flo
         errors[name] = ((got.double() - want).norm() / scale).item()
     for name, error in errors.items():
         limit = factor if name.startswith("ours") else 3.0
-        slack = torch.finfo(work.dtype).eps / 8
         assert error <= limit * errors["D"] + slack, (
             f"{name}: error {error:.2e}, D {errors['D']:.2e}"
         )

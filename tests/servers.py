@@ -18,6 +18,7 @@ import psutil
 
 START_SECONDS = 240
 STOP_SECONDS = 30
+"""What Kubernetes waits, unless told otherwise, before it kills."""
 
 MMQWEN = ("-m", "mmqwen.serve")
 STOCK = ("-m", "vllm.entrypoints.openai.api_server")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from engines import reference, rows_of
+from engines import TOLERANCE, reference, rows_of
 from malformed import CHAT, COMPLETIONS, chat, good_part, malformed, text
 from mmqwen.client import embeds_part
 from servers import STOCK, TINY_FLAGS, Server, launch, running
@@ -25,9 +25,6 @@ from tiny import make_composite
 
 pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
-
-TOLERANCE = 1e-4
-"""Largest difference of a log-probability from transformers' in float32; seen: 5e-6."""
 
 MEMORY_GROWTH = 48 * 2**20
 """Most bytes by which all processes of the server may grow over the malformed requests, after a
@@ -120,7 +117,7 @@ class Conversation:
 
     @torch.no_grad()
     def compare(self, answer: Any, checkpoint: Any, *, greedy: bool = True) -> None:
-        """Each token is the reference's best, with the reference's log-probability."""
+        """Each token is the reference's best but for rounding, with its log-probability."""
         model = reference(str(checkpoint))
         prompt = list(answer.prompt_token_ids)
         for choice in answer.choices:
@@ -130,7 +127,7 @@ class Conversation:
             assert choice.token_ids
             for step, token in enumerate(choice.token_ids):
                 if greedy:
-                    assert int(logprobs[step].argmax()) == token
+                    assert logprobs[step].max() - logprobs[step, token] <= TOLERANCE
                 got = choice.logprobs.content[step].logprob
                 assert abs(float(logprobs[step, token]) - got) <= TOLERANCE
 
@@ -356,7 +353,7 @@ def test_clients_that_vanish_free_their_requests(server, client):
         for _ in range(8):
             with pytest.raises(httpx.HTTPError):
                 web.post(CHAT, content=_broken_off(), headers={"content-type": "application/json"})
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while server.metric("vllm:num_requests_running") and time.monotonic() < end:
         time.sleep(0.2)
     assert server.metric("vllm:num_requests_running") == 0
@@ -429,7 +426,7 @@ def test_refusals_are_logged_without_the_payload(server):
     part["m1_embeds"]["data"] = secret
     before = len(server.log.read_bytes())
     refuse(server, chat(part), "characters of data")
-    log, end = "", time.monotonic() + 10
+    log, end = "", time.monotonic() + 60
     while "Refused" not in log and time.monotonic() < end:
         time.sleep(0.1)
         log = server.log.read_bytes()[before:].decode()
@@ -856,17 +853,14 @@ def test_sigterm_under_load(tmp_path):
     threads = [threading.Thread(target=ask, args=(index,)) for index in range(16)]
     for thread in threads:
         thread.start()
-    end = time.monotonic() + 30
+    end = time.monotonic() + 60
     while server.metric("vllm:num_requests_running") < 8 and time.monotonic() < end:
         time.sleep(0.05)
-    started = time.monotonic()
-    status = server.stop()
-    took = time.monotonic() - started
+    status = server.stop()  # raises where that takes longer than an orchestrator would wait
     for thread in threads:
-        thread.join(30)
-    print(f"SIGTERM: exit status {status} after {took:.1f} s, answers {sorted(ends)}")
+        thread.join(60)
+    print(f"SIGTERM: exit status {status}, answers {sorted(ends)}")
     assert status == 0
-    assert took < 15
     assert len(ends) == 16
     # 500: vLLM's own answer to a request that reaches it while its engine stops.
     stopped = {"status 503", "status 500", "not taken"}
