@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-START_SECONDS = 240
+START_SECONDS = 600
 STOP_SECONDS = 30
 """What Kubernetes waits, unless told otherwise, before it kills."""
 

@@ -16,6 +16,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from engines import TOLERANCE, reference, rows_of
 from malformed import CHAT, COMPLETIONS, chat, good_part, malformed, text
@@ -23,8 +24,11 @@ from mmqwen.client import embeds_part
 from servers import STOCK, TINY_FLAGS, Server, launch, running
 from tiny import make_composite
 
-pytest.importorskip("vllm")
+vllm = pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
+
+CLOSED_BY_VLLM = vllm.__version_tuple__ >= (0, 30)
+"""From 0.30 on vLLM itself closes /inference/v1/generate, unless `--enable-scale-out` opens it."""
 
 MEMORY_GROWTH = 48 * 2**20
 """Most bytes by which all processes of the server may grow over the malformed requests, after a
@@ -252,12 +256,17 @@ def test_choice_and_json_schema(client, checkpoint):
 
 
 def test_tool_call(client, checkpoint):
+    # A model of random weights may write white space without an end wherever the grammar grants it,
+    # and vLLM 0.28 grants it inside a tool call whatever `disable_any_whitespace` says.
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    blank = [token for token in range(len(tokenizer)) if tokenizer.decode([token]).isspace()]
     parameters = {"type": "object", "properties": {"on": {"enum": [1]}}, "required": ["on"]}
     conversation = Conversation().user(rows("m1", 3), "switch it on")
     answer = client.chat.completions.create(
         **conversation.request(
             logprobs=False,
-            max_tokens=80,
+            max_tokens=160,
+            logit_bias={str(token): -100 for token in blank},
             tools=[{"type": "function", "function": {"name": "switch", "parameters": parameters}}],
             tool_choice={"type": "function", "function": {"name": "switch"}},
         )
@@ -708,7 +717,7 @@ def test_metrics_count(server, client, checkpoint):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--enable-scale-out"], "--allow-token-api"),
+        *([(["--enable-scale-out"], "--allow-token-api")] if CLOSED_BY_VLLM else []),
         (["--tokens-only"], "--allow-token-api"),
         (["--grpc"], "--allow-token-api"),
         (["--tokenizer-mode", "mistral"], "bypasses the renderer"),
@@ -786,7 +795,8 @@ def test_stock_server_takes_embeddings(checkpoint, tmp_path):
             refuse(server, body, "multi_modal_data", "m1_embeds", path=path)
         assert server.metric('mmqwen_refusals_total{reason="misplaced"}') == 2
         assert server.metric("mmqwen_requests_total") == 1
-        refuse(server, {}, path="/inference/v1/generate", status=403)  # 0.32: closed by vLLM
+        closed = 403 if CLOSED_BY_VLLM else 400  # 400: open, and the body is not what it takes
+        refuse(server, {}, path="/inference/v1/generate", status=closed)
         assert server.stop() == 0
 
 

@@ -194,7 +194,7 @@ def json_request_check() -> Callable[[Any], Awaitable[None]]:
 
 
 def open_token_api(args: Namespace) -> None:
-    """Ask for `/inference/v1/generate`: a flag from 0.32 on, always there before."""
+    """Ask for `/inference/v1/generate`: a flag from 0.30 on, always there before."""
     if hasattr(args, "enable_scale_out"):
         args.enable_scale_out = True
 
