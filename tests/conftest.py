@@ -1,9 +1,33 @@
-"""Settings that every test needs before vLLM or torch is imported."""
+"""Settings that every test needs before vLLM or torch is imported; the order of the tests."""
 
 import os
+import random
+import sys
+
+import pytest
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; unset, vLLM takes most of the memory
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def _own_random_numbers() -> None:
+    """What a test draws without a generator does not depend on the tests before it."""
+    random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`MMQWEN_TEST_ORDER=SEED` shuffles the files, and the tests within each.
+
+    Not the tests of all files at once: each file's engine would be started for every test.
+    """
+    seed = os.environ.get("MMQWEN_TEST_ORDER")
+    if seed:
+        draw = random.Random(seed).random
+        place = {path: draw() for path in dict.fromkeys(item.path for item in items)}
+        items.sort(key=lambda item: (place[item.path], draw()))

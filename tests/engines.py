@@ -9,6 +9,17 @@ from typing import Any
 
 import torch
 
+TOLERANCE = 1e-4
+"""Largest difference of a logit or log-probability of `tiny`'s float32 models between two orders of
+summation: other batches, chunks, engines, threads or CPUs.
+
+On the way to a logit lie some 2,000 additions (in each of two layers 64 products of a projection,
+32 of a score, up to 512 of a context, 128, 64 and 128 more; 64 of the head), each wrong by up to
+2**-24 of a value of up to some 10. Errors of random signs add up to sqrt(2000) * 2**-24 * 10 =
+2.7e-5; this is four times that. A row that is lost or misplaced shows at 1e-1. Greedy tokens may
+differ only where the best two are closer than this.
+"""
+
 _started: list[Any] = []
 """Engines live until the process ends: freeing one tears down the process groups of all."""
 
@@ -61,7 +72,8 @@ def worst_difference(
 ) -> float:
     """Largest difference of any sampled or prompt log-probability from the reference's.
 
-    Also checks, unless told otherwise, that each sampled token is the reference's best.
+    Also checks, unless told otherwise, that each sampled token is the reference's best, or as good
+    but for rounding.
     """
     prompt_ids = list(output.prompt_token_ids)
     sampled = output.outputs[0]
@@ -72,7 +84,8 @@ def worst_difference(
     for step, token in enumerate(sampled.token_ids):
         row = logprobs[len(prompt_ids) - 1 + step]
         if check_tokens:
-            assert int(row.argmax()) == token, f"step {step}: {token}, expected {row.argmax()}"
+            lead = float(row.max() - row[token])
+            assert lead <= TOLERANCE, f"step {step}: {token}, expected {row.argmax()}"
         worst = max(worst, abs(float(row[token]) - sampled.logprobs[step][token].logprob))
     placeholders = {spec.token_id for spec in model.specs.values()}
     for at in range(1, len(prompt_ids)) if output.prompt_logprobs else ():

@@ -16,8 +16,9 @@ from pathlib import Path
 import httpx
 import psutil
 
-START_SECONDS = 240
+START_SECONDS = 600
 STOP_SECONDS = 30
+"""What Kubernetes waits, unless told otherwise, before it kills."""
 
 MMQWEN = ("-m", "mmqwen.serve")
 STOCK = ("-m", "vllm.entrypoints.openai.api_server")

@@ -58,15 +58,15 @@ def marker_ids(checkpoint: Path) -> dict[str, int]:
 
 
 def make_pairs(
-    checkpoint: Path, count: int, seed: int, *, longest: int = 60
+    checkpoint: Path, count: int, seed: int, *, longest: int = 60, table: torch.Tensor | None = None
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Requests in two forms: with tokens as text, and some stretches of them spelled by rows.
 
     A third of the prompts hold items of m1 and m2 as well, the same in both forms; one in ten is
-    text in both.
+    text in both. `table` holds the tokens' embeddings where they are not `token_table`'s rows.
     """
     generator = torch.Generator().manual_seed(seed)
-    table, ids = token_table(checkpoint), marker_ids(checkpoint)
+    table, ids = token_table(checkpoint) if table is None else table, marker_ids(checkpoint)
 
     def pick(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (1,), generator=generator))

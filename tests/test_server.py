@@ -16,18 +16,19 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
-from engines import reference, rows_of
+from engines import TOLERANCE, reference, rows_of
 from malformed import CHAT, COMPLETIONS, chat, good_part, malformed, text
 from mmqwen.client import embeds_part
 from servers import STOCK, TINY_FLAGS, Server, launch, running
 from tiny import make_composite
 
-pytest.importorskip("vllm")
+vllm = pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
 
-TOLERANCE = 1e-4
-"""Largest difference of a log-probability from transformers' in float32; seen: 5e-6."""
+CLOSED_BY_VLLM = vllm.__version_tuple__ >= (0, 30)
+"""From 0.30 on vLLM itself closes /inference/v1/generate, unless `--enable-scale-out` opens it."""
 
 MEMORY_GROWTH = 48 * 2**20
 """Most bytes by which all processes of the server may grow over the malformed requests, after a
@@ -120,7 +121,7 @@ class Conversation:
 
     @torch.no_grad()
     def compare(self, answer: Any, checkpoint: Any, *, greedy: bool = True) -> None:
-        """Each token is the reference's best, with the reference's log-probability."""
+        """Each token is the reference's best but for rounding, with its log-probability."""
         model = reference(str(checkpoint))
         prompt = list(answer.prompt_token_ids)
         for choice in answer.choices:
@@ -130,7 +131,7 @@ class Conversation:
             assert choice.token_ids
             for step, token in enumerate(choice.token_ids):
                 if greedy:
-                    assert int(logprobs[step].argmax()) == token
+                    assert logprobs[step].max() - logprobs[step, token] <= TOLERANCE
                 got = choice.logprobs.content[step].logprob
                 assert abs(float(logprobs[step, token]) - got) <= TOLERANCE
 
@@ -255,12 +256,17 @@ def test_choice_and_json_schema(client, checkpoint):
 
 
 def test_tool_call(client, checkpoint):
+    # A model of random weights may write white space without an end wherever the grammar grants it,
+    # and vLLM 0.28 grants it inside a tool call whatever `disable_any_whitespace` says.
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    blank = [token for token in range(len(tokenizer)) if tokenizer.decode([token]).isspace()]
     parameters = {"type": "object", "properties": {"on": {"enum": [1]}}, "required": ["on"]}
     conversation = Conversation().user(rows("m1", 3), "switch it on")
     answer = client.chat.completions.create(
         **conversation.request(
             logprobs=False,
-            max_tokens=80,
+            max_tokens=160,
+            logit_bias={str(token): -100 for token in blank},
             tools=[{"type": "function", "function": {"name": "switch", "parameters": parameters}}],
             tool_choice={"type": "function", "function": {"name": "switch"}},
         )
@@ -356,7 +362,7 @@ def test_clients_that_vanish_free_their_requests(server, client):
         for _ in range(8):
             with pytest.raises(httpx.HTTPError):
                 web.post(CHAT, content=_broken_off(), headers={"content-type": "application/json"})
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while server.metric("vllm:num_requests_running") and time.monotonic() < end:
         time.sleep(0.2)
     assert server.metric("vllm:num_requests_running") == 0
@@ -429,7 +435,7 @@ def test_refusals_are_logged_without_the_payload(server):
     part["m1_embeds"]["data"] = secret
     before = len(server.log.read_bytes())
     refuse(server, chat(part), "characters of data")
-    log, end = "", time.monotonic() + 10
+    log, end = "", time.monotonic() + 60
     while "Refused" not in log and time.monotonic() < end:
         time.sleep(0.1)
         log = server.log.read_bytes()[before:].decode()
@@ -479,6 +485,59 @@ def test_body_without_a_declared_length_is_limited(server):
 )  # fmt: skip
 def test_token_api_is_closed(server, path):
     refuse(server, {}, "is closed", path=path, status=403)
+
+
+ROWS = [[1.0] * 24] * 2
+MISPLACED: dict[str, Any] = {
+    "multi_modal_data": {"m1": [ROWS]},
+    "multimodal_data": {"multimodal_embeddings": {"m1": [ROWS]}},
+    "multimodal_embeddings": {"m1": [ROWS]},
+    "mm_data": {"m1": [ROWS]},
+    "embeddings": ROWS,
+    "m1_embeds": {"data": "AA==", "dtype": "float32", "shape": [1, 24]},
+    "m1": ROWS,
+    "mutli_modal_data": {"m1": [ROWS]},
+    "mm_processor_kwargs": {"m1": [ROWS]},
+}
+TEXT_DOORS: dict[str, dict[str, Any]] = {
+    COMPLETIONS: {"prompt": "hi", "max_tokens": 2},
+    CHAT: {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
+    "/v1/chat/completions/batch": {
+        "messages": [[{"role": "user", "content": "hi"}]], "max_tokens": 2,
+    },
+    "/tokenize": {"prompt": "hi"},
+    "/v1/responses": {"input": "hi", "max_output_tokens": 2},
+    "/v1/messages": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
+    "/invocations": {"prompt": "hi", "max_tokens": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", TEXT_DOORS)
+def test_rows_in_fields_that_vllm_skips(server, path):
+    """Each was answered as text alone, with a 200."""
+    for field, value in MISPLACED.items():
+        body = {"model": "tiny", **TEXT_DOORS[path], field: value}
+        if field == "mm_processor_kwargs" and path in ("/tokenize", "/v1/messages"):
+            continue  # no options reach a prompt there, whatever they hold
+        refuse(
+            server, body, *([field, "m1_embeds"] if "kwargs" not in field else [field]), path=path
+        )
+    plain = {"model": "tiny", **TEXT_DOORS[path], "my_own_label": "m1", "user": "somebody"}
+    assert httpx.post(server.url + path, json=plain, timeout=60).status_code == 200
+
+
+def test_rows_beside_the_parts_of_a_message(server):
+    for message in (
+        {"role": "user", "content": "hi", "multi_modal_data": {"m1": [ROWS]}},
+        {"role": "user", "content": "hi", "m1_embeds": good_part()["m1_embeds"]},
+        {"role": "user", "content": [{**text("hi"), "m1_embeds": good_part()["m1_embeds"]}]},
+    ):
+        refuse(server, {"model": "tiny", "messages": [message]}, "would be dropped", "m1_embeds")
+    parts = [{**good_part(), "text": "hi"}]
+    doors = {"/v1/responses": "input", "/v1/messages": "messages"}
+    for path, field in doors.items():
+        body = {"model": "tiny", "max_tokens": 2, field: [{"role": "user", "content": parts}]}
+        assert httpx.post(server.url + path, json=body, timeout=60).status_code == 400
 
 
 # -- the cases of facts/serving.md, by name ------------------------------------------------------
@@ -658,7 +717,7 @@ def test_metrics_count(server, client, checkpoint):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--enable-scale-out"], "--allow-token-api"),
+        *([(["--enable-scale-out"], "--allow-token-api")] if CLOSED_BY_VLLM else []),
         (["--tokens-only"], "--allow-token-api"),
         (["--grpc"], "--allow-token-api"),
         (["--tokenizer-mode", "mistral"], "bypasses the renderer"),
@@ -680,6 +739,44 @@ def test_a_plugin_that_vllm_would_not_load_is_noticed(monkeypatch, capsys):
     assert "leaves the plugin out" in capsys.readouterr().err
 
 
+def test_a_start_without_a_checkpoint(monkeypatch, capsys):
+    from mmqwen.serve import main
+
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    for argv in ([], ["--port", "8123"]):
+        assert main(argv) == 2
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+        assert message.startswith("mmqwen serve: no checkpoint is named; `mmqwen serve CHECKPOINT`")
+
+
+def test_a_start_with_a_plain_model(monkeypatch, capsys, checkpoint, tmp_path):
+    from mmqwen.serve import main
+
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    base = checkpoint.with_name("model-base")
+    for argv in ([str(base)], ["--model", str(base)]):
+        assert main(argv) == 2
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "Qwen3ForCausalLM" in message
+        assert f"mmqwen build --base {base}" in message
+        assert len(message) < 500
+    assert main([str(tmp_path / "nowhere")]) == 2
+    assert "nowhere" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_checkpoints_and_overrides_are_let_through(checkpoint):
+    from argparse import Namespace
+
+    from mmqwen.serve import check_model
+
+    def flags(model, **overrides):
+        return Namespace(model_tag=None, model=str(model), hf_overrides=overrides, revision=None)
+
+    check_model(flags(checkpoint), "default")
+    ours = {"architectures": ["MultimodalQwen3ForConditionalGeneration"]}
+    check_model(flags(checkpoint.with_name("model-base"), **ours), "default")
+
+
 # -- life and death -----------------------------------------------------------------------------
 
 
@@ -689,8 +786,17 @@ def test_stock_server_takes_embeddings(checkpoint, tmp_path):
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         LAYOUTS["many turns"](Conversation()).check(client, checkpoint)
         refuse(server, chat(text("<|m1|>")), "placeholder")
+        for path in (CHAT, COMPLETIONS):
+            body = {
+                "model": str(checkpoint),
+                **TEXT_DOORS[path],
+                "multi_modal_data": {"m1": [ROWS]},
+            }
+            refuse(server, body, "multi_modal_data", "m1_embeds", path=path)
+        assert server.metric('mmqwen_refusals_total{reason="misplaced"}') == 2
         assert server.metric("mmqwen_requests_total") == 1
-        refuse(server, {}, path="/inference/v1/generate", status=403)  # 0.32: closed by vLLM
+        closed = 403 if CLOSED_BY_VLLM else 400  # 400: open, and the body is not what it takes
+        refuse(server, {}, path="/inference/v1/generate", status=closed)
         assert server.stop() == 0
 
 
@@ -757,17 +863,14 @@ def test_sigterm_under_load(tmp_path):
     threads = [threading.Thread(target=ask, args=(index,)) for index in range(16)]
     for thread in threads:
         thread.start()
-    end = time.monotonic() + 30
+    end = time.monotonic() + 60
     while server.metric("vllm:num_requests_running") < 8 and time.monotonic() < end:
         time.sleep(0.05)
-    started = time.monotonic()
-    status = server.stop()
-    took = time.monotonic() - started
+    status = server.stop()  # raises where that takes longer than an orchestrator would wait
     for thread in threads:
-        thread.join(30)
-    print(f"SIGTERM: exit status {status} after {took:.1f} s, answers {sorted(ends)}")
+        thread.join(60)
+    print(f"SIGTERM: exit status {status}, answers {sorted(ends)}")
     assert status == 0
-    assert took < 15
     assert len(ends) == 16
     # 500: vLLM's own answer to a request that reaches it while its engine stops.
     stopped = {"status 503", "status 500", "not taken"}

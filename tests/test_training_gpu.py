@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_training import losses, settings_for, write_data
 
 from mmqwen.hf import MultimodalQwen3ForConditionalGeneration
 from mmqwen.training import train
 from tiny import make_composite
+from training_runs import losses, settings_for, write_data
 
 pytestmark = [
     pytest.mark.gpu,

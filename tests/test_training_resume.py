@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training import losses, write_data
 
 from mmqwen.hf import MultimodalQwen3ForConditionalGeneration
 from mmqwen.training import TrainingError, TrainSettings, export, train
 from tiny import make_composite
+from training_runs import SAME_CURVE, losses, write_data
 
 pytest.importorskip("accelerate")
 pytest.importorskip("peft")
@@ -128,11 +128,12 @@ def test_a_killed_run_goes_on_with_the_same_curve(settings, whole, code, left):
     assert (early / "projectors.safetensors").is_file()
 
     output = train_apart(own)
-    assert losses(output) == pytest.approx(losses(whole), rel=1e-6)
+    assert losses(output) == pytest.approx(losses(whole), rel=SAME_CURVE)
     for file in whole.glob("*.safetensors"):
         got = load_file(output / file.name)
         for name, tensor in load_file(file).items():
-            torch.testing.assert_close(got[name], tensor, rtol=1e-5, atol=1e-6)
+            # What was not restored would have moved by whole steps of the rate.
+            torch.testing.assert_close(got[name], tensor, rtol=0, atol=own.lr / 100)
     assert not (own.run_folder / ".saving").exists()
 
 
@@ -174,7 +175,7 @@ def test_two_processes_learn_what_one_does(settings, stage):
     flags += ["--save-steps", "2", "--cpu", "--no-progress", "--lora-dropout", "0.2"]
     result = run([sys.executable, *launch, *flags])
     assert result.returncode == 0, result.stderr[-3000:]
-    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+    assert losses(two) == pytest.approx(losses(one), rel=SAME_CURVE)
     states = list(two.with_name(two.name + ".run").glob("checkpoint-9/rng_state_*.pth"))
     assert len(states) == 2
 
@@ -200,12 +201,12 @@ def test_shards_learn_what_one_process_does_and_go_on_after_a_kill(settings, tmp
     assert not Path(two.output).exists()
     result = launch(kill_at=-1)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert losses(Path(two.output)) == pytest.approx(losses(one), rel=1e-4)
+    assert losses(Path(two.output)) == pytest.approx(losses(one), rel=SAME_CURVE)
     model = MultimodalQwen3ForConditionalGeneration.from_pretrained(two.output).eval()
     want = MultimodalQwen3ForConditionalGeneration.from_pretrained(one).eval()
     ids, rows = torch.tensor([[5, model.specs["m1"].token_id, 7]]), {"m1": torch.ones(1, 24)}
     for own, other in zip(model.parameters(), want.parameters(), strict=True):
-        torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(own, other, rtol=0, atol=two.lr / 10)
     answer = model.generate(ids, embeddings=rows, max_new_tokens=3, do_sample=False)
     assert answer.shape[0] == 1
     exported = export(two.run_folder / "checkpoint-8", f"{two.output}-early")

@@ -7,18 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import settings_for, write_data
 
-from engines import reference, start, worst_difference
+from engines import TOLERANCE, reference, start, worst_difference
 from mmqwen.hf import MultimodalQwen3ForConditionalGeneration
 from mmqwen.training import train
 from tiny import make_composite
+from training_runs import settings_for, write_data
 
 pytest.importorskip("vllm")
 pytest.importorskip("peft")
-
-TOLERANCE = 1e-4
-"""Largest difference of a log-probability in float32; that of untrained checkpoints."""
 
 
 @pytest.fixture(scope="module")

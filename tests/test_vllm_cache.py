@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engines import reference, start, worst_difference
+from engines import TOLERANCE, reference, start, worst_difference
 from tiny import make_composite
 
 pytest.importorskip("vllm")
 
-TOLERANCE = 1e-4
 TEXT = "one <|m1|> two <|m2|> three " + "dog " * 40
 
 

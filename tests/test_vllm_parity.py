@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from engines import reference, start, worst_difference
+from engines import TOLERANCE, reference, start, worst_difference
 from tiny import make_composite
 
 pytest.importorskip("vllm")
 
 GREEDY = {"temperature": 0.0, "max_tokens": 8, "logprobs": 1, "prompt_logprobs": 1}
-FP32_TOLERANCE = 1e-4
-BF16_TOLERANCE = 0.1
+BF16_TOLERANCE = 0.2
+"""Of a log-probability: two layers round some 24 times, each by up to 2**-8 of a value of up to
+some 10, and errors of random signs add up to sqrt(24) * 2**-8 * 10. Other rows move it by units."""
 
 
 def sampling(**options):
@@ -46,7 +47,7 @@ def llm(checkpoint):
     return start(checkpoint)
 
 
-def check(llm, checkpoint, prompts, *, tolerance=FP32_TOLERANCE, dtype=torch.float32, **options):
+def check(llm, checkpoint, prompts, *, tolerance=TOLERANCE, dtype=torch.float32, **options):
     """Serve (prompt, items) pairs in one batch and compare each with the reference."""
     requests = []
     for prompt, items in prompts:
@@ -93,7 +94,7 @@ def test_kinds_of_items_give_the_same_answer(llm, checkpoint):
     )
     model = reference(str(checkpoint))
     for output in outputs:
-        assert worst_difference(output, model, items) <= FP32_TOLERANCE
+        assert worst_difference(output, model, items) <= TOLERANCE
 
 
 def test_items_without_markers_stand_before_the_text_in_the_order_given(llm):
@@ -200,7 +201,7 @@ def test_prefix_cache_hits_give_the_same_answers(checkpoint):
     assert not first.num_cached_tokens
     assert again.num_cached_tokens >= 64
     for output in (first, again):
-        assert worst_difference(output, model, items) <= FP32_TOLERANCE
+        assert worst_difference(output, model, items) <= TOLERANCE
 
 
 def test_preemption(checkpoint):

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints, made offline: Qwen3, Qwen3-MoE and Qwen2 with a real tokenizer."""
+"""Tiny random checkpoints of the tested text models, made offline, with a real tokenizer."""
 
 from __future__ import annotations
 
@@ -43,6 +43,31 @@ FAMILY_FIELDS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
     "qwen2": {},
+    "llama": {"head_dim": 32},
+    "mistral": {"head_dim": 32, "sliding_window": 16},
+    "gemma": {"head_dim": 32, "tie_word_embeddings": True},
+    "gemma2": {
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 16,
+        "final_logit_softcapping": 3.0,
+        "tie_word_embeddings": True,
+    },
+    "gemma3_text": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16},
+    # vLLM's Cohere2 ties the head whatever the config says, and its window is one token wider.
+    "cohere2": {
+        "head_dim": 32,
+        "sliding_window": 256,
+        "logit_scale": 0.5,
+        "tie_word_embeddings": True,
+    },
+    "granite": {
+        "num_attention_heads": 2,
+        "embedding_multiplier": 6.0,
+        "logits_scaling": 2.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.18,
+    },
 }
 
 
@@ -87,7 +112,7 @@ def make_base(
 
     Args:
         path: directory to create.
-        family: "qwen3", "qwen3_moe" or "qwen2".
+        family: a key of `FAMILY_FIELDS`.
         dtype: dtype of the weights.
         seed: seed of the weights.
         max_shard_size: as in `save_pretrained`; small values give several shards.

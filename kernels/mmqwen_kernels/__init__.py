@@ -8,7 +8,6 @@ from mmqwen_kernels.ops import (
     BackendChoice,
     fuse_embeddings,
     project_rows,
-    scatter_rows,
     select_backend,
     warm_up,
 )
@@ -29,7 +28,6 @@ __all__ = [
     "pack_rows",
     "plan_rows",
     "project_rows",
-    "scatter_rows",
     "select_backend",
     "warm_up",
 ]

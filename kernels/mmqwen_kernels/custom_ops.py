@@ -166,15 +166,6 @@ def _(
     return rows.new_empty(rows.shape[0], w2.shape[0])
 
 
-@torch.library.custom_op("mmqwen::scatter_rows", mutates_args=("out",))
-def scatter_rows_op(out: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
-    """`scatter_rows`, in place."""
-    select_backend(rows.device, rows.dtype, "triton")
-    from mmqwen_kernels.triton_backend import triton_backend
-
-    triton_backend(rows.device).scatter(out, slots, rows)
-
-
 def fuse_compiled(
     input_ids: torch.Tensor,
     token_table: torch.Tensor,

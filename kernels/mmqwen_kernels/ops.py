@@ -11,12 +11,7 @@ import torch
 
 from mmqwen_kernels.launch import MODES, LaunchConfig, Mode
 from mmqwen_kernels.plan import RowPlan, RowSource, plan_rows
-from mmqwen_kernels.reference import (
-    Projector,
-    fuse_embeddings_torch,
-    project_rows_torch,
-    scatter_rows_torch,
-)
+from mmqwen_kernels.reference import Projector, fuse_embeddings_torch, project_rows_torch
 
 if TYPE_CHECKING:
     from mmqwen_kernels.triton_backend import TritonBackend
@@ -53,6 +48,8 @@ def select_backend(
     if backend == "torch":
         return BackendChoice("torch", "asked for")
     device = torch.device(device)
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())  # answers are kept by device
     if backend == "auto":
         if device.type != "cuda":
             return BackendChoice("torch", f"no kernels for {device.type} devices")
@@ -176,8 +173,8 @@ def fuse_embeddings(
         `[T, D]`: `out` where given.
 
     Raises:
-        ValueError: rows and slots do not match, a width is wrong, or the backend cannot run; the
-            kernels also refuse weights without elements.
+        ValueError: rows and slots do not match, ids or slots are no integers, a width is wrong, or
+            the backend cannot run; the kernels also refuse weights without elements.
     """
     chosen = _pick(backend, token_table, (w for p in projectors for w in p))
     if not isinstance(rows, RowPlan):
@@ -191,6 +188,8 @@ def fuse_embeddings(
             dtype=token_table.dtype,
             device=token_table.device,
         )
+    if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
+        raise ValueError(f"input_ids are {input_ids.dtype}, expected int32 or int64")
     if rows.num_tokens != input_ids.shape[0]:
         raise ValueError(f"{input_ids.shape[0]} token ids for a plan of {rows.num_tokens} tokens")
     if chosen == "torch":
@@ -249,24 +248,6 @@ def project_rows(
 
         return project_rows_op(rows, *projector)
     return _backend_of(rows.device).project(rows, projector, launch=launch)
-
-
-def scatter_rows(
-    out: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor, *, backend: str = "auto"
-) -> torch.Tensor:
-    """`out[slots[r]] = rows[r]` in place: out `[T, D]`, slots `[R]` distinct, rows `[R, D]`.
-
-    Raises:
-        ValueError: the backend cannot run, or the tensors do not fit together.
-    """
-    if _pick(backend, rows, (out,)) == "torch":
-        return scatter_rows_torch(out, slots, rows)
-    if torch.compiler.is_compiling():
-        from mmqwen_kernels.custom_ops import scatter_rows_op
-
-        scatter_rows_op(out, slots, rows)
-        return out
-    return _backend_of(rows.device).scatter(out, slots, rows)
 
 
 def warm_up(projectors: Sequence[Projector], *, backend: str = "auto") -> int:

@@ -51,7 +51,8 @@ class RowPlan:
     """The rows of one step on the device, grouped by modality, and how the kernels find them.
 
     A plan refers to the rows of its sources that lie on the device already: they must not change
-    before the op has run. It is for the stream on which it was made.
+    before the op has run. It is for the stream on which it was made. A CUDA graph that was captured
+    with it reads its buffer: keep the plan as long as the graph.
 
     Attributes:
         counts: per modality R_m.
@@ -153,7 +154,8 @@ def plan_rows(
 
     Raises:
         ValueError: the number of rows is not the number of slots, a row has the wrong width, a
-            slot is no integer, taken twice or outside the step, or a modality index is unknown.
+            slot is no integer, is taken twice or lies outside the step, slots lie on a device, or a
+            modality index is unknown.
         RuntimeError: the device's current stream is being captured.
     """
     if type(device) is not torch.device:
@@ -211,6 +213,10 @@ def _split_tokens(
     slots: torch.Tensor | np.ndarray | Sequence[int], num_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Text slots, ascending, and the rows' slots in their order; int64."""
+    if isinstance(slots, torch.Tensor) and not slots.is_cpu:
+        raise ValueError(f"slots lie on {slots.device}, expected the CPU: plans are made there")
+    if isinstance(slots, torch.Tensor) and (slots.is_floating_point() or slots.is_complex()):
+        raise ValueError(f"slots are {slots.dtype}, expected a bool mask or integer positions")
     array = slots.numpy() if isinstance(slots, torch.Tensor) else np.asarray(slots)
     if array.ndim != 1:
         raise ValueError(f"slots have shape {array.shape}, expected one dimension")
@@ -218,8 +224,8 @@ def _split_tokens(
         if len(array) != num_tokens:
             raise ValueError(f"a mask of {len(array)} slots for the {num_tokens} tokens of a step")
         return (~array).nonzero()[0], array.nonzero()[0]
-    if len(array) and array.dtype.kind not in "iu":
-        raise ValueError(f"slots are {array.dtype}, expected integers or a bool mask")
+    if len(array) and array.dtype.kind not in "iu":  # no slots at all are float64 to numpy
+        raise ValueError(f"slots are {array.dtype}, expected a bool mask or integer positions")
     positions = array.astype(np.int64)
     if len(positions) and (positions.min() < 0 or positions.max() >= num_tokens):
         raise ValueError(f"a slot lies outside the {num_tokens} tokens of the step")

@@ -34,11 +34,6 @@ def project_rows_torch(rows: torch.Tensor, projector: Projector) -> torch.Tensor
     return F.linear(hidden, projector.w2, projector.b2)
 
 
-def scatter_rows_torch(out: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """`out[slots[r]] = rows[r]`, in place; slots are distinct. Returns `out` `[T, D]`."""
-    return out.index_copy_(0, slots.long(), rows)
-
-
 def gather_text_torch(
     input_ids: torch.Tensor, token_table: torch.Tensor, vocab_start: int = 0
 ) -> torch.Tensor:
@@ -77,5 +72,5 @@ def fuse_embeddings_torch(
     out = text if out is None else out.copy_(text)
     for projector, x, at in zip(projectors, rows, slots, strict=True):
         if x is not None and at is not None and x.shape[0]:
-            scatter_rows_torch(out, at, project_rows_torch(x, projector))
+            out.index_copy_(0, at.long(), project_rows_torch(x, projector))
     return out

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -10,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import triton
-from triton.compiler import ASTSource
+import triton.language as tl
 
 from mmqwen_kernels import triton_kernels as kernels
 from mmqwen_kernels.launch import (
@@ -21,6 +23,15 @@ from mmqwen_kernels.launch import (
     every_tile,
     launches_dependently,
     text_columns,
+)
+from mmqwen_kernels.launcher import (
+    DISPATCH_VARIABLE,
+    INTEGERS,
+    Compiled,
+    Dispatched,
+    ast_source,
+    types_of,
+    why_dispatch,
 )
 from mmqwen_kernels.plan import RowTables, num_entries, tables_of
 from mmqwen_kernels.reference import Projector
@@ -45,92 +56,6 @@ def device_limits(index: int) -> tuple[tuple[int, int], int]:
     return (properties.major, properties.minor), properties.multi_processor_count
 
 
-# -- compilation and launch ----------------------------------------------------------------------
-
-_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_INTEGERS = {torch.int32: "i32", torch.int64: "i64"}
-_WORDS = ("entries_ptr", "weights_ptr", "row_address_ptr", "slots_ptr", "text_ptr")
-_ADDRESSES = ("x_address", "w_address", "b_address")
-_WIDE = dict.fromkeys(_WORDS, "*i64") | dict.fromkeys(_ADDRESSES, "i64")
-_ROWS = ("hidden_ptr", "out_ptr", "table_ptr", "rows_ptr")
-
-
-def ast_source(
-    kernel: Any,
-    constants: dict[str, Any],
-    dtype: torch.dtype,
-    ids_dtype: torch.dtype = torch.int64,
-    aligned: bool = True,
-) -> ASTSource:
-    """What to compile: the kernel with the types and alignments that a launch has.
-
-    Args:
-        kernel: one of `triton_kernels`' kernels.
-        constants: its constexprs by name.
-        dtype: of rows and weights.
-        ids_dtype: of token ids (or of the slots of `_scatter_rows_kernel`).
-        aligned: addresses of out and token table are multiples of 16 bytes.
-    """
-    signature: dict[str, str] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for at, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in _ROWS:
-            signature[name] = "*" + _TYPES[dtype]
-            if aligned or name == "hidden_ptr":
-                attributes[(at,)] = [["tt.divisibility", 16]]
-        elif name == "ids_ptr" or (name == "slots_ptr" and "rows_ptr" in kernel.arg_names):
-            signature[name] = "*" + _INTEGERS[ids_dtype]
-        else:
-            signature[name] = _WIDE.get(name, "i32")
-    return ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-
-
-class _Variant:
-    """One compiled kernel, ready to be launched with addresses and numbers.
-
-    Goes past Triton's own dispatch, which reads every argument's type and alignment at each call:
-    36 us for 20 arguments against 7 (slow CPU; docs/kernels.md, "Host"). A variant is fixed by what
-    `ast_source` takes, so nothing has to be read.
-    """
-
-    def __init__(
-        self, source: ASTSource, options: dict[str, Any], constants: Sequence[Any]
-    ) -> None:
-        compiled = triton.compile(source, options=options)
-        self._run = compiled.run  # loads the module onto the current device
-        self._function = compiled.function
-        self._metadata = compiled.packed_metadata
-        self._constants = tuple(constants)
-
-    def __call__(self, programs: int, stream: int, *args: int) -> None:
-        self._run(
-            programs,
-            1,
-            1,
-            stream,
-            self._function,
-            self._metadata,
-            None,
-            None,
-            None,
-            *args,
-            *self._constants,
-        )
-
-
-class _Interpreted:
-    """The same under Triton's interpreter, which takes tensors."""
-
-    def __init__(self, kernel: Any, constants: Sequence[Any]) -> None:
-        self._kernel = kernel
-        self._constants = tuple(constants)
-
-    def __call__(self, programs: int, stream: int, *args: Any) -> None:
-        self._kernel[(programs, 1, 1)](*args, *self._constants)
-
-
 class _Recipe(NamedTuple):
     """A step's launches but for its tensors."""
 
@@ -144,10 +69,18 @@ class _Recipe(NamedTuple):
 
 
 class _Weights:
-    """The device table of one set of projectors' addresses and sizes."""
+    """The device table of one set of projectors' addresses and sizes.
+
+    Attributes:
+        captured: a CUDA graph may read the table, so it is kept for good.
+    """
 
     def __init__(
-        self, projectors: Sequence[Projector], dtype: torch.dtype, device: torch.device
+        self,
+        projectors: Sequence[Projector],
+        dtype: torch.dtype,
+        device: torch.device,
+        stream: int,
     ) -> None:
         itemsize = dtype.itemsize
         table = np.zeros((len(projectors), kernels.WEIGHT_FIELDS), dtype=np.int64)
@@ -191,6 +124,17 @@ class _Weights:
         self.rows: list[list[int]] = table.tolist()
         self.address = self.table.data_ptr()
         self.recipes: dict[tuple[Any, ...], _Recipe] = {}
+        self.captured = False
+        self._streams = {stream}
+
+    def read_on(self, stream: int) -> None:
+        """Note that launches on this stream, the current one, read the table.
+
+        Its memory is then not used again before they have run, should it be freed meanwhile.
+        """
+        if stream not in self._streams and not self.captured:
+            self._streams.add(stream)
+            self.table.record_stream(torch.cuda.current_stream(self.table.device))
 
 
 def _check_projector(
@@ -236,8 +180,9 @@ class TritonBackend:
             self.capability, self.num_sms = (8, 0), 4
         else:
             self.capability, self.num_sms = device_limits(device.index)
+        self._dispatch: bool | None = True if self._interpret else None  # None: not looked yet
         self._variants: dict[tuple[Any, ...], Any] = {}
-        self._weights: dict[tuple[Any, ...], _Weights] = {}
+        self._weights: OrderedDict[tuple[Any, ...], _Weights] = OrderedDict()
 
     # -- the op and its halves ------------------------------------------------------------------
 
@@ -280,7 +225,7 @@ class TritonBackend:
             result = torch.empty(tokens, columns, dtype=dtype, device=self._device)
         else:
             result = out
-        if input_ids.dtype not in _INTEGERS or not input_ids.is_contiguous():
+        if input_ids.dtype not in INTEGERS or not input_ids.is_contiguous():
             input_ids = input_ids.long().contiguous()
         total = sum(counts)
         with self._on_device():
@@ -318,49 +263,6 @@ class TritonBackend:
                 self._project(weights, tables, [count], count, out, launch)
         return out
 
-    def scatter(self, out: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """`scatter_rows`: `out[slots[r]] = rows[r]` in place, one launch.
-
-        Raises:
-            ValueError: out and rows differ in dtype or width, or an inner stride is not 1.
-        """
-        if rows.ndim != 2 or out.ndim != 2 or rows.shape[1] != out.shape[1]:
-            raise ValueError(f"rows are {tuple(rows.shape)}, out is {tuple(out.shape)}")
-        if rows.dtype != out.dtype or slots.shape != rows.shape[:1]:
-            raise ValueError(
-                f"rows are {rows.dtype} with {tuple(slots.shape)} slots, out is {out.dtype}"
-            )
-        if out.stride(1) != 1:
-            raise ValueError("out is transposed, expected rows whose elements are adjacent")
-        rows = rows if rows.stride(1) == 1 else rows.contiguous()
-        if slots.dtype not in _INTEGERS or not slots.is_contiguous():
-            slots = slots.long().contiguous()
-        count, columns = rows.shape
-        if not count or not columns:
-            return out
-        align = _align_of(rows.dtype.itemsize, FULL_ALIGN_BYTES, out, rows)
-        block_t, block_d = 4, text_columns(columns)
-        with self._on_device():
-            variant = self._variant(
-                kernels._scatter_rows_kernel,
-                rows.dtype,
-                slots.dtype,
-                align * rows.dtype.itemsize,
-                {"ALIGN": align, "BLOCK_T": block_t, "BLOCK_D": block_d},
-            )
-            variant(
-                -(-count // block_t) * -(-columns // block_d),
-                self._stream(),
-                self._at(out),
-                out.stride(0),
-                self._at(slots),
-                self._at(rows),
-                rows.stride(0),
-                count,
-                columns,
-            )
-        return out
-
     def warm_up(
         self, projectors: Sequence[Projector], ids_dtypes: Sequence[torch.dtype] = (torch.int32,)
     ) -> int:
@@ -379,7 +281,7 @@ class TritonBackend:
             aligned = weights.align_bytes == FULL_ALIGN_BYTES
             ups, downs = every_tile(dtype, self.capability, aligned)
             text_tile = (LaunchConfig.block_t, text_columns(weights.columns))
-            dependent = launches_dependently(self.capability)
+            dependent = self._depends(launches_dependently(self.capability))
             before = len(self._variants)
             entries = num_entries(len(projectors))
             for tile in ups:
@@ -428,6 +330,7 @@ class TritonBackend:
         )
         hidden = torch.empty(total, recipe.stride, dtype=dtype, device=self._device)
         stream = self._stream()
+        weights.read_on(stream)
         entries = self._part(tables.buffer, tables.entries_at)
         addresses = entries
         if tables.addresses_at >= 0:
@@ -512,7 +415,7 @@ class TritonBackend:
         entries = num_entries(len(counts))
         some = [counts[m] for m in active]
         units = [weights.hidden[m] for m in active]
-        dependent = config.dependent and not self._interpret
+        dependent = self._depends(config.dependent)
         text_tile = (config.block_t, config.block_d)
         has_text = ids_dtype is not None
         found = _Recipe(
@@ -619,16 +522,45 @@ class TritonBackend:
         found = self._variants.get(key)
         if found is None:
             in_order = [constants[name] for name in kernel.arg_names if name in constants]
-            if self._interpret:
-                found = _Interpreted(kernel, in_order)
+            options: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
+            if dependent:
+                options["launch_pdl"] = True
+            if self._dispatches():
+                types = types_of(kernel, constants, dtype, ids_dtype)
+                found = Dispatched(kernel, types, options, in_order)
+                if not self._interpret:
+                    found.compile()
             else:
-                options: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
-                if dependent:
-                    options["launch_pdl"] = True
                 source = ast_source(kernel, constants, dtype, ids_dtype, aligned)
-                found = _Variant(source, options, in_order)
+                found = Compiled(source, options, in_order)
             self._variants[key] = found
         return found
+
+    def _dispatches(self) -> bool:
+        """Whether kernels are launched by Triton's own dispatch; looked at once, with a warning.
+
+        Raises:
+            RuntimeError: the current stream is being captured, and nobody has looked yet.
+        """
+        if self._dispatch is None:
+            if self._capturing():
+                raise RuntimeError(
+                    "the kernels are new to this device: run the op once before capturing it"
+                )
+            reason = why_dispatch(self._device, self._stream())
+            self._dispatch = reason is not None
+            if reason is not None and DISPATCH_VARIABLE not in reason:
+                warnings.warn(
+                    f"triton {triton.__version__} launches kernels otherwise than is known here "
+                    f"({reason}): they go by its own dispatch, which takes the host longer",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        return self._dispatch
+
+    def _depends(self, wanted: bool) -> bool:
+        """Whether K2 is launched before K1 ends, where that is `wanted`."""
+        return wanted and not self._dispatches() and hasattr(tl.extra.cuda, "gdc_wait")
 
     # -- small things ---------------------------------------------------------------------------
 
@@ -645,6 +577,9 @@ class TritonBackend:
             return 0
         return torch._C._cuda_getCurrentRawStream(self._device.index)
 
+    def _capturing(self) -> bool:
+        return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
     def _on_device(self) -> Any:
         """Launches go to the current device: make it ours, at no cost where it is."""
         if self._interpret or torch.cuda.current_device() == self._device.index:
@@ -652,17 +587,23 @@ class TritonBackend:
         return torch.cuda.device(self._device)
 
     def _weights_of(self, projectors: Sequence[Projector], dtype: torch.dtype) -> _Weights:
-        # The key holds all that the table does, so that it cannot be stale, whoever owned the
-        # addresses before.
+        # The key holds all that is looked at where a table is made, so that no set of weights can
+        # pass for another, whoever owned the addresses before.
         key = (dtype, *[_identity(projector) for projector in projectors])
         found = self._weights.get(key)
-        if found is None:
+        if found is not None:
+            self._weights.move_to_end(key)
+        else:
             if len(projectors) > MAX_MODALITIES:
                 raise ValueError(f"{len(projectors)} modalities, expected {MAX_MODALITIES} at most")
-            found = _Weights(projectors, dtype, self._device)
-            while len(self._weights) >= _WEIGHT_TABLES_KEPT:
-                self._weights.pop(next(iter(self._weights)))
+            found = _Weights(projectors, dtype, self._device, self._stream())
+            # The least recently used go, but for those that a graph reads.
+            free = [old for old, weights in self._weights.items() if not weights.captured]
+            for old in free[: max(0, len(free) + 1 - _WEIGHT_TABLES_KEPT)]:
+                del self._weights[old]
             self._weights[key] = found
+        if not found.captured and self._capturing():
+            found.captured = True
         return found
 
 
@@ -699,19 +640,16 @@ _NOTHING = _Nothing()
 
 
 def _identity(projector: Projector) -> tuple[Any, ...]:
-    w1, b1, w2, b2 = projector
-    return (
-        w1.dtype,
-        w1.data_ptr(),
-        w1.shape,
-        w1.stride(),
-        b1.data_ptr(),
-        b1.shape,
-        w2.data_ptr(),
-        w2.shape,
-        w2.stride(),
-        0 if b2 is None else b2.data_ptr(),
-    )
+    """All of a projector that `_Weights` reads or checks."""
+    found: list[Any] = []
+    for tensor in projector:
+        if tensor is None:
+            found.append(None)
+        else:
+            found += (
+                tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+            )  # fmt: skip
+    return tuple(found)
 
 
 def _align_of(itemsize: int, align_bytes: int, *tensors: torch.Tensor) -> int:

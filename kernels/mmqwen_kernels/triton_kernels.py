@@ -528,33 +528,3 @@ def _gather_text_kernel(
         BLOCK_T,
         BLOCK_D,
     )
-
-
-@triton.jit(do_not_specialize=["out_stride", "slots_ptr", "rows_stride", "num_rows", "columns"])
-def _scatter_rows_kernel(
-    out_ptr,
-    out_stride,
-    slots_ptr,
-    rows_ptr,
-    rows_stride,
-    num_rows,
-    columns,
-    ALIGN: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """out[slots[r]] = rows[r]. Grid: row tiles x column tiles."""
-    out_stride = out_stride // ALIGN * ALIGN
-    rows_stride = rows_stride // ALIGN * ALIGN
-    columns = columns // ALIGN * ALIGN
-    tiles_d = tl.cdiv(columns, BLOCK_D)
-    tile_r = tl.program_id(0) // tiles_d
-    offs_r = tile_r.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_d = (tl.program_id(0) - tile_r * tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask_r = offs_r < num_rows
-    mask = mask_r[:, None] & (offs_d < columns)[None, :]
-    slot = tl.load(slots_ptr + offs_r, mask=mask_r, other=0).to(tl.int64)
-    from_row = (offs_r * rows_stride)[:, None]
-    to_row = (slot * out_stride)[:, None]
-    value = tl.load(rows_ptr + from_row + offs_d[None, :], mask=mask)
-    tl.store(out_ptr + to_row + offs_d[None, :], value, mask=mask)

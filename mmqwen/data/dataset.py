@@ -72,7 +72,7 @@ class RowsDataset(Dataset[Example]):
         index %= len(self)
         where = f"{self._lines.file}:{index + 1}"
         try:
-            sample = read_sample(self._lines[index])
+            sample = self.sample(index)
             rows = {
                 name: [self.store(name).item(number) for number in numbers]
                 for name, numbers in sample.items.items()
@@ -82,6 +82,19 @@ class RowsDataset(Dataset[Example]):
         except (ValueError, IndexError) as error:
             raise DatasetError(f"{where}: {error}") from None
         return Example(sample, rows, where)
+
+    def sample(self, index: int) -> Sample:
+        """The line `index + 1` without its rows.
+
+        Raises:
+            DatasetError: the line cannot be read.
+        """
+        try:
+            return read_sample(self._lines[index])
+        except DatasetError:
+            raise
+        except ValueError as error:
+            raise DatasetError(f"{self._lines.file}:{index + 1}: {error}") from None
 
     def store(self, name: str) -> RowStore:
         """The items of one modality."""

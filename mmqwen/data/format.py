@@ -118,22 +118,26 @@ class Sample:
         return [m["content"] for m in self.messages if m["role"] == "assistant"]
 
 
-def read_sample(raw: bytes | dict[str, Any], item_type: type = int) -> Sample:
+def read_sample(raw: bytes | dict[str, Any] | ValueError, item_type: type = int) -> Sample:
     """Parse a line.
 
     Args:
-        raw: the line, or its fields.
+        raw: the line, or its fields, or why they cannot be read.
         item_type: what names an item: an int in a dataset, a str in a folder of .npy.
 
     Raises:
         ValueError: what is wrong with it; the caller adds file and line.
     """
-    fields = raw
+    if isinstance(raw, ValueError):
+        raise raw
+    fields: Any = raw
     if isinstance(raw, bytes):
         try:
             fields = json.loads(raw)
         except ValueError as error:  # of JSON or of UTF-8
             raise ValueError(f"not JSON ({error})") from None
+        except RecursionError:
+            raise ValueError("not a sample: its JSON is nested too deeply") from None
     if not isinstance(fields, dict):
         raise ValueError(f"got a {type(fields).__name__}, expected an object")
     chat = "messages" in fields
@@ -153,7 +157,26 @@ def read_sample(raw: bytes | dict[str, Any], item_type: type = int) -> Sample:
             raise ValueError("the prompt is empty and there is no item: nothing to answer to")
     if any(not answer.strip() for answer in sample.answers()):
         raise ValueError("an answer is empty; leave the sample out, or give it an answer")
+    check_text(sample)
     return sample
+
+
+def check_text(sample: Sample) -> None:
+    """Refuse what is no text, though JSON may spell it: half of a surrogate pair.
+
+    Raises:
+        ValueError: a text or the name of an item holds one.
+    """
+    names = [n for numbers in sample.items.values() for n in numbers if isinstance(n, str)]
+    for text in (*sample.questions(), *sample.answers(), *sample.items, *names):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half, around = text[error.start], text[max(0, error.start - 20) : error.start + 20]
+            raise ValueError(
+                f"{half!r} in {around!r} is half of a surrogate pair, which no text may hold; "
+                "write the whole character, or remove it"
+            ) from None
 
 
 def _check_items(items: Any, item_type: type) -> None:

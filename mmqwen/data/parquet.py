@@ -64,6 +64,7 @@ class ParquetRows:
 
         Raises:
             DatasetError: the row group cannot be read.
+            ValueError: the row cannot.
         """
         group = bisect_right(self._begins, index) - 1
         if group not in self._groups:
@@ -74,13 +75,18 @@ class ParquetRows:
             if len(self._groups) > _GROUPS_KEPT:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(group)
-        (row,) = self._groups[group].slice(index - self._begins[group], 1).to_pylist()
-        return _fields(row)
+        return _read_row(self._groups[group], index - self._begins[group])
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, Any] | ValueError]:
+        """The fields of each row, or why they cannot be read."""
         try:
             for batch in self._parquet.iter_batches(batch_size=_BATCH):
-                yield from map(_fields, batch.to_pylist())
+                try:
+                    rows = [_fields(row) for row in batch.to_pylist()]
+                except (ValueError, RecursionError):
+                    yield from (_row_or_error(batch, at) for at in range(len(batch)))
+                else:
+                    yield from rows
         except self._errors as error:
             raise DatasetError(f"{self.file}: cannot be read: {error}") from error
 
@@ -90,6 +96,28 @@ class ParquetRows:
     def __setstate__(self, state: dict[str, Any]) -> None:  # a worker opens its own
         self.__dict__.update(state)
         self._open()
+
+
+def _read_row(table: Any, at: int) -> dict[str, Any]:
+    """The fields of a row of a table or batch.
+
+    Raises:
+        ValueError: it holds what is no text, which Parquet does not check, or is nested too deeply.
+    """
+    try:
+        (row,) = table.slice(at, 1).to_pylist()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"a text is not UTF-8 ({error}); write it anew, or remove it") from None
+    except RecursionError:
+        raise ValueError("not a sample: nested too deeply") from None
+    return _fields(row)
+
+
+def _row_or_error(table: Any, at: int) -> dict[str, Any] | ValueError:
+    try:
+        return _read_row(table, at)
+    except ValueError as error:
+        return error
 
 
 def _fields(row: dict[str, Any]) -> dict[str, Any]:

@@ -127,7 +127,7 @@ class _Validator:
                 break
         self.broken[name] = broken
 
-    def _check_line(self, raw: bytes | dict[str, Any], where: str) -> None:
+    def _check_line(self, raw: bytes | dict[str, Any] | ValueError, where: str) -> None:
         try:
             sample = read_sample(raw)
         except ValueError as error:

@@ -121,7 +121,8 @@ class DatasetWriter:
 
         Args and raises: see `add`.
         """
-        self._add({"messages": [dict(message) for message in messages]}, items or {})
+        plain = [dict(m) if isinstance(m, Mapping) else m for m in messages]
+        self._add({"messages": plain}, items or {})
 
     def _add(self, fields: dict[str, Any], items: Mapping[str, Sequence[Any]]) -> None:
         where = f"{self.path}, sample {self.samples + 1}"
@@ -139,6 +140,8 @@ class DatasetWriter:
                     raise ValueError(f"an answer holds {spec.token}; only questions have items")
         except (ValueError, TypeError) as error:
             raise DatasetError(f"{where}: {error}") from None
+        except RecursionError:
+            raise DatasetError(f"{where}: not a sample: nested too deeply") from None
         for name, value in given.items():
             for number in (v for v in value if isinstance(v, int)):
                 if not 0 <= number < self._ends[name].count - 1:

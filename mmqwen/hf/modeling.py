@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,16 +10,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mmqwen.hf.configuration import MultimodalQwen3Config
+from mmqwen.hf.generation import NO_ROWS, GeneratesWithRows, Rows
 from mmqwen.modalities import ModalitySpec
 from mmqwen.shards import drop_replaced_files
-
-Rows = Tensor | Sequence[Any]
-"""`[R, d]` packed rows of one modality, or a list of `[n, d]` and `[d]` items in the same order."""
+from mmqwen.text_models import refuse_text_model
+from mmqwen.trained import CONFIG_FIELD, read_trained
 
 
 class MultiModalProjector(nn.Module):
@@ -58,8 +59,12 @@ class MultiModalProjector(nn.Module):
         return self.linear_2(torch.relu(self.linear_1(rows)))
 
 
-class MultimodalQwen3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class MultimodalQwen3ForConditionalGeneration(GeneratesWithRows, PreTrainedModel, GenerationMixin):
     """A causal language model over tokens and over rows of any number of modalities.
+
+    Hidden states and logits come from the text model's own class, whatever it does to embeddings
+    or logits (Gemma's scale and cap, Granite's and Cohere's scales). A row stands in the buffer
+    that `inputs_embeds` is: past a scale that belongs to the embedding layer, as Gemma's does.
 
     Weights keep the base model's names (`model.*`, `lm_head.*`); each modality adds
     `projectors.<name>.linear_1|linear_2.weight|bias`. Row `r` of a modality takes the place of the
@@ -69,8 +74,13 @@ class MultimodalQwen3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
     `forward` as in `generate`: a placeholder is no word, and vLLM's `compute_logits` masks it the
     same way. In training mode, or with labels, logits and loss are raw.
 
+    Attributes:
+        projectors_trained: modality to whether its projector was ever trained, where that is known:
+            read with the weights, set by training steps that have rows of it, saved with the model.
+
     Raises:
-        ValueError: a modality of `config` has no `token_id`.
+        ValueError: a modality of `config` has no `token_id`, or rows cannot be given to the text
+            model (see `mmqwen.text_models`).
     """
 
     config_class = MultimodalQwen3Config
@@ -88,14 +98,26 @@ class MultimodalQwen3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         text = config.text_config
         self.specs: dict[str, ModalitySpec] = config.modality_specs
+        self.projectors_trained: dict[str, bool] = {}
         for name, spec in self.specs.items():
             if spec.token_id is None:
                 raise ValueError(
                     f"modality {name!r} has no token_id; `mmqwen build` or "
                     "mmqwen.modalities.assign_token_ids gives it one"
                 )
-        self.model = AutoModel.from_config(text)
-        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        refuse_text_model(text.model_type)
+        causal_lm = AutoModelForCausalLM.from_config(text)
+        parts = [name for name, _ in causal_lm.named_children()]
+        if sorted(parts) != ["lm_head", "model"]:
+            raise ValueError(
+                f"text model type {text.model_type!r}: {type(causal_lm).__name__} consists of "
+                f"{parts}, expected model and lm_head"
+            )
+        self.model, self.lm_head = causal_lm.model, causal_lm.lm_head
+        # Past nn.Module's registry: its weights are this model's, under this model's names.
+        self.__dict__["_causal_lm"] = causal_lm
+        vars(causal_lm)["_modules"] = self._modules
+        causal_lm.config = text
         std = getattr(text, "initializer_range", None) or 0.02
         self.projectors = nn.ModuleDict(
             {
@@ -115,6 +137,29 @@ class MultimodalQwen3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
             init.zeros_(module.bias)
         else:
             super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As transformers does; also reads which projectors were ever trained."""
+        path = pretrained_model_name_or_path
+        loaded = super().from_pretrained(path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if path is not None:
+            model.projectors_trained = read_trained(
+                path, model.config, revision=kwargs.get("revision"), cache=kwargs.get("cache_dir")
+            )
+        return loaded
+
+    def _text_model(self) -> Any:
+        """The text model's own causal LM, made of this model's parts as they are now."""
+        view = self.__dict__["_causal_lm"]
+        if view._modules is not self._modules:  # this model is a copy, as DataParallel makes them
+            view = self.__dict__["_causal_lm"] = copy.copy(view)
+            vars(view)["_modules"] = self._modules
+        view.training = self.training
+        return view
 
     def projector(self, name: str) -> MultiModalProjector:
         """The projector of one modality."""
@@ -142,9 +187,13 @@ class MultimodalQwen3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         for name in embeddings:
             if name not in self.specs:
                 raise ValueError(f"unknown modality {name!r}; expected one of {sorted(self.specs)}")
+        if not embeddings and not self.training:  # most steps of a loop with a cache
+            placeholders = torch.isin(input_ids, self._placeholders(input_ids.device))
+            if not bool(placeholders.any()):
+                return self.get_input_embeddings()(input_ids)
         slots, packed = [], []
         for name, spec in self.specs.items():
-            rows = self._read_rows(spec, embeddings.get(name))
+            rows = self._read_rows(spec, embeddings.get(name), input_ids.device)
             at = input_ids.reshape(-1).eq(spec.token_id or 0).nonzero().squeeze(1)
             if at.numel() != rows.shape[0]:
                 raise ValueError(
@@ -154,6 +203,8 @@ class MultimodalQwen3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
             slots.append(at)
             packed.append(rows)
         learns = self.training and torch.is_grad_enabled()
+        if learns:
+            self._note_training(slots)
         inputs_embeds = self.get_input_embeddings()(input_ids)
         projected, kept = [], []
         for name, at, rows in zip(self.specs, slots, packed, strict=True):
@@ -164,24 +215,36 @@ class MultimodalQwen3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return inputs_embeds
         flat = inputs_embeds.reshape(-1, inputs_embeds.shape[-1])
         # Out of place: the lookup may be a leaf's view, and autograd needs its input.
-        fused = flat.index_put((torch.cat(kept),), torch.cat(projected).to(flat.device))
+        at = torch.cat(kept).to(flat.device)
+        fused = flat.index_put((at,), torch.cat(projected).to(flat.device))
         return fused.view_as(inputs_embeds)
 
-    def _read_rows(self, spec: ModalitySpec, rows: Rows | None) -> Tensor:
-        """`[R, d]` in the dtype of the projector, which may be trained in more than the model's."""
+    def _note_training(self, slots: Sequence[Tensor]) -> None:
+        for name, at in zip(self.specs, slots, strict=True):
+            if at.numel() and self.projector(name).linear_1.weight.requires_grad:
+                self.projectors_trained[name] = True
+
+    def _read_rows(self, spec: ModalitySpec, rows: Rows | None, device: torch.device) -> Tensor:
+        """`[R, d]` in the dtype of the projector, which may be trained in more than the model's.
+
+        On the projector's device; on `device` where accelerate keeps its weights elsewhere and
+        moves them, and what they are applied to, when they are called for.
+        """
         like = self.projector(spec.name).linear_1.weight
+        if like.device.type != "meta":
+            device = like.device
         if rows is None:
-            return like.new_zeros(0, spec.dim)
+            return torch.zeros(0, spec.dim, dtype=like.dtype, device=device)
         if not isinstance(rows, Tensor):
             items = [torch.as_tensor(item) for item in rows]
             items = [item.unsqueeze(0) if item.ndim == 1 else item for item in items]
             for item in items:
                 _check_width(spec, item)
             if not items:
-                return like.new_zeros(0, spec.dim)
-            rows = torch.cat([item.to(like.device, like.dtype) for item in items])
+                return torch.zeros(0, spec.dim, dtype=like.dtype, device=device)
+            rows = torch.cat([item.to(device, like.dtype) for item in items])
         _check_width(spec, rows)
-        return rows.to(like.device, like.dtype)
+        return rows.to(device, like.dtype)
 
     def forward(
         self,
@@ -195,7 +258,7 @@ class MultimodalQwen3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast:
         """Run the model on a batch.
 
         Args:
@@ -203,76 +266,69 @@ class MultimodalQwen3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
             attention_mask: `[B, T]` (with a cache `[B, past + T]`), 1 at real tokens. Positions
                 are counted along it, so a left-padded sequence equals the sequence alone.
             position_ids: `[B, T]`; derived from `attention_mask` unless given.
-            past_key_values: a cache; placeholders are looked for only in `input_ids`.
+            past_key_values: a cache; placeholders are looked for only in `input_ids`, and each
+                wants a row, whatever the cache holds.
             inputs_embeds: `[B, T, D]`, instead of `input_ids` and `embeddings`.
             labels: `[B, T]` int64; label `t` is predicted from the tokens before `t`; -100 is
                 ignored.
             embeddings: rows for the placeholders; see `fuse`.
             use_cache: whether to return a cache.
             logits_to_keep: logits of the last so many positions only (0: all), or of these.
-            **kwargs: passed on to the base model (`output_hidden_states`, ...) and to the loss
+            **kwargs: passed on to the text model (`output_hidden_states`, ...) and to the loss
                 (`num_items_in_batch`).
 
         Returns:
-            `loss` (with labels), `logits` `[B, T, V]` in the model's dtype, `past_key_values`,
-            `hidden_states`, `attentions`; for a mixture of experts whose `output_router_logits` is
-            set, also `router_logits` and `aux_loss`, which the loss then includes.
+            What the text model's class returns: `loss` (with labels), `logits` `[B, T, V]`,
+            `past_key_values`, `hidden_states`, `attentions`; for a mixture of experts whose
+            `output_router_logits` is set, also `router_logits` and `aux_loss`, which the loss then
+            includes.
 
         Raises:
             ValueError: see `fuse`; or not exactly one of `input_ids` and `inputs_embeds` is given.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if input_ids is not None:
-            if past and embeddings is None:  # a decoding step: placeholders are never sampled
+            if embeddings is NO_ROWS:
                 inputs_embeds = self.get_input_embeddings()(input_ids)
             else:
                 inputs_embeds = self.fuse(input_ids, embeddings)
         elif embeddings:
             raise ValueError("embeddings need input_ids, whose placeholders say where they go")
-        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+        if position_ids is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
             positions = (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
             position_ids = positions[:, past : past + cast(Tensor, inputs_embeds).shape[1]]
 
         num_items = kwargs.pop("num_items_in_batch", None)
-        outputs = self.model(
+        text = self._text_model()
+        outputs = text.forward(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
-            **kwargs,
+            logits_to_keep=logits_to_keep,
+            **{**kwargs, "return_dict": True},
         )
-        hidden = outputs.last_hidden_state
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, keep])
-
-        loss = None
+        logits, loss = outputs.logits, None
         if labels is not None:
+            # Not by the text model, whose labels must be as long as the logits that it keeps.
+            keep = (
+                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            )
             loss = self.loss_function(
                 logits=logits,
                 labels=labels[:, keep],
                 vocab_size=self.config.vocab_size,
                 num_items_in_batch=num_items,
             )
+            aux_loss = getattr(outputs, "aux_loss", None)
+            if aux_loss is not None:
+                loss = loss + text.router_aux_loss_coef * aux_loss.to(loss.device)
         elif not self.training:
             logits = self._mask_placeholders(logits)
-
-        common = {
-            "logits": logits,
-            "past_key_values": outputs.past_key_values,
-            "hidden_states": outputs.hidden_states,
-            "attentions": outputs.attentions,
-        }
-        router_logits = getattr(outputs, "router_logits", None)
-        if router_logits is None:
-            return CausalLMOutputWithPast(loss=loss, **common)
-        aux_loss = self._router_loss(router_logits, attention_mask)
-        if loss is not None:
-            loss = loss + self.config.text_config.router_aux_loss_coef * aux_loss.to(loss.device)
-        extra = {"aux_loss": aux_loss, "router_logits": router_logits}
-        return MoeCausalLMOutputWithPast(loss=loss, **common, **extra)
+        return type(outputs)(**{**outputs, "loss": loss, "logits": logits})
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: Any, is_main_process: bool = True, **kwargs: Any
@@ -281,75 +337,18 @@ class MultimodalQwen3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         The base that the links led to is not written to.
         """
+        if hasattr(self.config, CONFIG_FIELD):
+            delattr(self.config, CONFIG_FIELD)
+        if self.projectors_trained:
+            setattr(self.config, CONFIG_FIELD, dict(self.projectors_trained))
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             drop_replaced_files(Path(save_directory))
 
     def _mask_placeholders(self, logits: Tensor) -> Tensor:
-        ids = [spec.token_id for spec in self.specs.values()]
-        if not ids:
+        if not self.specs:
             return logits
-        index = torch.tensor(ids, device=logits.device)
-        return logits.index_fill(-1, index, float("-inf"))
-
-    def _router_loss(self, router_logits: Any, attention_mask: Tensor | None) -> Tensor:
-        from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
-
-        text = self.config.text_config
-        loss = load_balancing_loss_func(
-            router_logits, text.num_experts, text.num_experts_per_tok, attention_mask
-        )
-        return torch.as_tensor(loss)
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        *args: Any,
-        embeddings: Mapping[str, Rows] | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Hand `embeddings` to the prefill, and to every step when there is no cache."""
-        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
-            cast(Any, input_ids), *args, is_first_iteration=is_first_iteration, **kwargs
-        )
-        if is_first_iteration or not kwargs.get("use_cache", True):
-            inputs["embeddings"] = embeddings
-        return inputs
-
-    def _expand_inputs_for_generation(  # type: ignore[override]
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: Tensor | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Repeat each sequence's rows beside the sequence (beams, `num_return_sequences`)."""
-        embeddings = model_kwargs.get("embeddings")
-        if expand_size > 1 and embeddings and input_ids is not None:
-            expanded = {}
-            for name, rows in embeddings.items():
-                if name not in self.specs:
-                    raise ValueError(
-                        f"unknown modality {name!r}; expected one of {sorted(self.specs)}"
-                    )
-                spec = self.specs[name]
-                packed = self._read_rows(spec, rows)
-                counts = input_ids.eq(spec.token_id or 0).sum(-1).tolist()
-                if sum(counts) != packed.shape[0]:
-                    raise ValueError(
-                        f"modality {name!r}: got {packed.shape[0]} row(s), expected {sum(counts)}, "
-                        f"the number of {spec.token} placeholders in input_ids"
-                    )
-                parts = packed.split(counts)
-                expanded[name] = torch.cat([p for p in parts for _ in range(expand_size)])
-            model_kwargs["embeddings"] = expanded
-        return super()._expand_inputs_for_generation(  # type: ignore[misc]
-            expand_size=expand_size,
-            is_encoder_decoder=is_encoder_decoder,
-            input_ids=cast(Any, input_ids),
-            **model_kwargs,
-        )
+        return logits.index_fill(-1, self._placeholders(logits.device), float("-inf"))
 
 
 def _check_width(spec: ModalitySpec, rows: Tensor) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from transformers import BatchFeature, PretrainedConfig, ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from mmqwen.chat import check_parts_kept, shape_messages
 from mmqwen.hf.configuration import MODEL_TYPE, MultimodalQwen3Config
-from mmqwen.inputs import EMBEDDINGS_KEY, read_prompt
+from mmqwen.inputs import EMBEDDINGS_KEY, check_unicode, read_ids, read_messages, read_prompt
 from mmqwen.modalities import expand_markers, parse_modalities
 from mmqwen.tokens import add_placeholder_tokens
 from mmqwen.transport import check_items
@@ -133,22 +135,64 @@ class MultimodalQwen3Processor(ProcessorMixin):
         if len(data) != len(prompts):
             raise ValueError(f"multimodal_data: got {len(data)} for {len(prompts)} prompt(s)")
 
-        sequences: list[list[int]] = []
-        packed: dict[str, list[torch.Tensor]] = {}
+        expanded = []
         for prompt, own in zip(prompts, data, strict=True):
             body, own = _open_prompt(prompt, own)
-            items = check_items(_items_of(own), self.specs, dtype=dtype)
-            counts = {name: [len(rows) for rows in rs] for name, rs in items.items() if rs}
-            expansion = expand_markers(self._ids(body, kwargs), self.specs, counts)
-            sequences.append(expansion.token_ids)
-            for name, rows in items.items():
-                packed.setdefault(name, []).extend(rows)
-        embeddings = {name: torch.cat(packed[name]) for name in self.specs if packed.get(name)}
+            expanded.append(self.expand(self._ids(body, kwargs), _items_of(own), dtype))
+        batch = self.join(
+            expanded,
+            return_tensors=return_tensors,
+            padding=padding,
+            padding_side=padding_side,
+            max_length=max_length,
+        )
+        if return_tensors is None and single:
+            for name in ("input_ids", "attention_mask"):
+                batch[name] = batch[name][0]
+        return batch
 
-        batch = self._pad(sequences, padding, padding_side, max_length)
+    def expand(
+        self, token_ids: Sequence[int], items: Mapping[str, Any], dtype: torch.dtype
+    ) -> tuple[list[int], dict[str, list[torch.Tensor]]]:
+        """Check one prompt's items and put one placeholder per row.
+
+        Returns:
+            The expanded ids, and each item's rows `[n, d]` by modality.
+
+        Raises:
+            EmbeddingError, ModalityError: as for `__call__`.
+        """
+        rows = check_items(items, self.specs, dtype=dtype)
+        counts = {name: [len(item) for item in members] for name, members in rows.items()}
+        counts = {name: lengths for name, lengths in counts.items() if lengths}
+        return expand_markers(token_ids, self.specs, counts).token_ids, rows
+
+    def join(
+        self,
+        expanded: Sequence[tuple[list[int], Mapping[str, Sequence[torch.Tensor]]]],
+        *,
+        return_tensors: str | None = "pt",
+        padding: bool | str = True,
+        padding_side: str = "left",
+        max_length: int | None = None,
+    ) -> MultimodalBatch:
+        """Make a batch of prompts that `expand` checked.
+
+        Args:
+            expanded: ids and rows of each prompt.
+            return_tensors, padding, padding_side, max_length: as for `__call__`.
+
+        Raises:
+            ValueError: as for `__call__`.
+        """
+        packed = {
+            name: [item for _, rows in expanded for item in rows.get(name, ())]
+            for name in self.specs
+        }
+        embeddings = {name: torch.cat(items) for name, items in packed.items() if items}
+        batch = self._pad([ids for ids, _ in expanded], padding, padding_side, max_length)
         if return_tensors is None:
-            fields: dict[str, Any] = {k: v[0] for k, v in batch.items()} if single else batch
-            return MultimodalBatch({**fields, "embeddings": embeddings})
+            return MultimodalBatch({**batch, "embeddings": embeddings})
         if return_tensors != "pt":
             raise ValueError(f"return_tensors: expected 'pt' or None, got {return_tensors!r}")
         lengths = {len(row) for row in batch["input_ids"]}
@@ -161,9 +205,10 @@ class MultimodalQwen3Processor(ProcessorMixin):
 
     def _ids(self, prompt: Any, kwargs: Mapping[str, Any]) -> list[int]:
         if isinstance(prompt, str):
+            check_unicode(prompt)
             return self.tokenizer(prompt, return_attention_mask=False, **kwargs)["input_ids"]
-        if _is_ids(prompt):
-            return list(prompt)
+        if isinstance(prompt, (list, tuple)):
+            return read_ids(prompt)
         raise ValueError(
             f"prompt: expected a str or a list of token ids, got {type(prompt).__name__}"
         )
@@ -198,10 +243,61 @@ class MultimodalQwen3Processor(ProcessorMixin):
     def apply_chat_template(  # type: ignore[override]
         self, conversation: Any, chat_template: str | None = None, **kwargs: Any
     ) -> Any:
-        """The tokenizer's `apply_chat_template`; a str unless `tokenize=True` is given."""
-        kwargs.setdefault("tokenize", False)
+        """The text of one conversation or several, through the chat template.
+
+        Args:
+            conversation: messages as for `MultimodalQwen3Pipeline.chat`, or a list of such lists. A
+                part `{"type": "m1", "m1": item}` becomes a marker; so does `{"type": "m1"}`, whose
+                item is then given to `__call__`, and so do markers that the text spells.
+            chat_template: used instead of the processor's and the tokenizer's.
+            **kwargs: as for the tokenizer's `apply_chat_template`.
+
+        Returns:
+            A str, or a list for a list: items are given to `__call__` beside it. With
+            `tokenize=True`, what the tokenizer returns; where parts bring their items, what
+            `__call__` returns.
+
+        Raises:
+            MessageError: a part of another type, or messages that the template refuses.
+            EmbeddingError, ModalityError: with `tokenize=True`, as for `__call__`.
+        """
+        tokenize = kwargs.pop("tokenize", False)
         template = chat_template or self.chat_template
-        return self.tokenizer.apply_chat_template(conversation, chat_template=template, **kwargs)
+        tools = kwargs.get("tools")
+        single = not (
+            isinstance(conversation, (list, tuple))
+            and conversation
+            and isinstance(conversation[0], (list, tuple))
+        )
+        shaped, items = [], []
+        for messages in [conversation] if single else conversation:
+            plain, own = read_messages(messages, self.specs, rows_apart=True)
+            shaped.append(
+                shape_messages(self.tokenizer, plain, chat_template=template, tools=tools)
+            )
+            items.append(own)
+        if not (tokenize and any(items)):
+            given = shaped[0] if single else shaped
+            return self.tokenizer.apply_chat_template(
+                given, chat_template=template, tokenize=tokenize, **kwargs
+            )
+        if kwargs.pop("return_assistant_tokens_mask", False):
+            raise ValueError("return_assistant_tokens_mask is not given for messages with items")
+        return_dict = kwargs.pop("return_dict", True)
+        names = ("padding", "padding_side", "max_length", "truncation", "return_tensors")
+        options = {name: kwargs.pop(name) for name in names if name in kwargs}
+        options = {"return_tensors": None, "padding": False, **options}
+        texts = self.tokenizer.apply_chat_template(
+            shaped, chat_template=template, tokenize=False, **kwargs
+        )
+        ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        for sequence, own in zip(ids, items, strict=True):
+            check_parts_kept(
+                sequence, self.specs, {name: len(members) for name, members in own.items()}
+            )
+        given, data = (ids[0], items[0]) if single else (ids, items)
+        batch = self(given, data, **options)
+        return batch if return_dict else batch["input_ids"]
 
 
 def _is_ids(prompt: Any) -> bool:
@@ -209,7 +305,7 @@ def _is_ids(prompt: Any) -> bool:
         isinstance(prompt, Sequence)
         and not isinstance(prompt, str)
         and len(prompt) > 0
-        and all(isinstance(t, int) and not isinstance(t, bool) for t in prompt)
+        and all(isinstance(t, Integral) and not isinstance(t, bool) for t in prompt)
     )
 
 

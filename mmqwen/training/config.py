@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import numbers
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,12 +18,57 @@ LEARNING_RATES = {"projector": 1e-3, "lora": 2e-4, "full": 2e-5}
 of its repository) for the projector alone, for LoRA and for all weights."""
 
 LORA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_WHOLE: dict[str, tuple[int, int | None]] = {
+    **dict.fromkeys(("batch_size", "accumulation", "keep", "log_steps", "save_steps"), (1, None)),
+    **dict.fromkeys(("max_length", "lora_rank", "lora_alpha"), (1, None)),
+    "max_steps": (-1, None),
+    "workers": (0, None),
+    "seed": (0, 2**32 - 1),  # numpy's limits
+}
+"""Whole numbers: the smallest, and the largest or None."""
+
+_REAL: dict[str, tuple[Callable[[float], bool], str]] = {
+    "epochs": (lambda x: x > 0, "more than 0"),
+    "lr": (lambda x: x > 0, "more than 0"),
+    "eval_share": (lambda x: 0 <= x < 1, "0 to less than 1"),
+    "warmup": (lambda x: 0 <= x < 1, "a share of the steps, 0 to less than 1"),
+    "weight_decay": (lambda x: x >= 0, "at least 0"),
+    "max_grad_norm": (lambda x: x >= 0, "at least 0, which does not clip"),
+    "lora_dropout": (lambda x: 0 <= x < 1, "0 to less than 1"),
+}
+_SWITCHES = ("bf16", "gradient_checkpointing", "merge", "validate", "cpu", "progress")
+_OPTIONAL = ("save_steps", "max_length", "lr")
+"""Numbers that may be None."""
+
 RUN_FILE = "settings.json"
 DATA_RECORD = "datasets.json"
 
 
 class TrainingError(ValueError):
     """Training cannot start or go on, with the reason and the remedy."""
+
+
+def _whole(name: str, value: Any) -> int:
+    """A setting as an int, numpy's among them."""
+    smallest, largest = _WHOLE[name]
+    expected = f"at least {smallest}" if largest is None else f"{smallest} to {largest}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TrainingError(f"{name} is {value!r}, expected a whole number, {expected}")
+    number = int(value)
+    if number < smallest or (largest is not None and number > largest):
+        raise TrainingError(f"{name} is {number}, expected {expected}")
+    return number
+
+
+def _real(name: str, value: Any) -> float:
+    """A setting as a float."""
+    fits, expected = _REAL[name]
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TrainingError(f"{name} is {value!r}, expected a number, {expected}")
+    number = float(value)
+    if not (math.isfinite(number) and fits(number)):
+        raise TrainingError(f"{name} is {value}, expected {expected}")
+    return number
 
 
 @dataclass(frozen=True)
@@ -95,24 +144,40 @@ class TrainSettings:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("model", "data", "output"):
-            object.__setattr__(self, name, str(getattr(self, name)))
-        if self.eval_data is not None:
-            object.__setattr__(self, "eval_data", str(self.eval_data))
-        object.__setattr__(self, "lora_layers", tuple(self.lora_layers))
+        value: Any
+        for name in ("model", "data", "output", "eval_data"):
+            value = getattr(self, name)
+            if value is None and name == "eval_data":
+                continue
+            if not isinstance(value, (str, os.PathLike)) or not str(value):
+                raise TrainingError(f"{name} is {value!r}, expected a path")
+            object.__setattr__(self, name, str(value))
+        if Path(self.output).name in ("", ".."):
+            raise TrainingError(f"output is {self.output!r}, expected the name of a new directory")
+        layers: Any = self.lora_layers
+        if not isinstance(layers, (list, tuple)) or not all(isinstance(n, str) for n in layers):
+            raise TrainingError(f"lora_layers is {layers!r}, expected a list of names")
+        object.__setattr__(self, "lora_layers", tuple(layers))
+        if not all(layers) or not layers:
+            raise TrainingError(f"lora_layers is {layers!r}, expected at least one name")
         if self.stage not in STAGES:
             raise TrainingError(f"stage {self.stage!r}, expected one of {STAGES}")
-        for name in ("batch_size", "accumulation", "keep", "log_steps", "lora_rank"):
-            if getattr(self, name) < 1:
-                raise TrainingError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.save_steps is not None and self.save_steps < 1:
-            raise TrainingError(f"save_steps is {self.save_steps}, expected at least 1")
-        if not 0 <= self.eval_share < 1:
-            raise TrainingError(f"eval_share is {self.eval_share}, expected 0 to 1")
+        for name in ("schedule", "fsdp"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (name, value) != ("fsdp", None):
+                raise TrainingError(f"{name} is {value!r}, expected a name of transformers'")
+        for name in (*_WHOLE, *_REAL):
+            value = getattr(self, name)
+            if value is not None or name not in _OPTIONAL:
+                read = _whole if name in _WHOLE else _real
+                object.__setattr__(self, name, read(name, value))
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise TrainingError(f"{name} is {getattr(self, name)!r}, expected True or False")
+        if self.max_steps == 0:
+            raise TrainingError("max_steps is 0, expected at least 1, or -1 to go by epochs")
         if self.eval_data is not None and self.eval_share:
             raise TrainingError("give eval_data or eval_share, not both")
-        if self.epochs <= 0 and self.max_steps <= 0:
-            raise TrainingError(f"epochs is {self.epochs}, expected more than 0")
 
     @property
     def learning_rate(self) -> float:
@@ -149,8 +214,11 @@ def read_settings(folder: Path) -> TrainSettings:
         raise TrainingError(f"{folder}: not the folder of a training run ({error})") from error
 
 
-def claim_run_folder(settings: TrainSettings) -> None:
+def claim_run_folder(settings: TrainSettings) -> bool:
     """Make the run's folder, or check that it is of a run with the same settings.
+
+    Returns:
+        Whether it was made, by `release_run_folder` to be given up if nothing comes of the run.
 
     Raises:
         TrainingError: it is of another run, or of one whose datasets have been changed since, or
@@ -167,13 +235,25 @@ def claim_run_folder(settings: TrainSettings) -> None:
                 "output, or give the same settings to go on with it"
             )
         _check_datasets(folder, settings)
-        return
+        return False
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / DATA_RECORD, _fingerprints(settings))
         _write(folder / RUN_FILE, settings.to_dict())
     except OSError as error:
         raise TrainingError(f"cannot write {folder}: {error}") from error
+    return True
+
+
+def release_run_folder(folder: Path) -> None:
+    """Give up a folder that was claimed for a run without a checkpoint: there is nothing to go on.
+
+    So the same command may be given again with other settings. Logs are kept where there are any.
+    """
+    for name in (RUN_FILE, DATA_RECORD):
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # it holds something
+        folder.rmdir()
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:

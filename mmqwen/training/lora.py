@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from mmqwen.training.config import TrainingError
+from mmqwen.training.config import LORA_LAYERS, TrainingError
 
 ADAPTER = "default"
 ADAPTER_FOLDER = "adapter"
@@ -34,14 +35,22 @@ def add_lora(
         raise TrainingError(
             f"stage 'lora' needs peft: pip install 'mmqwen[train]' ({error})"
         ) from error
+
+    def pattern(names: Sequence[str]) -> str:
+        return rf"model\.layers\..*\.({'|'.join(map(re.escape, names))})"
+
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
         bias="none",
         task_type="CAUSAL_LM",
-        target_modules=rf"model\.layers\..*\.({'|'.join(layers)})",
+        target_modules=pattern(layers),
     )
+    known = [name for name, _ in model.named_modules()]
+    for name in layers if tuple(layers) != LORA_LAYERS else ():  # of which a model may lack some
+        if not any(re.fullmatch(pattern([name]), module) for module in known):
+            raise TrainingError(f"lora_layers: the language model has no layer {name!r}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:

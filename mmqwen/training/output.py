@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,23 @@ from mmqwen.shards import (
     BASE_PREFIX,
     INDEX_FILE,
     PROJECTOR_FILE,
-    SINGLE_FILE,
     CheckpointError,
     place_file,
     read_header,
+    read_weight_map,
 )
 
 PREFIX = "projectors."
+GENERATION_FILE = "generation_config.json"
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
 
 
 def write_linked(
-    source: Path, stage: Path, projectors: Mapping[str, torch.Tensor], dtype: torch.dtype
+    source: Path,
+    stage: Path,
+    projectors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    trained: Mapping[str, bool],
 ) -> None:
     """Fill `stage` with the checkpoint `source` and new projectors; the base's shards are linked.
 
@@ -37,6 +42,7 @@ def write_linked(
         stage: empty directory.
         projectors: all `projectors.*` tensors.
         dtype: in which they are stored.
+        trained: modality to whether its projector was ever trained.
 
     Raises:
         CheckpointError: a file cannot be read or written.
@@ -45,7 +51,7 @@ def write_linked(
     copy_small_files(source, stage)
     for shard in sorted({f for name, f in weight_map.items() if not name.startswith(PREFIX)}):
         _place_shard((source / shard).resolve(), stage / _base_name(shard))
-    _finish(stage, projectors, dtype)
+    _finish(stage, projectors, dtype, trained)
 
 
 def write_whole(model: Any, tokenizer_source: Path, stage: Path, dtype: torch.dtype) -> None:
@@ -74,20 +80,7 @@ def write_whole(model: Any, tokenizer_source: Path, stage: Path, dtype: torch.dt
     finally:
         shutil.rmtree(whole, ignore_errors=True)
     projectors = {k: v for k, v in model.state_dict().items() if k.startswith(PREFIX)}
-    _finish(stage, projectors, dtype)
-
-
-def read_weight_map(folder: Path) -> dict[str, str]:
-    """Tensor name to shard, of a composite checkpoint with an index or with a single file.
-
-    Raises:
-        CheckpointError: it has neither.
-    """
-    if (folder / INDEX_FILE).is_file():
-        return json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
-    if (folder / SINGLE_FILE).is_file():
-        return dict.fromkeys(read_header(folder / SINGLE_FILE)[0], SINGLE_FILE)
-    raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}")
+    _finish(stage, projectors, dtype, model.projectors_trained)
 
 
 def copy_small_files(source: Path, stage: Path) -> None:
@@ -96,6 +89,24 @@ def copy_small_files(source: Path, stage: Path) -> None:
         for file in source.glob(pattern):
             if file.is_file() and file.name not in (INDEX_FILE, "training.json"):
                 shutil.copyfile(file, stage / file.name)
+
+
+def add_stops(stage: Path, config: Any, ids: Sequence[int]) -> None:
+    """Let generation stop at what training taught as an end, beside what it stops at anyway.
+
+    Args:
+        stage: directory of the output, with the base's `generation_config.json` if it has one.
+        config: the checkpoint's config, whose stops are used where there is no such file.
+        ids: the tokens that must be among the stops.
+    """
+    file = stage / GENERATION_FILE
+    own: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    stops = own.get("eos_token_id", config.eos_token_id)
+    known = [] if stops is None else stops if isinstance(stops, list) else [stops]
+    missing = [token for token in ids if token not in known]
+    if missing:
+        own["eos_token_id"] = [*known, *missing]
+        file.write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
 
 
 def _base_name(shard: str) -> str:
@@ -123,12 +134,17 @@ def copy_tensors(source: Path, target: Path, names: Collection[str]) -> None:
         save_file({n: handle.get_tensor(n) for n in names}, target, metadata={"format": "pt"})
 
 
-def _finish(stage: Path, projectors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+def _finish(
+    stage: Path,
+    projectors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    trained: Mapping[str, bool],
+) -> None:
     cast = {name: tensor.detach().to(dtype) for name, tensor in projectors.items()}
     for name, tensor in cast.items():
         if not bool(tensor.isfinite().all()):
             raise CheckpointError(f"tensor {name} is not finite in {dtype}; training has diverged")
-    save_projectors(cast, stage / PROJECTOR_FILE)
+    save_projectors(cast, stage / PROJECTOR_FILE, trained=trained)
     shards = sorted(stage.glob("*.safetensors"))
     weight_map = {name: shard.name for shard in shards for name in read_header(shard)[0]}
     size = sum(shard.stat().st_size for shard in shards)

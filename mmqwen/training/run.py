@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,25 @@ from torch.utils.data import Dataset, Subset
 from mmqwen._version import __version__
 from mmqwen.checkpoint import read_config
 from mmqwen.data import DatasetError, Example, RowsDataset, validate
+from mmqwen.data.encoding import stop_ids
 from mmqwen.hf import MultimodalQwen3Config, MultimodalQwen3ForConditionalGeneration
-from mmqwen.shards import CheckpointError, check_output, staged
+from mmqwen.shards import CheckpointError, check_output, read_weight_map, staged
 from mmqwen.tokens import add_placeholder_tokens
+from mmqwen.trained import UntrainedProjectorsWarning, read_trained, untrained
 from mmqwen.training.collator import Collator
-from mmqwen.training.config import TrainingError, TrainSettings, claim_run_folder, read_settings
+from mmqwen.training.config import (
+    RUN_FILE,
+    TrainingError,
+    TrainSettings,
+    claim_run_folder,
+    read_settings,
+    release_run_folder,
+)
 from mmqwen.training.lora import ADAPTER_FOLDER, add_lora, merge_lora, save_adapter
-from mmqwen.training.output import PREFIX, write_linked, write_whole
+from mmqwen.training.output import PREFIX, add_stops, write_linked, write_whole
 
 REPORT_FILE = "training.json"
+_LOG = logging.getLogger(__name__)
 
 
 def train(settings: TrainSettings, *, callbacks: Sequence[Any] = ()) -> Path:
@@ -44,6 +56,9 @@ def train(settings: TrainSettings, *, callbacks: Sequence[Any] = ()) -> Path:
         TrainingError: settings that do not fit together or to the run found there, a loss that is
             no number, or a checkpoint that cannot be written (the last good one is kept).
         CheckpointError: the model cannot be read, or the output exists or cannot be written.
+
+    Warns:
+        UntrainedProjectorsWarning: the data has no rows of a modality that was never trained.
     """
     from mmqwen.training.trainer import (
         RowsTrainer,
@@ -58,26 +73,36 @@ def train(settings: TrainSettings, *, callbacks: Sequence[Any] = ()) -> Path:
     main = arguments.process_index == 0
     tokenizer = _load_tokenizer(settings, config)
     limit = settings.max_length or getattr(config.text_config, "max_position_embeddings", None)
+    claimed = False
     with arguments.main_process_first(local=False, desc="checking"):
         if main:
             check_output(Path(settings.output))
+            read_weight_map(Path(settings.model))
             for path in (settings.data, settings.eval_data):
                 if path is not None and settings.validate:
                     specs = config.modality_specs
                     validate(path, specs, tokenizer=tokenizer, max_length=limit)
-            claim_run_folder(settings)
-    train_set, eval_set = _open_data(settings)
-    model, tuner = _load_model(settings, config)
-    trainer = RowsTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=train_set,
-        eval_dataset=eval_set,
-        data_collator=Collator(tokenizer, config.modality_specs, limit),
-        callbacks=[StopOnNaN(), *callbacks],
-    )
-    checkpoint = last_checkpoint(settings.run_folder)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            claimed = claim_run_folder(settings)
+    try:
+        train_set, eval_set = _open_data(settings)
+        learnt = _modalities_with_rows(train_set, config.modality_specs) if main else set()
+        if main:
+            _warn_without_rows(settings, config, learnt)
+        model, tuner = _load_model(settings, config)
+        trainer = RowsTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=train_set,
+            eval_dataset=eval_set,
+            data_collator=Collator(tokenizer, config.modality_specs, limit),
+            callbacks=[StopOnNaN(), *callbacks],
+        )
+        checkpoint = last_checkpoint(settings.run_folder)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except BaseException:
+        if claimed and last_checkpoint(settings.run_folder) is None:
+            release_run_folder(settings.run_folder)
+        raise
     if settings.fsdp:  # the shards' whole weights, in a model of the first process alone
         weights = trainable_state(trainer.model)
         if main:
@@ -91,6 +116,7 @@ def train(settings: TrainSettings, *, callbacks: Sequence[Any] = ()) -> Path:
             "best_eval_loss": trainer.state.best_metric,
             "log": trainer.state.log_history,
         }
+        model.projectors_trained.update(dict.fromkeys(learnt, True))
         _write_output(settings, model, tuner, Path(settings.output), report)
     trainer.accelerator.wait_for_everyone()
     return Path(settings.output)
@@ -104,16 +130,28 @@ def export(checkpoint: str | Path, output: str | Path) -> Path:
         output: directory to create.
 
     Raises:
-        TrainingError: it is not the checkpoint of a run.
+        TrainingError: it is not the checkpoint of a run; where it is the run's folder, with the
+            checkpoints that it has.
         CheckpointError: the output exists or cannot be written.
     """
-    from mmqwen.training.trainer import load_trainable
+    from mmqwen.training.trainer import all_checkpoints, load_trainable
 
     checkpoint, output = Path(checkpoint), Path(output)
     check_output(output)
-    settings = read_settings(checkpoint.parent)
-    model, tuner = _load_model(settings, read_config(settings.model))
+    run = checkpoint if (checkpoint / RUN_FILE).is_file() else checkpoint.parent
+    settings = read_settings(run)
+    if checkpoint not in (found := all_checkpoints(run)):
+        names = ", ".join(str(path) for path in found) or "none yet"
+        raise TrainingError(f"{checkpoint} is no checkpoint of a run; the run has: {names}")
+    config = read_config(settings.model)
+    model, tuner = _load_model(settings, config)
     load_trainable(model, checkpoint)
+    try:
+        learnt = _modalities_with_rows(_open_data(settings)[0], config.modality_specs)
+        model.projectors_trained.update(dict.fromkeys(learnt, True))
+    except (DatasetError, TrainingError):  # the data is gone: what this run trained is not known
+        for name in untrained(model.projectors_trained, config.modality_specs):
+            del model.projectors_trained[name]
     _write_output(settings, model, tuner, output, {"checkpoint": checkpoint.name})
     return output
 
@@ -123,7 +161,7 @@ def _arguments(settings: TrainSettings) -> Any:
     try:
         import tensorboard  # noqa: F401
         from transformers import TrainingArguments
-        from transformers.utils import is_accelerate_available
+        from transformers.utils import is_accelerate_available, is_torch_bf16_gpu_available
     except ImportError as error:
         raise TrainingError(f"training needs pip install 'mmqwen[train]' ({error})") from error
     if not is_accelerate_available():
@@ -132,6 +170,12 @@ def _arguments(settings: TrainSettings) -> Any:
         raise TrainingError(
             "fsdp shards between processes: start them by torchrun or accelerate launch"
         )
+    if settings.bf16 and not (settings.cpu or is_torch_bf16_gpu_available()):
+        raise TrainingError(
+            "bf16 needs a GPU that computes in bfloat16, and there is none here; add --cpu "
+            "(cpu=True) to train on the CPU all the same, or leave --bf16 out"
+        )
+    _check_schedule(settings)
     evaluates = settings.eval_data is not None or settings.eval_share > 0
     rhythm: dict[str, Any] = {"save_strategy": "epoch", "eval_strategy": "epoch"}
     if settings.save_steps is not None:
@@ -139,7 +183,7 @@ def _arguments(settings: TrainSettings) -> Any:
         rhythm |= {"eval_strategy": "steps", "eval_steps": settings.save_steps}
     if not evaluates:
         rhythm["eval_strategy"] = "no"
-    return TrainingArguments(
+    fields: dict[str, Any] = dict(
         output_dir=str(settings.run_folder.resolve()),
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
@@ -173,6 +217,37 @@ def _arguments(settings: TrainSettings) -> Any:
         disable_tqdm=not settings.progress,
         **rhythm,
     )
+    try:
+        arguments = TrainingArguments(**fields)
+    except ValueError as error:
+        raise TrainingError(f"transformers refuses the settings: {error}") from error
+    if arguments.n_gpu > 1:
+        # Trainer would wrap the model in DataParallel, which splits token ids between the GPUs but
+        # not the rows that belong to them.
+        _LOG.warning(
+            "training on one of %d GPUs: start a process for each by torchrun to use them all "
+            "(docs/training.md)",
+            arguments.n_gpu,
+        )
+        arguments._n_gpu = 1  # as Trainer itself sets it where a model must not be replicated
+    return arguments
+
+
+def _check_schedule(settings: TrainSettings) -> None:
+    """Refuse a schedule that transformers does not know, or that needs what no setting gives."""
+    from transformers import SchedulerType, get_scheduler
+
+    def refusal(name: str) -> Exception | None:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], settings.learning_rate)
+        try:
+            get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=10)
+        except (ValueError, TypeError) as error:
+            return error
+        return None
+
+    if (error := refusal(settings.schedule)) is not None:
+        names = [kind.value for kind in SchedulerType if refusal(kind.value) is None]
+        raise TrainingError(f"schedule {settings.schedule!r}, expected one of {names}") from error
 
 
 def _load_tokenizer(settings: TrainSettings, config: MultimodalQwen3Config) -> Any:
@@ -204,6 +279,40 @@ def _open(path: str) -> RowsDataset:
     if not len(dataset):
         raise DatasetError(f"{path}: there is no sample")
     return dataset
+
+
+def _modalities_with_rows(data: Dataset[Example], names: Collection[str]) -> set[str]:
+    """Those of the modalities `names` that some sample has an item of; stops once all are found."""
+    whole, indices = (data.dataset, data.indices) if isinstance(data, Subset) else (data, None)
+    assert isinstance(whole, RowsDataset)
+    found: set[str] = set()
+    for index in range(len(whole)) if indices is None else indices:
+        found |= {name for name, items in whole.sample(index).items.items() if items}
+        if found >= set(names):
+            break
+    return found & set(names)
+
+
+def _warn_without_rows(
+    settings: TrainSettings, config: MultimodalQwen3Config, learnt: Collection[str]
+) -> None:
+    """Say which projectors this run will not train."""
+    absent = [name for name in config.modality_specs if name not in learnt]
+    random = untrained(read_trained(settings.model), absent)
+    if random:
+        warnings.warn(
+            f"{settings.data} has no rows of {', '.join(random)}, whose projectors are UNTRAINED "
+            "(random) and stay so: add samples with such rows, or give the projectors (`mmqwen "
+            "build --projector FILE`)",
+            UntrainedProjectorsWarning,
+            stacklevel=3,
+        )
+    kept = [name for name in absent if name not in random]
+    if kept:
+        warnings.warn(
+            f"{settings.data} has no rows of {', '.join(kept)}: their projectors stay as they are",
+            stacklevel=3,
+        )
 
 
 def _stored_dtype(config: MultimodalQwen3Config) -> torch.dtype:
@@ -247,19 +356,21 @@ def _write_output(
     import transformers
 
     source = Path(settings.model)
-    stored = _stored_dtype(read_config(source))
+    config = read_config(source)
+    stored = _stored_dtype(config)
     linked = settings.stage == "projector" or (tuner is not None and not settings.merge)
     try:
         with staged(output) as stage:
             if linked:
                 state = {k: v for k, v in model.state_dict().items() if k.startswith(PREFIX)}
-                write_linked(source, stage, state, stored)
+                write_linked(source, stage, state, stored, model.projectors_trained)
                 if tuner is not None:
                     save_adapter(tuner, stage / ADAPTER_FOLDER, str(output))
             else:
                 write_whole(
                     merge_lora(tuner) if tuner is not None else model, source, stage, stored
                 )
+            add_stops(stage, config, stop_ids(_load_tokenizer(settings, config)))
             versions = {"mmqwen": __version__, "torch": torch.__version__}
             versions["transformers"] = transformers.__version__
             about = {"settings": settings.to_dict(), "versions": versions, **report}

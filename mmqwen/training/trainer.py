@@ -71,14 +71,19 @@ def set_trainable(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None
         put(parameter, tensors[name])
 
 
-def last_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint of a run, or None. What stands there is complete: see `RowsTrainer`."""
+def all_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first. What stands there is complete: see `RowsTrainer`."""
     found = [
         (int(path.name.removeprefix("checkpoint-")), path)
         for path in run.glob("checkpoint-*")
         if path.name.removeprefix("checkpoint-").isdigit() and (path / STATE_FILE).is_file()
     ]
-    return max(found)[1] if found else None
+    return [path for _, path in sorted(found)]
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint of a run, or None."""
+    return next(reversed(all_checkpoints(run)), None)
 
 
 class StopOnNaN(TrainerCallback):

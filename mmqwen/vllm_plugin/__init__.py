@@ -15,7 +15,9 @@ PACK_MODALITY = "mmqwen_pack"
 
 
 def register() -> None:
-    """Make vLLM know the model, its config, renderer and engine settings. Cheap, lazy, re-entrant.
+    """Make vLLM know the model, its config, renderer, engine settings and the check of requests.
+
+    Cheap, lazy, re-entrant.
 
     Does nothing where vLLM is not installed.
     """
@@ -27,6 +29,7 @@ def register() -> None:
     from vllm.renderers.registry import RENDERER_REGISTRY
 
     from mmqwen.hf.configuration import MODEL_TYPE, MultimodalQwen3Config
+    from mmqwen.vllm_plugin.compat import guard_http
     from mmqwen.vllm_plugin.engine_config import EngineConfig
 
     AutoConfig.register(MODEL_TYPE, MultimodalQwen3Config, exist_ok=True)
@@ -36,3 +39,4 @@ def register() -> None:
     # Not .register(): it warns that "hf" is taken, at every start, although the subclass acts on
     # our architecture alone.
     RENDERER_REGISTRY.renderers["hf"] = ("mmqwen.vllm_plugin.renderer", "MultimodalQwen3Renderer")
+    guard_http()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -99,6 +101,16 @@ def _failed_part(error: Any, index: int) -> Any:
     return found["input"]
 
 
+@cache
+def prompt_fields() -> frozenset[str]:
+    """The fields of a prompt dict that vLLM reads."""
+    from vllm.inputs import EmbedsPrompt, TextPrompt, TokensPrompt
+
+    return frozenset().union(
+        *(kind.__annotations__ for kind in (TextPrompt, TokensPrompt, EmbedsPrompt))
+    )
+
+
 # -- the server --------------------------------------------------------------------------------
 
 
@@ -113,10 +125,9 @@ def serve_command(prog: str) -> tuple[ArgumentParser, ArgumentParser, Callable[[
         be added, and the function that runs what was parsed.
     """
     from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    cli_env_setup()
+    _attribute("cli_env_setup", *CLI_ENV_SETUP)()
     parser = FlexibleArgumentParser(prog=prog)
     command = ServeSubcommand()
     options = command.subparser_init(parser.add_subparsers(required=True, dest="subparser"))
@@ -134,8 +145,56 @@ def serve_command(prog: str) -> tuple[ArgumentParser, ArgumentParser, Callable[[
     return parser, options, run
 
 
+CLI_ENV_SETUP = ("vllm.entrypoints.common.startup", "vllm.entrypoints.serve.utils.api_utils")
+"""Where `cli_env_setup` is, from 0.33 on and before."""
+
+
+def _attribute(name: str, *modules: str) -> Any:
+    """`name` from the first of the modules that has it.
+
+    Raises:
+        ImportError: none has.
+    """
+    for module in modules:
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ModuleNotFoundError, AttributeError):
+            continue
+    raise ImportError(f"this vLLM has no {name} in any of {list(modules)}")
+
+
+def guard_http() -> None:
+    """Let `door.Door` look at each app of vLLM's server, `vllm serve`'s too.
+
+    vLLM attaches endpoint plugins to its app, but loads those alone that `VLLM_PLUGINS` names: it
+    means to keep out routes that nobody asked for. The door adds none, and must not depend on a
+    variable: without it rows in fields that vLLM skips would be dropped without a word.
+    """
+    import vllm.plugins
+
+    load = vllm.plugins.load_endpoint_plugins
+    if hasattr(load, "_mmqwen"):
+        return
+
+    @wraps(load)
+    def load_endpoint_plugins(*args: Any, **kwargs: Any) -> list[Any]:
+        from mmqwen.vllm_plugin.door import Door
+
+        return [*load(*args, **kwargs), Door()]
+
+    load_endpoint_plugins._mmqwen = True  # type: ignore[attr-defined]
+    vllm.plugins.load_endpoint_plugins = load_endpoint_plugins
+
+
+def json_request_check() -> Callable[[Any], Awaitable[None]]:
+    """The dependency of vLLM's routes that runs once a request's body has been read."""
+    from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+
+    return validate_json_request  # type: ignore[no-any-return]
+
+
 def open_token_api(args: Namespace) -> None:
-    """Ask for `/inference/v1/generate`: a flag from 0.32 on, always there before."""
+    """Ask for `/inference/v1/generate`: a flag from 0.30 on, always there before."""
     if hasattr(args, "enable_scale_out"):
         args.enable_scale_out = True
 
@@ -151,6 +210,13 @@ def uses_rust_frontend() -> bool:
     import vllm.envs as envs
 
     return bool(getattr(envs, "VLLM_USE_RUST_FRONTEND", False))
+
+
+def uses_modelscope() -> bool:
+    """Whether vLLM takes models from ModelScope, not from the Hugging Face hub."""
+    import vllm.envs as envs
+
+    return bool(getattr(envs, "VLLM_USE_MODELSCOPE", False))
 
 
 def is_cpu() -> bool:

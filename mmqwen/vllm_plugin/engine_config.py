@@ -6,13 +6,24 @@ from typing import Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
+DRAFTERS_WITHOUT_EMBEDDINGS = frozenset({"ngram", "ngram_gpu", "suffix"})
+"""Speculative methods that read token ids alone; others would be fed raw rows."""
+
+TOKENIZER_MODES = frozenset({"auto", "hf", "slow"})
+"""Those whose renderer is ours; others read messages and prompts without our checks."""
+
 
 class EngineConfig(VerifyAndUpdateConfig):
     """vLLM's hook into the config of engines of one architecture, before any process starts."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Turn vLLM's processor cache off, and let packs in for every step in flight."""
+        """Refuse what rows cannot do, turn vLLM's processor cache off, widen its encoder cache.
+
+        Raises:
+            ValueError: a feature is asked for with which rows would be lost or misread.
+        """
+        refuse_unserved(vllm_config)
         multimodal = vllm_config.model_config.multimodal_config
         if multimodal is not None:
             # It spares a second conversion and transfer of equal items. Packs never take part, so
@@ -35,3 +46,44 @@ def widen_encoder_cache(vllm_config: Any) -> None:
     steps = vllm_config.parallel_config.pipeline_parallel_size + 2
     rows = steps * scheduler.max_num_batched_tokens
     scheduler.encoder_cache_size = max(scheduler.encoder_cache_size, rows)
+
+
+def refuse_unserved(vllm_config: Any) -> None:
+    """Refuse features of vLLM with which rows would be lost or misread, by name.
+
+    Raises:
+        ValueError: one is configured.
+    """
+    refuse_drafter(vllm_config)
+    if getattr(vllm_config, "ec_transfer_config", None) is not None:
+        raise ValueError(
+            "ec_transfer_config: a connector carries the encoder cache to other engines, and ours "
+            "holds where rows lie in this process, not the rows; serve without it"
+        )
+    multimodal = vllm_config.model_config.multimodal_config
+    if getattr(multimodal, "mm_encoder_only", False):
+        raise ValueError(
+            "mm_encoder_only: there is no encoder to run apart from the text model, rows come "
+            "from the client; serve without it"
+        )
+    mode = vllm_config.model_config.tokenizer_mode
+    if mode not in TOKENIZER_MODES:
+        raise ValueError(
+            f"tokenizer_mode {mode!r} bypasses the renderer that takes rows and checks prompts; "
+            f"expected one of {sorted(TOKENIZER_MODES)}"
+        )
+
+
+def refuse_drafter(vllm_config: Any) -> None:
+    """Refuse a speculative drafter that reads embeddings: it would be fed raw rows.
+
+    Raises:
+        ValueError: such a drafter is configured.
+    """
+    speculative = getattr(vllm_config, "speculative_config", None)
+    method = getattr(speculative, "method", None)
+    if speculative is not None and method not in DRAFTERS_WITHOUT_EMBEDDINGS:
+        raise ValueError(
+            f"speculative method {method!r} feeds prompt embeddings to its drafter, which has no "
+            f"projectors; expected one of {sorted(DRAFTERS_WITHOUT_EMBEDDINGS)}, or none"
+        )

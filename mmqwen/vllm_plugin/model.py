@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -28,7 +28,10 @@ from vllm.model_executor.models.utils import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.platforms import current_platform
 
+from mmqwen.text_models import refuse_text_model, untested_warning
+from mmqwen.trained import read_trained, untrained, untrained_message
 from mmqwen.vllm_plugin import compat
+from mmqwen.vllm_plugin.engine_config import refuse_drafter
 from mmqwen.vllm_plugin.modality_table import modality_table, text_config_of
 from mmqwen.vllm_plugin.processing import DummyInputs, PackingProcessor, ProcessingInfo
 from mmqwen.vllm_plugin.projector import ShardedProjector
@@ -44,8 +47,18 @@ from mmqwen_kernels.packing import find_rows, open_pack
 
 logger = init_logger(__name__)
 
-DRAFTERS_WITHOUT_EMBEDDINGS = frozenset({"ngram", "ngram_gpu", "suffix"})
-"""Speculative methods that read token ids alone; others would be fed raw rows."""
+PROBED_IDS = 256
+"""Tokens by which the text model's embedding is compared with rows of its table."""
+
+NEEDS_MORE_THAN_EMBEDDINGS = {
+    "requires_raw_input_tokens": "it reads token ids beside the embeddings, and rows have none",
+    "get_model_state_cls": "it keeps a state of its own for each request",
+    "get_kv_cache_groups": "it lays out its own cache",
+    "get_mamba_specs_from_config": "it has recurrent layers",
+    "has_inner_state": "it has recurrent layers",
+    "is_hybrid": "it has recurrent layers",
+}
+"""What a vLLM text class may declare that this class does not hand through, and what it means."""
 
 PROJECTOR_PREFIX = "projectors."
 
@@ -92,17 +105,28 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         self._max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self._max_model_len = model_config.max_model_len
         self._prepared = False
+        self._loaded = False
+        self._model_config = model_config
+        self._started_from = model_config.model
+        self.secondary_weights = DiskMark()
+        self._gathers: bool | None = None
         self._backend = os.environ.get(BACKEND_VARIABLE, DEFAULT_BACKEND)
         self._choice = choice = select_backend(
             current_platform.device_type, cast(torch.dtype, model_config.dtype), self._backend
         )
         logger.info("Fusion backend: %s (%s)", choice.name, choice.reason)
+        architectures = text_architectures(text_config)
+        refuse_text_model(text_config.model_type)
+        refuse_text_class(model_config.registry.resolve_model_cls(architectures, model_config)[0])
+        warning = untested_warning(text_config.model_type)
+        if warning is not None:
+            logger.warning("%s", warning)
         with cast(Any, self)._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config,
                 hf_config=text_config,
                 prefix=maybe_prefix(prefix, "language_model"),
-                architectures=text_architectures(text_config),
+                architectures=architectures,
             )
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
         self.packed_modules_mapping = getattr(
@@ -120,10 +144,25 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
                     ranks=self._ranks,
                     dtype=model_config.dtype,
                 )
+        if self._place and get_tensor_model_parallel_rank() == 0:
+            self._warn_untrained(vllm_config)
         placeholder_ids = sorted(spec.token_id for spec in self._spec_list)  # type: ignore[type-var]
         self.register_buffer(
             "_placeholder_ids", torch.tensor(placeholder_ids, dtype=torch.int64), persistent=False
         )
+
+    def _warn_untrained(self, vllm_config: VllmConfig) -> None:
+        model_config = vllm_config.model_config
+        file = getattr(self.config, "projector", None)
+        trained = read_trained(
+            file or model_config.model,
+            self.config,
+            revision=model_config.revision,
+            cache=vllm_config.load_config.download_dir,
+        )
+        names = untrained(trained, self.specs)
+        if names:
+            logger.warning("%s", untrained_message(names))
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
@@ -177,6 +216,7 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         self._prepared = True
         if not self._place:
             return
+        self._token_table()
         spec_at = max(range(len(self._spec_list)), key=lambda at: self._needed_bytes(at))
         weights = self._projector(self._spec_list[spec_at].name).weights()
         table = weights.w2.new_zeros(1, weights.w2.shape[0])
@@ -236,7 +276,7 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
                 backend=self._backend,
             )
             return tensor_model_parallel_all_reduce(fused) if self._ranks > 1 else fused
-        # A quantised or LoRA-wrapped table: its own layer gathers, and only rows are summed.
+        # The text model embeds its own tokens: a quantised or LoRA-wrapped table, a scale, a norm.
         text = self.language_model.embed_input_ids(input_ids)
         nothing = text.new_zeros(1, text.shape[1])
         rows = fuse_embeddings(
@@ -292,6 +332,32 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         return part
 
     def _token_table(self) -> tuple[torch.Tensor, int] | None:
+        """The token table (or this rank's shard) and its first id, where gathering embeds tokens.
+
+        Whether it does is asked of the text model once: no list of architectures whose embedding
+        also scales or normalises would stay complete.
+        """
+        table = self._plain_table()
+        if self._gathers is None:
+            self._gathers = table is not None and self._embeds_by_gathering(*table)
+            if not self._gathers:
+                logger.info("The text model embeds its own tokens; rows are placed beside them")
+        return table if self._gathers else None
+
+    @torch.inference_mode()
+    def _embeds_by_gathering(self, table: torch.Tensor, vocab_start: int) -> bool:
+        vocab_size = text_config_of(self.config).vocab_size
+        ids = torch.linspace(0, vocab_size - 1, PROBED_IDS, device=table.device).long()
+        gathered = fuse_embeddings(
+            ids, table, [], [], slots=(), vocab_start=vocab_start, backend="torch"
+        )
+        if self._ranks > 1:
+            gathered = tensor_model_parallel_all_reduce(gathered)
+        # Zeros, of weights that are yet to come, would look the same scaled.
+        embedded = self.language_model.embed_input_ids(ids)
+        return bool(gathered.any()) and torch.equal(gathered, embedded)
+
+    def _plain_table(self) -> tuple[torch.Tensor, int] | None:
         """The token table (or this rank's shard) and its first id, if it is a plain matrix."""
         inner = getattr(self.language_model, "model", None)
         layer = getattr(inner, "embed_tokens", None)
@@ -321,7 +387,8 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
             self._prepare()
         if intermediate_tensors is not None:
             inputs_embeds = None
-        return self.language_model.model(
+        # Not its `.model`: some text models do more than that, such as scale what it returns.
+        return self.language_model(
             input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds
         )
 
@@ -335,30 +402,66 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
     # -- weights --------------------------------------------------------------------------------
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load the text model by vLLM's own loader, and the projectors.
+        """Load the text model by vLLM's own loader, and the projectors: all of them, or any part.
+
+        The first load, before the engine's first pass, must bring every projector. Later ones
+        (`reload_weights`, weight updates) change what they bring, in place, and nothing else.
+        `projector: FILE` of `hf_overrides` is read at the first load, and again where vLLM reads
+        the checkpoint from disk again; not over what an update gives.
+
+        Returns:
+            Names of the parameters that were loaded.
 
         Raises:
-            ValueError: a projector's weight is missing, misshaped, or of an unknown modality.
+            ValueError: a projector's weight is misshaped, no floating point, or of an unknown
+                modality; at the first load: missing. Weights that come as a list or a tuple are
+                looked at before anything is copied.
         """
+        first = not (self._loaded or self._prepared)
+        if isinstance(weights, (list, tuple)):
+            for name, tensor in weights:
+                if name.startswith(PROJECTOR_PREFIX):
+                    self._check_projector_weight(name, tensor)
         loaded: set[str] = set()
+        self.secondary_weights.walked = False
 
         def without_projectors() -> Iterable[tuple[str, torch.Tensor]]:
             for name, tensor in weights:
                 if name.startswith(PROJECTOR_PREFIX):
-                    loaded.add(self._load_projector_weight(name, tensor))
+                    self._load_projector_weight(name, tensor)
+                    loaded.add(name)
                 else:
                     yield name, tensor
 
         text_loaded = AutoWeightsLoader(self).load_weights(
             without_projectors(), mapper=self.hf_to_vllm_mapper
         )
-        file = getattr(self.config, "projector", None)
-        if file is not None:
-            from mmqwen.checkpoint import load_projectors
+        if first or self.secondary_weights.walked:
+            for name, tensor in self._projector_file(keep=set() if first else loaded).items():
+                self._load_projector_weight(name, tensor)
+                loaded.add(name)
+        if first:
+            self._refuse_missing(loaded)
+            self._loaded = True
+        return set(text_loaded) | loaded
 
-            hidden_size = text_config_of(self.config).hidden_size
-            for name, tensor in load_projectors(file, self.specs, hidden_size).items():
-                loaded.add(self._load_projector_weight(name, tensor))
+    def _projector_file(self, keep: set[str]) -> dict[str, torch.Tensor]:
+        """The weights of `projector: FILE`; {} without one.
+
+        Args:
+            keep: names that another checkpoint than the engine's own has given.
+        """
+        file = getattr(self.config, "projector", None)
+        if file is None:
+            return {}
+        from mmqwen.checkpoint import load_projectors
+
+        found = load_projectors(file, self.specs, text_config_of(self.config).hidden_size)
+        if self._model_config.model == self._started_from:
+            return found
+        return {name: tensor for name, tensor in found.items() if name not in keep}
+
+    def _refuse_missing(self, loaded: set[str]) -> None:
         expected = {
             f"{PROJECTOR_PREFIX}{name}.{weight}"
             for name in self.projectors
@@ -371,18 +474,38 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
                 f"modalities {names}: the checkpoint lacks projector weights {missing}; expected "
                 f"{len(expected)} of them, got {len(loaded)}"
             )
-        return set(text_loaded) | expected
 
-    def _load_projector_weight(self, name: str, tensor: torch.Tensor) -> str:
-        _, modality, weight = name.split(".", 2)
+    def _check_projector_weight(self, name: str, tensor: torch.Tensor) -> tuple[str, str]:
+        """The modality and the weight that a full name means, both known."""
+        modality, _, weight = name.removeprefix(PROJECTOR_PREFIX).partition(".")
         if modality not in self.specs:
             raise ValueError(
                 f"{name}: the config has no modality {modality!r}, expected one of "
                 f"{sorted(self.specs)}"
             )
         if self._place:
+            self._projector(modality).check(weight, tensor)
+        return modality, weight
+
+    def _load_projector_weight(self, name: str, tensor: torch.Tensor) -> None:
+        modality, weight = self._check_projector_weight(name, tensor)
+        if self._place:
             self._projector(modality).load(weight, tensor)
-        return name
+
+
+class DiskMark:
+    """The further sources of a checkpoint that vLLM's loader asks a model for: there are none.
+
+    The loader walks them after the checkpoint's own files, so `walked` tells a checkpoint that is
+    read from disk from weights that somebody hands over.
+    """
+
+    def __init__(self) -> None:
+        self.walked = False
+
+    def __iter__(self) -> Iterator[Any]:
+        self.walked = True
+        return iter(())
 
 
 def text_architectures(text_config: Any) -> list[str]:
@@ -407,16 +530,18 @@ def text_architectures(text_config: Any) -> list[str]:
     return [name]
 
 
-def refuse_drafter(vllm_config: VllmConfig) -> None:
-    """Refuse a speculative drafter that reads embeddings: it would be fed raw rows.
+def refuse_text_class(text_class: type) -> None:
+    """Refuse a text model that needs more of vLLM than embeddings and attention.
+
+    vLLM asks the outer class, this package's, for what a model needs: what the text model declares
+    would go unheard.
 
     Raises:
-        ValueError: such a drafter is configured.
+        ValueError: `text_class` declares such a need.
     """
-    speculative = getattr(vllm_config, "speculative_config", None)
-    method = getattr(speculative, "method", None)
-    if speculative is not None and method not in DRAFTERS_WITHOUT_EMBEDDINGS:
-        raise ValueError(
-            f"speculative method {method!r} feeds prompt embeddings to its drafter, which has no "
-            f"projectors; expected one of {sorted(DRAFTERS_WITHOUT_EMBEDDINGS)}, or none"
-        )
+    for name, reason in NEEDS_MORE_THAN_EMBEDDINGS.items():
+        if getattr(text_class, name, False):
+            raise ValueError(
+                f"text model {text_class.__name__} cannot be served with rows: {reason} "
+                f"({name}); expected a text model of attention layers, such as Qwen3"
+            )

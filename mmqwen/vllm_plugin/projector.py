@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -10,12 +12,55 @@ from mmqwen_kernels import Projector
 
 
 class _Linear(nn.Module):
-    """Weight and bias alone: the fusion op multiplies. Not an `nn.Linear`, so LoRA leaves it be."""
+    """Weight and bias alone: the fusion op multiplies. Not an `nn.Linear`, so LoRA leaves it be.
+
+    Each parameter says which share of the checkpoint's tensor it holds, and loads it through
+    vLLM's `weight_loader`: a weight update counts, defers and redirects what passes there.
+    """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = nn.Parameter(bias, requires_grad=False)
+
+    def split(self, name: str, shape: tuple[int, ...], dim: int | None, begin: int) -> None:
+        """Say that `name` holds the checkpoint's tensor of `shape`, cut from `begin` along `dim`.
+
+        Args:
+            name: "weight" or "bias".
+            shape: of the whole tensor.
+            dim: the dimension that is cut; None: none is.
+            begin: index of the first row or column of this rank.
+        """
+        # vLLM makes stand-ins of a parameter while it loads; they keep its attributes. A function
+        # of the module, not a method of ours: vLLM keeps loaders, and they would keep the module.
+        parameter: Any = getattr(self, name)
+        parameter.checkpoint_shape = shape
+        parameter.split_dim = dim
+        parameter.split_begin = begin
+        parameter.weight_loader = load_share
+
+
+def load_share(param: Any, loaded_weight: torch.Tensor, is_share: bool = False) -> None:
+    """Copy this rank's share of a checkpoint's tensor, as one copy of the parameter's whole size.
+
+    vLLM counts the elements that are copied, and makes what was not written from uninitialised
+    memory. So the units that a rank lacks are written as well: with zeros, which add nothing.
+
+    Args:
+        param: a parameter of `_Linear`, or vLLM's stand-in for it.
+        loaded_weight: the whole tensor.
+        is_share: `loaded_weight` is the share already, missing units included.
+    """
+    share = loaded_weight
+    if not is_share and param.split_dim is not None:
+        dim, size = param.split_dim, param.shape[param.split_dim]
+        length = max(0, min(size, loaded_weight.shape[dim] - param.split_begin))
+        share = loaded_weight.narrow(dim, param.split_begin if length else 0, length)
+        if length < size:
+            missing = [0, 0] * (param.ndim - 1 - dim) + [0, size - length]
+            share = nn.functional.pad(share, missing)
+    param.data.copy_(share)
 
 
 class ShardedProjector(nn.Module):
@@ -41,7 +86,7 @@ class ShardedProjector(nn.Module):
         self.spec = spec
         self._rank = rank
         self._units = -(-spec.hidden_dim // ranks)
-        # Zeros: a rank's missing units must stay zero whatever is loaded.
+        # Zeros: a rank's missing units add nothing.
         self.linear_1 = _Linear(
             torch.zeros(self._units, spec.dim, dtype=dtype), torch.zeros(self._units, dtype=dtype)
         )
@@ -49,43 +94,66 @@ class ShardedProjector(nn.Module):
             torch.zeros(hidden_size, self._units, dtype=dtype),
             torch.zeros(hidden_size, dtype=dtype),
         )
-        self._shapes = {
-            "linear_1.weight": (spec.hidden_dim, spec.dim),
-            "linear_1.bias": (spec.hidden_dim,),
-            "linear_2.weight": (hidden_size, spec.hidden_dim),
-            "linear_2.bias": (hidden_size,),
-        }
+        begin = rank * self._units
+        self.linear_1.split("weight", (spec.hidden_dim, spec.dim), 0, begin)
+        self.linear_1.split("bias", (spec.hidden_dim,), 0, begin)
+        self.linear_2.split("weight", (hidden_size, spec.hidden_dim), 1, begin)
+        self.linear_2.split("bias", (hidden_size,), None, 0)
+        # The storage that the kernels and vLLM's own bookkeeping know; see `load`.
+        self._live: dict[str, torch.Tensor] = dict(self.named_parameters())
 
     @property
     def weight_names(self) -> tuple[str, ...]:
         """Names of the weights that a checkpoint must hold for this projector."""
-        return tuple(self._shapes)
+        return tuple(self._live)
 
-    def load(self, name: str, loaded: torch.Tensor) -> None:
-        """Copy this rank's share of one weight.
+    def check(self, name: str, loaded: torch.Tensor) -> None:
+        """Refuse what `load` could not take.
 
         Raises:
-            ValueError: `name` is no weight of a projector, or its shape is wrong.
+            ValueError: `name` is no weight of a projector, or its shape or dtype is wrong.
         """
         full = f"projectors.{self.spec.name}.{name}"
-        if name not in self._shapes:
-            raise ValueError(f"{full}: not a weight of a projector; expected {list(self._shapes)}")
-        if tuple(loaded.shape) != self._shapes[name]:
+        if name not in self._live:
+            raise ValueError(f"{full}: not a weight of a projector; expected {list(self._live)}")
+        expected = self._parameter(name).checkpoint_shape
+        if tuple(loaded.shape) != expected:
             raise ValueError(
                 f"modality {self.spec.name!r}: {full} has shape {list(loaded.shape)}, expected "
-                f"{list(self._shapes[name])}"
+                f"{list(expected)}"
             )
-        layer, kind = name.split(".")
-        parameter: torch.Tensor = getattr(getattr(self, layer), kind)
-        begin = self._rank * self._units
-        if name == "linear_2.bias":
-            share = loaded
-        elif name == "linear_2.weight":
-            share = loaded[:, begin : begin + self._units]
-        else:
-            share = loaded[begin : begin + self._units]
+        if not loaded.dtype.is_floating_point:
+            raise ValueError(
+                f"modality {self.spec.name!r}: {full} is {loaded.dtype}, expected floating point"
+            )
+
+    def load(self, name: str, loaded: torch.Tensor) -> None:
+        """Load this rank's share of one weight, in place; other weights keep their values.
+
+        While vLLM reloads weights layer by layer, it has put tensors without storage in the place
+        of a layer's own, and fills what an update left out with uninitialised memory. A layer of
+        ours is therefore given all that it held first: it is complete at once, vLLM puts its own
+        tensors back, and the weight is copied into them, in whatever order and however few come.
+
+        Raises:
+            ValueError: as `check`.
+        """
+        self.check(name, loaded)
+        layer = name.split(".")[0]
         with torch.no_grad():
-            parameter[tuple(slice(0, size) for size in share.shape)].copy_(share)
+            names = [other for other in self._live if other.startswith(f"{layer}.")]
+            if any(self._parameter(other).is_meta for other in names):
+                for other in names:
+                    parameter = self._parameter(other)
+                    parameter.weight_loader(parameter, self._live[other].detach(), is_share=True)
+            parameter = self._parameter(name)
+            parameter.weight_loader(parameter, loaded)
+        for other in names:
+            if not self._parameter(other).is_meta:
+                self._live[other] = self._parameter(other)
+
+    def _parameter(self, name: str) -> Any:
+        return self.get_parameter(name)
 
     def weights(self) -> Projector:
         """The weights as the fusion op takes them."""

@@ -12,8 +12,9 @@ import torch
 from vllm.logger import init_logger
 from vllm.renderers.hf import HfRenderer
 
-from mmqwen.inputs import MessageError, read_messages, wire_characters
-from mmqwen.modalities import ModalityError, ModalitySpec, check_marker_count, check_no_markers
+from mmqwen.chat import check_parts_kept
+from mmqwen.inputs import MessageError, misplaced_rows, read_messages, wire_characters
+from mmqwen.modalities import ModalityError, ModalitySpec, check_no_markers
 from mmqwen.tokens import add_placeholder_tokens
 from mmqwen.transport import EmbeddingError
 from mmqwen.vllm_plugin import compat
@@ -91,6 +92,35 @@ class MultimodalQwen3Renderer(HfRenderer):
                     )
         return plain, items
 
+    # -- prompts as users hand them over --------------------------------------------------------
+
+    def render_prompts(self, prompts: Any) -> Any:
+        self._check_fields(prompts)
+        return super().render_prompts(prompts)
+
+    async def render_prompts_async(self, prompts: Any) -> Any:
+        self._check_fields(prompts)
+        return await super().render_prompts_async(prompts)
+
+    def _check_fields(self, prompts: Any) -> None:
+        """Refuse rows where vLLM would not look for them."""
+        if not self._specs:
+            return
+        with _refusals_counted():
+            for prompt in prompts:
+                if isinstance(prompt, Mapping):
+                    check_prompt_fields(prompt, self._specs)
+
+    def _process_embeds(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._specs and prompt.get("multi_modal_data"):
+            with _refusals_counted():
+                raise MessageError(
+                    "one prompt has both rows and 'prompt_embeds', of which vLLM serves one; "
+                    "send rows for all, or put the embeddings of text into text",
+                    "misplaced",
+                )
+        return super()._process_embeds(prompt, *args, **kwargs)
+
     # -- every prompt ---------------------------------------------------------------------------
 
     def _process_tokens(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
@@ -126,20 +156,48 @@ class MultimodalQwen3Renderer(HfRenderer):
 
     def _check(self, prompt: Any) -> None:
         """Refuse placeholders without items, and parts whose marker the chat template left out."""
+        if prompt.get("mm_processor_kwargs"):
+            raise MessageError(
+                f"mm_processor_kwargs {sorted(prompt['mm_processor_kwargs'])!r:.60}: rows have no "
+                "processor that takes options; give items as 'multi_modal_data', and no options",
+                "misplaced",
+            )
         items: Mapping[str, Any] = prompt.get("multi_modal_data") or {}
         token_ids = prompt["prompt_token_ids"]
         if not items:
             check_no_markers(token_ids, self._specs)
         elif prompt.pop(_FROM_CHAT, False):
-            for name, members in items.items():
-                spec = self._specs[name]
-                found = sum(token == spec.token_id for token in token_ids)
-                if found != len(members):
-                    check_marker_count(spec, found, len(members))
-                    raise ModalityError(
-                        f"modality {name!r}: the rendered prompt holds none of the messages' "
-                        f"{len(members)} part(s); the chat template, or truncation, dropped them"
-                    )
+            counts = {name: len(members) for name, members in items.items()}
+            check_parts_kept(token_ids, self._specs, counts)
+
+
+def check_prompt_fields(prompt: Mapping[str, Any], specs: Mapping[str, ModalitySpec]) -> None:
+    """Refuse a prompt dict whose rows vLLM would pass over.
+
+    Raises:
+        MessageError: a field that seems to hold rows and is none of vLLM's; `multi_modal_data` that
+            is no dict; `multi_modal_uuids` in the place of rows.
+    """
+    name = next(iter(specs))
+    expected = f"give items as {{'prompt': ..., 'multi_modal_data': {{{name!r}: [...]}}}}"
+    found = misplaced_rows(prompt, specs, compat.prompt_fields())
+    if found is not None:
+        raise MessageError(
+            f"{found!r:.60} is no field of a prompt, what it holds would be dropped; {expected}",
+            "misplaced",
+        )
+    data = prompt.get("multi_modal_data")
+    if data is not None and not isinstance(data, Mapping):
+        raise MessageError(
+            f"'multi_modal_data' is a dict from modality to items, got {type(data).__name__}; "
+            f"{expected}",
+            "misplaced",
+        )
+    if not data and prompt.get("multi_modal_uuids"):
+        raise MessageError(
+            f"'multi_modal_uuids' without items: rows are not looked up by uuid; {expected}",
+            "misplaced",
+        )
 
 
 def reuses_rows(config: Any) -> bool:

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 
 from mmqwen_kernels import triton_kernels
 from mmqwen_kernels.launch import TileConfig, every_tile
-from mmqwen_kernels.triton_backend import ast_source
+from mmqwen_kernels.launcher import ast_source
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 MIDDLE = TileConfig(64, 64, 128, num_warps=4, num_stages=4)
@@ -27,7 +27,6 @@ KERNELS = {
     "up": triton_kernels._project_up_kernel,
     "down": triton_kernels._project_down_kernel,
     "text": triton_kernels._gather_text_kernel,
-    "scatter": triton_kernels._scatter_rows_kernel,
 }
 
 
@@ -110,7 +109,7 @@ def compile_variant(v: Variant) -> Built:
     if v.kernel == "up":
         constants["BY_ADDRESS"] = v.by_address
     else:
-        constants |= {"BLOCK_T": 4 if v.kernel == "scatter" else 8, "BLOCK_D": 1024}
+        constants |= {"BLOCK_T": 8, "BLOCK_D": 1024}
     if v.kernel == "down":
         constants |= {"HAS_SLOTS": True, "HAS_TEXT": True}
     source = ast_source(kernel, constants, v.dtype, aligned=v.align_bytes == 16)
@@ -177,7 +176,6 @@ def short_list() -> list[Variant]:
         Variant("down", 90, fp32, torch.float32),
         Variant("up", 90, unaligned, align_bytes=4),
         Variant("text", 90),
-        Variant("scatter", 90),
     ]
     return found
 
@@ -197,9 +195,8 @@ def full_list() -> list[Variant]:
         for align_bytes in (8, 4, 2):
             for kernel, tile in tiles_of(capability, aligned=False):
                 found.append(Variant(kernel, capability, tile, torch.bfloat16, align_bytes))
-        for kernel in ("text", "scatter"):
-            for align_bytes in (16, 2):
-                found.append(Variant(kernel, capability, align_bytes=align_bytes))
+        for align_bytes in (16, 2):
+            found.append(Variant("text", capability, align_bytes=align_bytes))
     return found
 
 

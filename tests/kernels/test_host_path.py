@@ -6,6 +6,8 @@ compiled kernels are stubs that record how they are launched.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import deque
 from types import SimpleNamespace
 from typing import Any
@@ -241,15 +243,16 @@ class Stubbed:
         from mmqwen_kernels import triton_backend as module
 
         self.variants: list[Variant] = []
+        self.alive: list[Any] = []  # so that no address is used again
 
         def make(*args: Any) -> Variant:
             self.variants.append(Variant(*args))
             return self.variants[-1]
 
-        monkeypatch.setattr(module, "_Variant", make)
+        monkeypatch.setattr(module, "Compiled", make)
         self.backend = module.TritonBackend(torch.device("cpu"))
         self.backend.capability, self.backend.num_sms = (9, 0), 132
-        self.backend._interpret = False
+        self.backend._interpret = self.backend._dispatch = False
         monkeypatch.setattr(self.backend, "_on_device", lambda: module._NOTHING)
         monkeypatch.setattr(self.backend, "_stream", lambda: 0)
 
@@ -375,3 +378,85 @@ class TestLaunches:
         (weights,) = stubbed.backend._weights.values()
         assert weights.table[0, 4:6].tolist() == [64, 128]
         assert weights.table[1, 0] == case.projectors[1].w1.data_ptr()
+
+
+class TestWeightTables:
+    """What is kept of weights, by what, and for how long."""
+
+    @staticmethod
+    def others(stubbed: Stubbed, count: int, modalities: int = 2) -> Any:
+        """Run `count` steps, each with projectors of its own; the last step's case."""
+        for seed in range(count):
+            case = bf16_case([3] * modalities, text=1, seed=seed)
+            run(stubbed, case)
+            stubbed.alive.append(case)
+        return case
+
+    @pytest.mark.parametrize("modalities", [1, 2])
+    @pytest.mark.parametrize("name", ["w1", "b1", "w2", "b2"])
+    def test_what_is_checked_once_is_checked_again_where_it_changed(
+        self, stubbed: Stubbed, name: str, modalities: int
+    ) -> None:
+        """Each differs from what has been seen in one thing, at the same address."""
+        case = bf16_case([3] * modalities)
+        own = case.projectors[-1]
+        tensor = getattr(own, name)
+        base = torch.zeros(tensor.numel() * 2, dtype=tensor.dtype)
+        shape = tensor.shape
+        case.projectors[-1] = own._replace(**{name: base[: tensor.numel()].view(shape)})
+        run(stubbed, case)
+        strides = [2] if tensor.ndim == 1 else [2 * shape[1], 2]
+        wrong = [
+            ("transposed", base.as_strided(shape, strides)),
+            ("torch.float16", base[: tensor.numel()].view(shape).view(torch.float16)),
+            ("do not fit together", base[: tensor.numel()].view(shape)[:-8]),
+        ]
+        for message, other in wrong:
+            assert other.data_ptr() == base.data_ptr()
+            case.projectors[-1] = own._replace(**{name: other})
+            with pytest.raises(ValueError, match=message):
+                run(stubbed, case)
+
+    def test_the_least_recently_used_goes_first(self, stubbed: Stubbed) -> None:
+        case = self.others(stubbed, 1)
+        (table,) = stubbed.backend._weights.values()
+        for _ in range(3):
+            self.others(stubbed, 40)
+            run(stubbed, case)
+        assert table in stubbed.backend._weights.values(), "used all along"
+        assert len(stubbed.backend._weights) == 64
+        gone = weakref.ref(table)
+        del table
+        self.others(stubbed, 64)
+        gc.collect()
+        assert gone() is None
+
+    def test_a_table_that_a_graph_reads_stays(
+        self, stubbed: Stubbed, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        case = self.others(stubbed, 1)
+        monkeypatch.setattr(stubbed.backend, "_capturing", lambda: True)
+        run(stubbed, case)
+        monkeypatch.setattr(stubbed.backend, "_capturing", lambda: False)
+        captured = stubbed.launches("project_down")[-1][1]["weights_ptr"]
+        self.others(stubbed, 200)
+        kept = [w for w in stubbed.backend._weights.values() if w.address == captured]
+        assert [w.captured for w in kept] == [True]
+        assert kept[0].table.data_ptr() == captured
+        assert kept[0].table[0, 0] == case.projectors[0].w1.data_ptr()
+        assert len(stubbed.backend._weights) == 65, "and the least recently used of 64 others"
+
+    def test_a_table_outlives_what_other_streams_have_queued(
+        self, stubbed: Stubbed, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        told: list[tuple[int, Any]] = []
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stubbed.backend._stream())
+        monkeypatch.setattr(
+            torch.Tensor, "record_stream", lambda t, stream: told.append((t.data_ptr(), stream))
+        )
+        case = self.others(stubbed, 1)
+        for stream in (0, 7, 7, 0, 9):
+            monkeypatch.setattr(stubbed.backend, "_stream", lambda stream=stream: stream)
+            run(stubbed, case)
+        (table,) = stubbed.backend._weights.values()
+        assert told == [(table.address, 7), (table.address, 9)], "made on stream 0; once a stream"

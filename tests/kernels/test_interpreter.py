@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 HERE = Path(__file__).parent
 
 
+@pytest.mark.timeout(1800)  # a minute and a half of one CPU, which others may want too
 def test_kernels_under_the_interpreter() -> None:
     env = os.environ | {
         "TRITON_INTERPRET": "1",
@@ -38,7 +39,7 @@ def test_kernels_under_the_interpreter() -> None:
         env=env,
         capture_output=True,
         text=True,
-        timeout=540,
+        timeout=1740,
         check=False,
     )
     print(done.stdout[-2000:])

@@ -164,6 +164,20 @@ def test_no_rows() -> None:
 
 
 @pytest.mark.parametrize(
+    "slots",
+    [[2], (2,), np.array([2], np.int16), np.array([2], np.uint8), torch.tensor([2]).int()],
+    ids=str,
+)
+def test_slots_of_any_integer_type(slots: object) -> None:
+    assert plan([(0, torch.zeros(1, 3))], slots, 4).all_slots.tolist() == [2]
+
+
+@pytest.mark.parametrize("slots", [[], np.array([]), torch.tensor([])], ids=["list", "np", "torch"])
+def test_no_slots_at_all(slots: object) -> None:
+    assert plan([], slots, 4).order.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
     ("sources", "slots", "tokens", "message"),
     [
         ([(0, torch.zeros(2, 3))], [0], 4, "2 rows for 1 slots"),
@@ -175,10 +189,16 @@ def test_no_rows() -> None:
         ([(0, torch.zeros(1, 3))], [-1], 4, "outside the 4 tokens"),
         ([(0, torch.zeros(2, 3))], [1, 1], 4, "more than one row"),
         ([(0, torch.zeros(1, 3))], torch.tensor([True, False]), 4, "a mask of 2 slots for the 4"),
+        ([(0, torch.zeros(1, 3))], [1.7], 4, "slots are float64, expected a bool mask or integer"),
+        ([(0, torch.zeros(1, 3))], np.array([1.0]), 4, "slots are float64"),
+        ([(0, torch.zeros(1, 3))], torch.tensor([1.7]), 4, "slots are torch.float32"),
+        ([(0, torch.zeros(1, 3))], torch.ones(1, dtype=torch.bfloat16), 4, "slots are torch.bf"),
+        ([(0, torch.zeros(1, 3))], ["1"], 4, "slots are <U1"),
+        ([(0, torch.zeros(1, 3))], torch.zeros(1, device="meta"), 4, "slots lie on meta"),
         ([(0, torch.zeros(1, 3))], [[0]], 4, "expected one dimension"),
     ],
 )
-def test_plan_refuses(sources: list, slots: list[int], tokens: int, message: str) -> None:
+def test_plan_refuses(sources: list, slots: object, tokens: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan(sources, slots, tokens)
 

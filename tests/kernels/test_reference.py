@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
+from typing import Any
+
 import pytest
 import torch
 from fusion_cases import Case, make_case
+from rounding import assert_within, projected_bounds
 
-from mmqwen_kernels import project_rows, scatter_rows
+from mmqwen_kernels import project_rows
 
 
 def by_hand(case: Case) -> torch.Tensor:
@@ -35,8 +39,8 @@ def test_twin_equals_the_loop(
 ) -> None:
     case = make_case(widths, counts, torch.float64, bias=bias, text=20)
     case.vocab_start = vocab_start
-    torch.testing.assert_close(case.exact(), by_hand(case), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(case.run("torch"), by_hand(case), rtol=1e-12, atol=1e-12)
+    for got in (by_hand(case), case.exact(), case.run("torch")):
+        case.check(got)
 
 
 def test_ids_at_slots_of_rows_do_not_matter() -> None:
@@ -46,17 +50,11 @@ def test_ids_at_slots_of_rows_do_not_matter() -> None:
     assert torch.equal(case.run("torch"), want)
 
 
-def test_project_rows_and_scatter_rows() -> None:
+def test_project_rows() -> None:
     case = make_case([8], [4], torch.float64, text=0)
     rows = torch.cat([x for _, x in case.items])  # type: ignore[misc]
-    out = torch.full((9, case.columns), float("nan"), dtype=torch.float64)
-    slots = torch.tensor([8, 0, 3, 5])
-    scatter_rows(out, slots, project_rows(rows, case.projectors[0]))
-    case.slots = [3, 0, 1, 2]
-    assert torch.equal(out[slots], by_hand(case)[case.slots]) or torch.allclose(
-        out[slots], by_hand(case)[case.slots]
-    )
-    assert out.isnan().all(dim=1).sum() == 5, "neighbours were touched"
+    low, high = case.bounds()
+    assert_within(project_rows(rows, case.projectors[0]), (low[case.slots], high[case.slots]))
 
 
 def test_nan_rows_stay_in_their_slots() -> None:
@@ -74,3 +72,41 @@ def test_gradients_reach_weights_and_rows() -> None:
     assert w1.grad is not None
     assert rows.grad is not None
     assert rows.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_bounds_hold_for_every_order_and_for_no_fault(dtype: torch.dtype) -> None:
+    """The measure of the other tests: no order of summation fails it, one product left out does."""
+    case = make_case([33], [40], dtype, text=0, item_rows=40)
+    (_, rows), (w1, b1, w2, b2) = case.items[0], case.projectors[0]  # type: ignore[misc]
+    assert b2 is not None
+    bounds = projected_bounds(rows, case.projectors[0])
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def by_columns(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, order: list[int]) -> Any:
+        """`x @ w.T + b`, one product at a time."""
+        total = torch.zeros(len(x), len(w), dtype=wide)
+        for k in order:
+            total += x[:, k, None].to(wide) * w[:, k].to(wide)
+        return total + b.to(wide)
+
+    def project(first: list[int], second: list[int], rounded: bool = True) -> torch.Tensor:
+        hidden = by_columns(rows, w1, b1, first).clamp(min=0)
+        return by_columns(hidden.to(dtype) if rounded else hidden, w2, b2, second).to(dtype)
+
+    shuffled = random.Random(0)
+    orders = list(range(33)), list(range(96))
+    for _ in range(20):
+        assert_within(project(*orders), bounds)
+        for order in orders:
+            shuffled.shuffle(order)
+    for fault in (
+        project(orders[0][1:], orders[1]),
+        project(orders[0], orders[1][1:]),
+        project(*orders) * float("nan"),
+    ):
+        with pytest.raises(AssertionError, match="no order of summation"):
+            assert_within(fault, bounds)
+    if dtype == torch.float16:
+        with pytest.raises(AssertionError, match="no order of summation"):
+            assert_within(project(*orders, rounded=False), bounds)

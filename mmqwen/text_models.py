@@ -1,0 +1,58 @@
+"""Which text models rows were tried beside, and which cannot take rows (standard library only)."""
+
+from __future__ import annotations
+
+TESTED = frozenset(
+    {
+        "cohere2",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "granite",
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "qwen3_moe",
+    }
+)
+"""Model types whose answers about rows are tested in both engines (docs/text-models.md)."""
+
+_IDS_IN_EVERY_LAYER = (
+    "its layers look up token ids, besides the embeddings that they are given, and a row has no id"
+)
+_REFUSED = {
+    "gemma3n_text": _IDS_IN_EVERY_LAYER,
+    "gemma4_text": _IDS_IN_EVERY_LAYER,
+    "gemma4_unified_text": _IDS_IN_EVERY_LAYER,
+}
+
+
+class UntestedTextModelWarning(UserWarning):
+    """Rows were never tried beside this type of text model."""
+
+
+def refuse_text_model(model_type: str) -> None:
+    """Refuse a text model beside which rows are known to be answered wrongly.
+
+    Raises:
+        ValueError: `model_type` is such a one.
+    """
+    reason = _REFUSED.get(model_type)
+    if reason is not None:
+        raise ValueError(
+            f"text model type {model_type!r} cannot take rows: {reason}; expected one of "
+            f"{', '.join(sorted(TESTED))}"
+        )
+
+
+def untested_warning(model_type: str) -> str | None:
+    """What to tell a user of this type of text model; None where it was tested."""
+    if model_type in TESTED:
+        return None
+    return (
+        f"text model type {model_type!r} was NEVER TESTED with rows: answers about rows, or the "
+        "projectors' training, may be wrong without an error. Before you rely on it, compare "
+        "answers to rows that equal token embeddings with answers to those tokens "
+        f"(docs/text-models.md). Tested: {', '.join(sorted(TESTED))}"
+    )
