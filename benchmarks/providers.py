@@ -25,7 +25,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from mmqwen_kernels import LaunchConfig, Projector, directory, fuse_embeddings, pack_rows, plan_rows
+from mmqwen.packs import directory, pack_rows
+from mmqwen_kernels import LaunchConfig, Projector, fuse_embeddings, plan_rows
 
 WIDTHS = (1024, 768, 512, 1280)
 """d of modalities 0 to 3."""

@@ -295,9 +295,7 @@ def open_pack(pack: torch.Tensor) -> tuple[torch.Tensor, list[tuple[int, int]]]:
     return pack.as_strided((total, 2), (2, 1), pack.storage_offset() + begin), kinds
 
 
-def find_rows(
-    parts: Sequence[torch.Tensor], widths: Sequence[int], dtype: torch.dtype
-) -> HostRows:
+def find_rows(parts: Sequence[torch.Tensor], widths: Sequence[int], dtype: torch.dtype) -> HostRows:
     """The addresses of all rows of many slices, by a few array operations.
 
     Args:

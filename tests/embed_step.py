@@ -15,7 +15,7 @@ def model_of(worker: Any) -> Any:
 
 def make_step(model: Any, requests: int = 8) -> dict[str, Any]:
     """Arguments of `embed_input_ids`: requests of 24 tokens, 8 of them rows of two modalities."""
-    from mmqwen_kernels import directory, pack_rows
+    from mmqwen.packs import directory, pack_rows
 
     device = next(model.parameters()).device
     dtype = next(iter(model.projectors.values())).weights().w1.dtype

@@ -1,31 +1,23 @@
 """Fusion op of mmqwen: project ragged rows and place them in a token-embedding buffer.
 
-Knows no Qwen and no vLLM; needs torch, and triton for its CUDA backend.
+Knows no Qwen, no vLLM and no pack; needs torch, and triton for its CUDA backend.
 """
 
-from mmqwen_kernels.launch import LaunchConfig, TileConfig, choose_config
-from mmqwen_kernels.ops import (
-    BackendChoice,
-    fuse_embeddings,
-    project_rows,
-    select_backend,
-    warm_up,
-)
-from mmqwen_kernels.packing import PackError, directory, pack_rows
-from mmqwen_kernels.plan import RowPlan, plan_rows
+from mmqwen_kernels.ops import fuse_embeddings, project_rows, warm_up
+from mmqwen_kernels.plan import HostRows, RowPlan, plan_rows
 from mmqwen_kernels.reference import Projector
+from mmqwen_kernels.select import BackendChoice, select_backend
+from mmqwen_kernels.tiles import LaunchConfig, TileConfig, choose_config
 
 __all__ = [
     "BackendChoice",
+    "HostRows",
     "LaunchConfig",
-    "PackError",
     "Projector",
     "RowPlan",
     "TileConfig",
     "choose_config",
-    "directory",
     "fuse_embeddings",
-    "pack_rows",
     "plan_rows",
     "project_rows",
     "select_backend",

@@ -9,14 +9,17 @@ launches, and `Dispatched` is the public way for when it does so otherwise.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from triton.compiler import ASTSource
 
 from mmqwen_kernels import triton_kernels as kernels
+from mmqwen_kernels.tiles import TileConfig
 
 DISPATCH_VARIABLE = "MMQWEN_TRITON_DISPATCH"
 """Set to 1, this environment variable has every kernel launched by Triton's own dispatch."""
@@ -234,3 +237,93 @@ def _call_of_launcher(compiled: Any, dispatch: Any) -> tuple[Any, ...]:
 
 def _noting(calls: list[tuple[Any, ...]]) -> Any:
     return lambda *args: calls.append(args)
+
+
+# -- all kernels of a device ---------------------------------------------------------------------
+
+
+def interpreting() -> bool:
+    """Whether kernels run under Triton's interpreter (TRITON_INTERPRET=1 at import)."""
+    return type(kernels._project_up_kernel).__name__ == "InterpretedFunction"
+
+
+def current_stream(device: torch.device) -> int:
+    """The current stream's handle; 0 where there are no streams."""
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream is being captured into a graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class Kernels:
+    """The kernels that were made ready for one device, each once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._variants: dict[tuple[Any, ...], Any] = {}
+        # None: not looked yet.
+        self._dispatch: bool | None = None if device.type == "cuda" else True
+
+    def __len__(self) -> int:
+        return len(self._variants)
+
+    def get(
+        self,
+        kernel: Any,
+        dtype: torch.dtype,
+        ids_dtype: torch.dtype,
+        align_bytes: int,
+        constants: dict[str, Any],
+        tile: TileConfig | None = None,
+        dependent: bool = False,
+    ) -> Any:
+        """A kernel compiled for these types and constants, once."""
+        aligned = align_bytes == 16
+        warps, stages = (4, 1) if tile is None else (tile.num_warps, tile.num_stages)
+        key = (
+            kernel, dtype, ids_dtype, aligned, tuple(constants.values()), warps, stages, dependent
+        )  # fmt: skip
+        found = self._variants.get(key)
+        if found is None:
+            in_order = [constants[name] for name in kernel.arg_names if name in constants]
+            options: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
+            if dependent:
+                options["launch_pdl"] = True
+            if self.dispatches():
+                types = types_of(kernel, constants, dtype, ids_dtype)
+                found = Dispatched(kernel, types, options, in_order)
+                if self._device.type == "cuda":
+                    found.compile()
+            else:
+                source = ast_source(kernel, constants, dtype, ids_dtype, aligned)
+                found = Compiled(source, options, in_order)
+            self._variants[key] = found
+        return found
+
+    def dispatches(self) -> bool:
+        """Whether kernels are launched by Triton's own dispatch; looked at once, with a warning.
+
+        Raises:
+            RuntimeError: the current stream is being captured, and nobody has looked yet.
+        """
+        if self._dispatch is None:
+            if capturing(self._device):
+                raise RuntimeError(
+                    "the kernels are new to this device: run the op once before capturing it"
+                )
+            reason = why_dispatch(self._device, current_stream(self._device))
+            self._dispatch = reason is not None
+            if reason is not None and DISPATCH_VARIABLE not in reason:
+                warnings.warn(
+                    f"triton {triton.__version__} launches kernels otherwise than is known here "
+                    f"({reason}): they go by its own dispatch, which takes the host longer",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        return self._dispatch
+
+    def depends(self, wanted: bool) -> bool:
+        """Whether K2 is launched before K1 ends, where that is `wanted`."""
+        return wanted and not self.dispatches() and hasattr(tl.extra.cuda, "gdc_wait")

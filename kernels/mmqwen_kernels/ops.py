@@ -1,112 +1,20 @@
-"""The fusion op, its halves, and the rule that picks a backend."""
+"""The fusion op and its first half."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from mmqwen_kernels.launch import MODES, LaunchConfig, Mode
-from mmqwen_kernels.plan import RowPlan, RowSource, plan_rows
+from mmqwen_kernels.plan import HostRows, RowPlan, RowSource, plan_rows
 from mmqwen_kernels.reference import Projector, fuse_embeddings_torch, project_rows_torch
+from mmqwen_kernels.select import select_backend
+from mmqwen_kernels.tiles import LaunchConfig
 
 if TYPE_CHECKING:
     from mmqwen_kernels.triton_backend import TritonBackend
-
-BACKENDS = ("auto", "torch", "triton")
-TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MIN_CAPABILITY = (8, 0)
-VALIDATED_CAPABILITIES = ((9, 0),)
-"""GPUs on which tests/kernels/test_gpu.py has passed (H100, 2026-11-24, docs/kernels.md)."""
-AUTO_DTYPES = (torch.bfloat16, torch.float16)
-"""Not fp32: multiplied without tensor cores, and not timed against cuBLAS (docs/kernels.md)."""
-
-
-class BackendChoice(NamedTuple):
-    """A backend's name and the reason for it."""
-
-    name: str
-    reason: str
-
-
-def select_backend(
-    device: torch.device | str, dtype: torch.dtype, backend: str = "auto"
-) -> BackendChoice:
-    """Say which backend runs on `device` for rows of `dtype`, and why.
-
-    "auto" is the kernels for bf16 and fp16 on GPUs on which they have been validated, else torch;
-    and torch for calls that need gradients.
-
-    Raises:
-        ValueError: `backend` is not one of `BACKENDS`, or cannot run there.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r}, expected one of {BACKENDS}")
-    if backend == "torch":
-        return BackendChoice("torch", "asked for")
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())  # answers are kept by device
-    if backend == "auto":
-        if device.type != "cuda":
-            return BackendChoice("torch", f"no kernels for {device.type} devices")
-        return _auto_on_cuda(device, dtype)
-    if torch.compiler.is_compiling():  # the custom op asks again when it runs
-        return BackendChoice("triton", "asked for; checked when it runs")
-    refusal = _why_not_triton(device, dtype)
-    if refusal is not None:
-        raise ValueError(f"backend 'triton' cannot run: {refusal}")
-    if device.type == "cpu":
-        return BackendChoice("triton", "asked for; under Triton's interpreter, for tests")
-    return BackendChoice("triton", "asked for")
-
-
-@lru_cache(maxsize=64)
-def _auto_on_cuda(device: torch.device, dtype: torch.dtype) -> BackendChoice:
-    if dtype not in AUTO_DTYPES:
-        return BackendChoice(
-            "torch", f"the kernels are for {[str(d) for d in AUTO_DTYPES]}, rows are {dtype}"
-        )
-    refusal = _why_not_triton(device, dtype)
-    if refusal is not None:
-        return BackendChoice("torch", refusal)
-    capability = torch.cuda.get_device_capability(device)
-    if capability not in VALIDATED_CAPABILITIES:
-        return BackendChoice(
-            "torch",
-            f"the kernels have not been validated on capability {capability}; backend='triton' "
-            "runs them",
-        )
-    return BackendChoice("triton", f"validated for {dtype} on capability {capability}")
-
-
-@lru_cache(maxsize=64)
-def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What keeps the kernels from running, with the remedy; None: nothing."""
-    if dtype not in TRITON_DTYPES:
-        return f"rows are {dtype}, expected one of {[str(d) for d in TRITON_DTYPES]}"
-    if device.type not in ("cuda", "cpu"):
-        return f"no kernels for {device.type} devices; use backend='torch'"
-    try:
-        from mmqwen_kernels.triton_backend import interpreting
-    except ImportError as error:
-        return f"Triton cannot be imported ({error}); install triton or use backend='torch'"
-    if device.type == "cpu":
-        if not interpreting():
-            return "on the CPU it needs TRITON_INTERPRET=1 at import; use backend='torch'"
-        if dtype == torch.bfloat16:
-            # tl.dot on bf16 silently returns garbage there (seen with triton 3.6 to 3.9).
-            return "Triton's interpreter multiplies bfloat16 wrongly; use float16 or float32"
-        return None
-    if interpreting():
-        return "TRITON_INTERPRET is set; unset it to run on a GPU"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_CAPABILITY:
-        return f"the GPU's capability is {capability}, expected {MIN_CAPABILITY} or later"
-    return None
 
 
 def _backend_of(device: torch.device) -> TritonBackend:
@@ -138,23 +46,30 @@ def _pick(backend: str, first: torch.Tensor, others: Iterable[torch.Tensor | Non
     return select_backend(first.device, first.dtype, backend).name
 
 
+@torch.compiler.disable
+def _outside_the_graph(op: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    """The op as it runs without torch.compile: a plan is numpy's work, a launch an address's."""
+    return op(*args, **kwargs)
+
+
 def fuse_embeddings(
     input_ids: torch.Tensor,
     token_table: torch.Tensor,
-    rows: RowPlan | Sequence[RowSource],
+    rows: RowPlan | HostRows | Sequence[RowSource],
     projectors: Sequence[Projector],
     *,
     slots: torch.Tensor | np.ndarray | Sequence[int] | None = None,
     vocab_start: int = 0,
     out: torch.Tensor | None = None,
     backend: str = "auto",
-    launch: Mode | LaunchConfig = "fastest",
+    launch: LaunchConfig | None = None,
 ) -> torch.Tensor:
     """Gather text rows, project raw rows and write both once into the token-embedding buffer.
 
     `out[t] = token_table[input_ids[t] - vocab_start]` for text slots (zero outside the table) and
     `out[t] = W2_m relu(W1_m x + b1_m) + b2_m` for slots of modality m. Accumulation is fp32;
-    hidden activations are rounded to the table's dtype.
+    hidden activations are rounded to the table's dtype. Under `torch.compile` the call is a graph
+    break.
 
     Args:
         input_ids: `[T]` int32 or int64 on the table's device.
@@ -166,8 +81,7 @@ def fuse_embeddings(
         vocab_start: first id of a vocabulary shard.
         out: `[T, D]` in the table's dtype, to write into.
         backend: one of `BACKENDS`; `select_backend` says what "auto" means.
-        launch: for the kernels: "fastest", "batch_invariant" (the same tiles for every batch), or
-            a `LaunchConfig`.
+        launch: for the kernels, in place of what `choose_config` says.
 
     Returns:
         `[T, D]`: `out` where given.
@@ -176,6 +90,19 @@ def fuse_embeddings(
         ValueError: rows and slots do not match, ids or slots are no integers, a width is wrong, or
             the backend cannot run; the kernels also refuse weights without elements.
     """
+    if torch.compiler.is_compiling():
+        return _outside_the_graph(
+            fuse_embeddings,
+            input_ids,
+            token_table,
+            rows,
+            projectors,
+            slots=slots,
+            vocab_start=vocab_start,
+            out=out,
+            backend=backend,
+            launch=launch,
+        )
     chosen = _pick(backend, token_table, (w for p in projectors for w in p))
     if not isinstance(rows, RowPlan):
         if slots is None:
@@ -202,8 +129,6 @@ def fuse_embeddings(
             vocab_start=vocab_start,
             out=out,
         )
-    if not isinstance(launch, LaunchConfig) and launch not in MODES:
-        raise ValueError(f"launch {launch!r}, expected one of {MODES} or a LaunchConfig")
     if len(projectors) != len(rows.counts):
         raise ValueError(f"{len(projectors)} projectors for {len(rows.counts)} modalities")
     for projector, width in zip(projectors, rows.widths, strict=True):
@@ -211,21 +136,8 @@ def fuse_embeddings(
             raise ValueError(f"a projector takes rows {projector.w1.shape[1]} wide, got {width}")
     if rows.dtype != token_table.dtype:
         raise ValueError(f"rows are {rows.dtype}, the token table is {token_table.dtype}")
-    if torch.compiler.is_compiling():
-        from mmqwen_kernels.custom_ops import fuse_compiled
-
-        return fuse_compiled(input_ids, token_table, rows, projectors, vocab_start, out, launch)
     return _backend_of(token_table.device).fuse(
-        input_ids,
-        token_table,
-        rows.buffer,
-        rows.order_at,
-        rows.tables,
-        rows.counts,
-        projectors,
-        vocab_start=vocab_start,
-        out=out,
-        launch=launch,
+        input_ids, token_table, rows, projectors, vocab_start=vocab_start, out=out, launch=launch
     )
 
 
@@ -234,19 +146,19 @@ def project_rows(
     projector: Projector,
     *,
     backend: str = "auto",
-    launch: Mode | LaunchConfig = "fastest",
+    launch: LaunchConfig | None = None,
 ) -> torch.Tensor:
     """`W2 relu(W1 x + b1) + b2`: rows `[R, d]` -> `[R, D]`, in the rows' dtype.
+
+    Under `torch.compile` the call is a graph break.
 
     Raises:
         ValueError: the backend cannot run, or rows and projector do not fit together.
     """
+    if torch.compiler.is_compiling():
+        return _outside_the_graph(project_rows, rows, projector, backend=backend, launch=launch)
     if _pick(backend, rows, projector) == "torch":
         return project_rows_torch(rows, projector)
-    if torch.compiler.is_compiling():
-        from mmqwen_kernels.custom_ops import project_rows_op
-
-        return project_rows_op(rows, *projector)
     return _backend_of(rows.device).project(rows, projector, launch=launch)
 
 
@@ -255,8 +167,8 @@ def warm_up(projectors: Sequence[Projector], *, backend: str = "auto") -> int:
 
     A server calls this once, before the first request: the kernels of a step depend on how many
     rows it places, and each takes about a second to compile unless Triton's cache on disk has it.
-    Covers rows that come in packs, int32 token ids and mode "fastest"; does nothing where
-    `select_backend` picks torch.
+    Covers rows that `plan_rows` copies and int32 token ids; does nothing where `select_backend`
+    picks torch.
 
     Args:
         projectors: one a modality, as `fuse_embeddings` will get them.

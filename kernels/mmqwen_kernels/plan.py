@@ -11,8 +11,9 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -84,34 +85,27 @@ class RowPlan:
     align_bytes: int
     address: int
     stride: int
-    # What properties have made. Not functools.cached_property: Python 3.11's takes a lock, through
-    # which torch.compile cannot see.
-    _made: dict[str, Any] = field(default_factory=dict, repr=False)
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         """R, of all modalities."""
         return sum(self.counts)
 
-    @property
+    @cached_property
     def order(self) -> torch.Tensor:
         """int64 `[T]` on the device: the text slots, ascending, then the rows' by modality."""
-        if "order" not in self._made:
-            end = self.order_at + 8 * self.num_tokens
-            self._made["order"] = self.buffer[self.order_at : end].view(torch.int64)
-        return cast(torch.Tensor, self._made["order"])
+        end = self.order_at + 8 * self.num_tokens
+        return self.buffer[self.order_at : end].view(torch.int64)
 
     @property
     def all_slots(self) -> torch.Tensor:
         """int64 `[R]` on the device, the concatenation of `slots`."""
         return self.order[self.num_tokens - self.num_rows :]
 
-    @property
+    @cached_property
     def rows(self) -> tuple[torch.Tensor | None, ...]:
         """Per modality `[R_m, d_m]`, or None where it has no rows; concatenated on first use."""
-        if "rows" not in self._made:
-            self._made["rows"] = tuple(self._rows_of(m) for m in range(len(self.counts)))
-        return cast("tuple[torch.Tensor | None, ...]", self._made["rows"])
+        return tuple(self._rows_of(m) for m in range(len(self.counts)))
 
     def _rows_of(self, m: int) -> torch.Tensor | None:
         if not self.counts[m]:
@@ -122,15 +116,13 @@ class RowPlan:
         flat = self.buffer[begin : begin + nbytes].view(self.dtype)
         return flat.view(self.counts[m], self.widths[m])
 
-    @property
+    @cached_property
     def slots(self) -> tuple[torch.Tensor | None, ...]:
         """Per modality int64 `[R_m]`, or None where it has no rows."""
-        if "slots" not in self._made:
-            parts = self.all_slots.split(self.counts)
-            self._made["slots"] = tuple(
-                part if count else None for part, count in zip(parts, self.counts, strict=True)
-            )
-        return cast("tuple[torch.Tensor | None, ...]", self._made["slots"])
+        parts = self.all_slots.split(self.counts)
+        return tuple(
+            part if count else None for part, count in zip(parts, self.counts, strict=True)
+        )
 
 
 def plan_rows(
@@ -185,7 +177,7 @@ def plan_rows(
 
 def plan_of_rows(rows: torch.Tensor) -> RowPlan:
     """A plan of rows `[R, d]` of one modality that go to `out[r]` each: no slots, nothing moves."""
-    if rows.shape[1] > 1 and rows.stride(1) != 1 or is_far(rows):
+    if (rows.shape[1] > 1 and rows.stride(1) != 1) or is_far(rows):
         rows = rows.contiguous()
     count, width = rows.shape
     address, stride, _ = span_of(rows, width)

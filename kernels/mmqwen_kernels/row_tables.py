@@ -1,4 +1,4 @@
-"""How the kernels find rows: one entry a modality, and an address a row where that is not enough."""
+"""How the kernels find rows: an entry a modality, and an address a row where that is not enough."""
 
 from __future__ import annotations
 

@@ -43,8 +43,6 @@ def select_backend(
         if device.type != "cuda":
             return BackendChoice("torch", f"no kernels for {device.type} devices")
         return _auto_on_cuda(device, dtype)
-    if torch.compiler.is_compiling():  # the custom op asks again when it runs
-        return BackendChoice("triton", "asked for; checked when it runs")
     refusal = _why_not_triton(device, dtype)
     if refusal is not None:
         raise ValueError(f"backend 'triton' cannot run: {refusal}")
@@ -80,7 +78,7 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type not in ("cuda", "cpu"):
         return f"no kernels for {device.type} devices; use backend='torch'"
     try:
-        from mmqwen_kernels.triton_backend import interpreting
+        from mmqwen_kernels.launcher import interpreting
     except ImportError as error:
         return f"Triton cannot be imported ({error}); install triton or use backend='torch'"
     if device.type == "cpu":

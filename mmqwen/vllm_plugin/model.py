@@ -28,6 +28,7 @@ from vllm.model_executor.models.utils import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.platforms import current_platform
 
+from mmqwen.packs import PackError, blank_directory, find_rows, open_pack
 from mmqwen.text_models import refuse_text_model, untested_warning
 from mmqwen.trained import read_trained, untrained, untrained_message
 from mmqwen.vllm_plugin import compat
@@ -35,15 +36,7 @@ from mmqwen.vllm_plugin.engine_config import refuse_drafter
 from mmqwen.vllm_plugin.modality_table import modality_table, text_config_of
 from mmqwen.vllm_plugin.processing import DummyInputs, PackingProcessor, ProcessingInfo
 from mmqwen.vllm_plugin.projector import ShardedProjector
-from mmqwen_kernels import (
-    PackError,
-    RowPlan,
-    fuse_embeddings,
-    plan_rows,
-    select_backend,
-    warm_up,
-)
-from mmqwen_kernels.packing import find_rows, open_pack
+from mmqwen_kernels import RowPlan, fuse_embeddings, plan_rows, select_backend, warm_up
 
 logger = init_logger(__name__)
 
@@ -205,7 +198,8 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
             return rows
         except PackError as error:
             logger.error("A request bypassed the processor and sent no pack of rows: %s", error)
-            return self._no_rows(self._max_model_len)
+            dtype = cast(torch.dtype, self._model_config.dtype)
+            return blank_directory(self._max_model_len, self._widths[0], dtype)
 
     def _prepare(self) -> None:
         """Claim the memory that the largest step needs, and compile what requests will need.
@@ -295,40 +289,22 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
     ) -> RowPlan:
         """The step's plan; parts that lead to no rows of this model are read as zeros."""
 
-        def plan(parts: Sequence[torch.Tensor]) -> RowPlan:
-            return plan_rows(
-                [self._source(part) for part in parts],
-                mask,
-                input_ids.shape[0],
-                self._widths,
-                dtype=dtype,
-                device=input_ids.device,
-            )
-
         try:
-            return plan(parts)
+            rows = find_rows(parts, self._widths, dtype)
         except ValueError as error:
             # `_open` looks at a pack's header; here its directory is wrong. See its docstring.
             logger.error("A request bypassed the processor and sent a broken pack: %s", error)
-        checked = []
-        for part in parts:
-            try:
-                if part.stride(0):
-                    find_rows([part], self._widths, dtype)
-                checked.append(part)
-            except ValueError:
-                checked.append(self._no_rows(part.shape[0]))
-        return plan(checked)
+            rows = find_rows([self._checked(part, dtype) for part in parts], self._widths, dtype)
+        return plan_rows(
+            rows, mask, input_ids.shape[0], self._widths, dtype=dtype, device=input_ids.device
+        )
 
-    @staticmethod
-    def _no_rows(count: int) -> torch.Tensor:
-        """A directory of no pack: a stride of 0, which `_source` knows it by."""
-        return torch.zeros(1, 2, dtype=torch.int64).expand(count + 1, 2)[:count]
-
-    def _source(self, part: torch.Tensor) -> Any:
-        """A slice as a row source; zeros for `_no_rows`."""
-        if part.stride(0) == 0:
-            return 0, torch.zeros(part.shape[0], self._widths[0])
+    def _checked(self, part: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The slice, or as many rows of zeros where it leads to no rows of this model."""
+        try:
+            find_rows([part], self._widths, dtype)
+        except ValueError:
+            return blank_directory(part.shape[0], self._widths[0], dtype)
         return part
 
     def _token_table(self) -> tuple[torch.Tensor, int] | None:

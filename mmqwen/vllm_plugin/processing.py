@@ -28,10 +28,10 @@ from vllm.multimodal.processing import (
 
 from mmqwen import transport
 from mmqwen.modalities import Expansion, ModalityError, ModalitySpec, expand_markers
+from mmqwen.packs import allocate_pack
 from mmqwen.tokens import add_placeholder_tokens
 from mmqwen.vllm_plugin import PACK_MODALITY, compat
 from mmqwen.vllm_plugin.modality_table import modality_table
-from mmqwen_kernels.packing import allocate_pack
 
 CUT_GAP = 256
 """Text tokens between two rows from which a new pack begins.
