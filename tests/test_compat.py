@@ -152,6 +152,7 @@ def test_the_door_refuses_what_a_route_does_not_declare(monkeypatch, ours):
 
     from fastapi import Depends, FastAPI
     from fastapi.testclient import TestClient
+
     from mmqwen.modalities import ModalitySpec
     from mmqwen.vllm_plugin import door
 
