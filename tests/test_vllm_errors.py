@@ -163,7 +163,7 @@ def test_prompt_embeds_beside_rows_are_refused(checkpoint):
     torch.save(embeds, out)
     data = base64.b64encode(out.getvalue()).decode()
     messages = [
-        {"role": "user", "content": [{"type": "prompt_embeds", "prompt_embeds": data}]},
+        {"role": "user", "content": [{"type": "prompt_embeds", "data": data}]},
         {"role": "assistant", "content": "and?"},
         {"role": "user", "content": [{"type": "m1", "m1": torch.ones(2, 24)}]},
     ]
