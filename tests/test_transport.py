@@ -553,7 +553,7 @@ def decode_or_refuse(payload) -> None:
 
 
 @given(payloads)
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=400, deadline=None)
 def test_decode_rows_fuzz(payload):
     decode_or_refuse(payload)
 

@@ -163,7 +163,7 @@ def test_prompt_embeds_beside_rows_are_refused(checkpoint):
     torch.save(embeds, out)
     data = base64.b64encode(out.getvalue()).decode()
     messages = [
-        {"role": "user", "content": [{"type": "prompt_embeds", "prompt_embeds": data}]},
+        {"role": "user", "content": [{"type": "prompt_embeds", "data": data}]},
         {"role": "assistant", "content": "and?"},
         {"role": "user", "content": [{"type": "m1", "m1": torch.ones(2, 24)}]},
     ]
@@ -266,7 +266,11 @@ def test_speculative_drafters_that_read_embeddings_are_refused():
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_features_that_would_lose_rows_are_refused_at_the_start(checkpoint, options, words):
-    with pytest.raises(Exception, match=words):
+    from vllm.config import ECTransferConfig
+
+    if "ec_transfer_config" in options:
+        options = {"ec_transfer_config": ECTransferConfig(**options["ec_transfer_config"])}
+    with pytest.raises(ValueError, match=words):
         start(checkpoint, max_model_len=256, **options)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -213,9 +214,7 @@ def test_a_bad_tensor_is_refused_before_anything_is_copied(engine, folders, name
 
 
 def overrides(folder, file):
-    from mmqwen.checkpoint import read_json
-
-    modalities = read_json(folder / "config.json")["modalities"]
+    modalities = json.loads((folder / "config.json").read_text())["modalities"]
     return {
         "architectures": ["MultimodalQwen3ForConditionalGeneration"],
         "modalities": {name: {"dim": entry["dim"]} for name, entry in modalities.items()},
