@@ -207,7 +207,7 @@ def _split_tokens(
     """Text slots, ascending, and the rows' slots in their order; int64."""
     if isinstance(slots, torch.Tensor) and not slots.is_cpu:
         raise ValueError(f"slots lie on {slots.device}, expected the CPU: plans are made there")
-    if isinstance(slots, torch.Tensor) and (slots.is_floating_point() or slots.is_complex()):
+    if isinstance(slots, torch.Tensor) and slots.numel() and slots.is_floating_point():
         raise ValueError(f"slots are {slots.dtype}, expected a bool mask or integer positions")
     array = slots.numpy() if isinstance(slots, torch.Tensor) else np.asarray(slots)
     if array.ndim != 1:
@@ -241,7 +241,7 @@ def _collect(
 
     A modality stays where one of its tensors lies on the device; the address of its rows is 0.
     """
-    stays = {m for m, rows in sources if rows.device == device}
+    stays = {m for m, rows in sources if _lies_on(rows, device)}
     modality: list[int] = []
     lengths: list[int] = []
     addresses: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
@@ -254,9 +254,7 @@ def _collect(
         modality.append(m)
         lengths.append(count)
         if m in stays:
-            rows = rows.to(device, dtype, non_blocking=True)
-            near = rows.stride(1) == 1 or rows.shape[1] == 1
-            parts[m].append(rows if near else rows.contiguous())
+            parts[m].append(_settle(rows, dtype, device))
             addresses.append(np.zeros(count, dtype=np.int64))
         else:
             if rows.requires_grad:
@@ -270,6 +268,16 @@ def _collect(
             addresses.append(np.arange(count, dtype=np.int64) * step + rows.data_ptr())
     of_row = np.repeat(np.array(modality, dtype=np.uint8), lengths)
     return HostRows(of_row, np.concatenate(addresses))
+
+
+def _lies_on(rows: torch.Tensor, device: torch.device) -> bool:
+    return rows.device == device
+
+
+def _settle(rows: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Rows on the device, in `dtype`, each row's elements adjacent; a view where they are so."""
+    rows = rows.to(device, dtype, non_blocking=True)
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 def _refuse(modality: int, rows: torch.Tensor, widths: Sequence[int]) -> None:

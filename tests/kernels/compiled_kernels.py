@@ -18,8 +18,8 @@ from can_compile import CUOBJDUMP
 from triton.backends.compiler import GPUTarget
 
 from mmqwen_kernels import triton_kernels
-from mmqwen_kernels.launch import TileConfig, every_tile
 from mmqwen_kernels.launcher import ast_source
+from mmqwen_kernels.tiles import TileConfig, every_tile
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 MIDDLE = TileConfig(64, 64, 128, num_warps=4, num_stages=4)

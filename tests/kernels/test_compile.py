@@ -12,7 +12,7 @@ if WHY_NOT:
 import triton
 from compiled_kernels import Variant, compile_variant, full_list, short_list
 
-from mmqwen_kernels.launch import shared_limit
+from mmqwen_kernels.tiles import shared_limit
 
 # Explained exceptions: bytes of stack, on paths that are slow for other reasons. fp32 off 16-byte
 # alignment on sm_100 keeps 64 addresses of 4-byte copies live; the rest, by triton 3.7 and 3.9, are

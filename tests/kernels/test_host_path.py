@@ -17,9 +17,10 @@ import pytest
 import torch
 from fusion_cases import make_case
 
-from mmqwen_kernels import RowPlan, directory, pack_rows, staging
+from mmqwen_kernels import HostRows, RowPlan, upload
 from mmqwen_kernels import plan as plan_module
-from mmqwen_kernels.plan import RowSource
+from mmqwen_kernels.plan import RowSource, plan_of_rows
+from mmqwen_kernels.row_tables import _MAX_ROW_STRIDE, tables_of
 
 WIDTHS = [8, 33, 24]
 
@@ -30,7 +31,9 @@ class Device:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.resident: set[int] = set()
         self.copies: list[int] = []
-        monkeypatch.setattr(plan_module, "_on_host", lambda p: p.data_ptr() not in self.resident)
+        monkeypatch.setattr(
+            plan_module, "_lies_on", lambda rows, device: rows.data_ptr() in self.resident
+        )
         monkeypatch.setattr(plan_module, "uploader", lambda device: self)
 
     def lend(self, nbytes: int) -> SimpleNamespace:
@@ -47,7 +50,7 @@ class Device:
         self.resident.add(rows.data_ptr())
         return rows
 
-    def plan(self, sources: list[RowSource], slots: Any, tokens: int) -> RowPlan:
+    def plan(self, sources: list[RowSource] | HostRows, slots: Any, tokens: int) -> RowPlan:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(plan_module, "_settle", lambda rows, dtype, device: rows)
             return plan_module.plan_rows(
@@ -61,26 +64,22 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
 
 
 def entries_of(plan: RowPlan) -> list[list[int]]:
-    tables = plan.tables
-    end = tables.entries_at + 64 * tables.num_entries
-    words = tables.buffer[tables.entries_at : end].view(torch.int64)
-    return words.view(-1, 8).tolist()
+    return plan.buffer[: 64 * 4].view(torch.int64).view(-1, 8).tolist()
 
 
 def read_back(plan: RowPlan) -> list[torch.Tensor]:
     """Every row, in the order of the entries, by the addresses that the kernels get."""
     import ctypes
 
-    tables = plan.tables
     addresses = None
-    if tables.addresses_at >= 0:
-        end = tables.addresses_at + 8 * plan.num_rows
-        addresses = tables.buffer[tables.addresses_at : end].view(torch.int64).tolist()
+    if plan.addresses_at >= 0:
+        end = plan.addresses_at + 8 * plan.num_rows
+        addresses = plan.buffer[plan.addresses_at : end].view(torch.int64).tolist()
     rows = []
     for modality, first, count, base, stride, *_ in entries_of(plan):
         for r in range(count):
             where = base + r * stride * 4 if addresses is None else addresses[first + r]
-            assert where % tables.align_bytes == 0
+            assert where % plan.align_bytes == 0
             rows.append(torch.tensor((ctypes.c_float * WIDTHS[modality]).from_address(where)))
     return rows
 
@@ -108,18 +107,20 @@ def test_rows_wherever_they_lie(device: Device, counts: list[int], resident: str
     assert torch.equal(made.order, twin.order)
     for a, b in zip(made.rows, twin.rows, strict=True):
         assert (a is None and b is None) or torch.equal(a, b)  # type: ignore[arg-type]
-    assert (made.tables.addresses_at < 0) or resident != "none"
-    assert made.tables.num_entries == 4
-    assert [made.tables.address, made.tables.stride] == entries_of(made)[0][3:5]
+    assert (made.addresses_at < 0) or resident != "none"
+    assert [made.address, made.stride] == entries_of(made)[0][3:5]
 
 
-def test_packs_are_staged_contiguously_and_aligned(device: Device) -> None:
+def test_rows_by_address_are_staged_contiguously_and_aligned(device: Device) -> None:
     case = make_case(WIDTHS, [7, 0, 6], torch.float32, item_rows=2)
-    pack = directory(pack_rows(case.items))  # type: ignore[arg-type]
-    made = device.plan([pack[:4], pack[4:]], case.slots, len(case.input_ids))
-    assert made.tables.addresses_at < 0
+    rows = [(m, row.clone()) for m, item in case.items for row in item]
+    modality, address = zip(*((m, row.data_ptr()) for m, row in rows), strict=True)
+    made = device.plan(
+        HostRows(np.array(modality), np.array(address)), case.slots, len(case.input_ids)
+    )
+    assert made.addresses_at < 0
     assert [entry[4] for entry in entries_of(made)] == [8, 24, 0, 0]
-    assert made.tables.align_bytes == 16
+    assert made.align_bytes == 16
     assert len(device.copies) == 1
     want = [x for m in (0, 2) for index, item in case.items if index == m for x in item]  # type: ignore[misc]
     assert all(torch.equal(a, b) for a, b in zip(read_back(made), want, strict=True))
@@ -150,7 +151,7 @@ def test_a_copy_goes_beside_a_busy_stream_and_into_an_idle_one(
 ) -> None:
     log: list[tuple[str, ...]] = []
     current, own = Stream("current", not busy, log), Stream("own", True, log)
-    up = staging.Uploader.__new__(staging.Uploader)
+    up = upload.Uploader.__new__(upload.Uploader)
     up.__dict__.update(_device=torch.device("cpu"), _stream=own, _idle={64: deque()})
     on = ["current"]
 
@@ -189,13 +190,13 @@ def test_a_copy_goes_beside_a_busy_stream_and_into_an_idle_one(
 
 
 def test_a_buffer_is_lent_again_once_its_copy_has_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    up = staging.Uploader.__new__(staging.Uploader)
-    size = staging.SMALLEST_BYTES
+    up = upload.Uploader.__new__(upload.Uploader)
+    size = upload.SMALLEST_BYTES
     ran = [False]
     used: Any = SimpleNamespace(copied=SimpleNamespace(query=lambda: ran[0]))
     up.__dict__.update(_idle={size: deque([used])})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(staging, "Staging", lambda nbytes: f"new, {nbytes}")
+    monkeypatch.setattr(upload, "Staging", lambda nbytes: f"new, {nbytes}")
     assert up.lend(100) == f"new, {size}"
     ran[0] = True
     assert up.lend(100) is used
@@ -207,13 +208,16 @@ def test_a_buffer_is_lent_again_once_its_copy_has_run(monkeypatch: pytest.Monkey
 
 def test_rows_too_far_apart_are_found_by_address() -> None:
     """In-tile offsets are int32: a huge row stride may not reach them."""
-    memory = torch.empty(plan_module._MAX_ROW_STRIDE + 8, dtype=torch.bfloat16)  # never touched
-    far = memory.as_strided((2, 8), (plan_module._MAX_ROW_STRIDE, 1))
-    assert plan_module.tables_of([[far]], [2], [8], torch.bfloat16, far.device).addresses_at >= 0
-    spans = [[(4096, plan_module._MAX_ROW_STRIDE, 2)]]
-    entries, addresses, _ = plan_module._tables_of_spans(spans, [2], [8], 4, True)
+    memory = torch.empty(_MAX_ROW_STRIDE + 8, dtype=torch.bfloat16)  # never touched
+    far = memory.as_strided((2, 8), (_MAX_ROW_STRIDE, 1))
+    made = plan_module.plan_rows(
+        [(0, far)], [0, 1], 2, [8], dtype=torch.bfloat16, device=far.device
+    )
+    assert made.addresses_at >= 0
+    assert plan_of_rows(far).stride == 8, "copied, where there is no table for addresses"
+    entries, addresses, _ = tables_of([[(4096, _MAX_ROW_STRIDE, 2)]], [2], [8], 4, True)
     assert addresses is not None
-    assert addresses[1] - addresses[0] == plan_module._MAX_ROW_STRIDE * 4
+    assert addresses[1] - addresses[0] == _MAX_ROW_STRIDE * 4
     assert entries[0, 2] == 2
 
 
@@ -240,6 +244,7 @@ class Stubbed:
     """A backend for an H100 whose kernels are stubs and whose memory is the host's."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from mmqwen_kernels import launcher, weights
         from mmqwen_kernels import triton_backend as module
 
         self.variants: list[Variant] = []
@@ -249,12 +254,19 @@ class Stubbed:
             self.variants.append(Variant(*args))
             return self.variants[-1]
 
-        monkeypatch.setattr(module, "Compiled", make)
+        monkeypatch.setattr(launcher, "Compiled", make)
+        self.stream, self.capturing = 0, False
+        for where in (module, weights):
+            monkeypatch.setattr(where, "current_stream", lambda device: self.stream)
+        monkeypatch.setattr(weights, "capturing", lambda device: self.capturing)
         self.backend = module.TritonBackend(torch.device("cpu"))
         self.backend.capability, self.backend.num_sms = (9, 0), 132
-        self.backend._interpret = self.backend._dispatch = False
+        self.backend._interpret = self.backend.kernels._dispatch = False
         monkeypatch.setattr(self.backend, "_on_device", lambda: module._NOTHING)
-        monkeypatch.setattr(self.backend, "_stream", lambda: 0)
+
+    @property
+    def tables(self) -> Any:
+        return self.backend._weights._tables
 
     def of(self, name: str) -> list[Variant]:
         return [v for v in self.variants if v.name == f"_{name}_kernel"]
@@ -281,10 +293,7 @@ def run(stubbed: Stubbed, case: Any, **more: Any) -> None:
     stubbed.backend.fuse(
         case.input_ids,
         case.table,
-        plan.buffer,
-        plan.order_at,
-        plan.tables,
-        plan.counts,
+        plan,
         case.projectors,
         **more,
     )
@@ -375,7 +384,7 @@ class TestLaunches:
             run(stubbed, case)
         tables = {named["weights_ptr"] for _, named in stubbed.launches("project_up")}
         assert len(tables) == 1
-        (weights,) = stubbed.backend._weights.values()
+        (weights,) = stubbed.tables.values()
         assert weights.table[0, 4:6].tolist() == [64, 128]
         assert weights.table[1, 0] == case.projectors[1].w1.data_ptr()
 
@@ -419,44 +428,42 @@ class TestWeightTables:
 
     def test_the_least_recently_used_goes_first(self, stubbed: Stubbed) -> None:
         case = self.others(stubbed, 1)
-        (table,) = stubbed.backend._weights.values()
+        (table,) = stubbed.tables.values()
         for _ in range(3):
             self.others(stubbed, 40)
             run(stubbed, case)
-        assert table in stubbed.backend._weights.values(), "used all along"
-        assert len(stubbed.backend._weights) == 64
+        assert table in stubbed.tables.values(), "used all along"
+        assert len(stubbed.tables) == 64
         gone = weakref.ref(table)
         del table
         self.others(stubbed, 64)
         gc.collect()
         assert gone() is None
 
-    def test_a_table_that_a_graph_reads_stays(
-        self, stubbed: Stubbed, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_table_that_a_graph_reads_stays(self, stubbed: Stubbed) -> None:
         case = self.others(stubbed, 1)
-        monkeypatch.setattr(stubbed.backend, "_capturing", lambda: True)
+        stubbed.capturing = True
         run(stubbed, case)
-        monkeypatch.setattr(stubbed.backend, "_capturing", lambda: False)
+        stubbed.capturing = False
         captured = stubbed.launches("project_down")[-1][1]["weights_ptr"]
         self.others(stubbed, 200)
-        kept = [w for w in stubbed.backend._weights.values() if w.address == captured]
+        kept = [w for w in stubbed.tables.values() if w.address == captured]
         assert [w.captured for w in kept] == [True]
         assert kept[0].table.data_ptr() == captured
         assert kept[0].table[0, 0] == case.projectors[0].w1.data_ptr()
-        assert len(stubbed.backend._weights) == 65, "and the least recently used of 64 others"
+        assert len(stubbed.tables) == 65, "and the least recently used of 64 others"
 
     def test_a_table_outlives_what_other_streams_have_queued(
         self, stubbed: Stubbed, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         told: list[tuple[int, Any]] = []
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stubbed.backend._stream())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stubbed.stream)
         monkeypatch.setattr(
             torch.Tensor, "record_stream", lambda t, stream: told.append((t.data_ptr(), stream))
         )
         case = self.others(stubbed, 1)
         for stream in (0, 7, 7, 0, 9):
-            monkeypatch.setattr(stubbed.backend, "_stream", lambda stream=stream: stream)
+            stubbed.stream = stream
             run(stubbed, case)
-        (table,) = stubbed.backend._weights.values()
+        (table,) = stubbed.tables.values()
         assert told == [(table.address, 7), (table.address, 9)], "made on stream 0; once a stream"

@@ -145,22 +145,18 @@ def test_a_backend_falls_back_with_one_warning(
         looked.append(None)
         return "the launcher is another"
 
-    monkeypatch.setattr(triton_backend, "why_dispatch", look)
+    monkeypatch.setattr(launcher, "why_dispatch", look)
     backend = triton_backend.TritonBackend(CPU)
     backend.capability, backend.num_sms = (9, 0), 132
-    backend._interpret, backend._dispatch = False, None
+    backend._interpret, backend.kernels._dispatch = False, None
     monkeypatch.setattr(backend, "_on_device", lambda: triton_backend._NOTHING)
-    monkeypatch.setattr(backend, "_stream", lambda: 0)
 
     def fuse(counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         case = make_case([16, 24], counts, torch.float32, hidden=64, columns=64, text=5)
         plan = plan_rows(
             case.items, case.slots, len(case.input_ids), [16, 24], dtype=torch.float32, device=CPU
         )
-        out = backend.fuse(
-            case.input_ids, case.table, plan.buffer, plan.order_at, plan.tables, plan.counts,
-            case.projectors,
-        )  # fmt: skip
+        out = backend.fuse(case.input_ids, case.table, plan, case.projectors)
         return out, case.table[case.input_ids]
 
     with warnings.catch_warnings(record=True) as seen:
@@ -174,5 +170,7 @@ def test_a_backend_falls_back_with_one_warning(
     assert torch.equal(out, text)
     step = ["_project_up_kernel", "_project_down_kernel"]
     assert driver.launches == ["_gather_text_kernel", *step, *step]
-    assert all(type(v) is launcher.Dispatched for v in backend._variants.values())
-    assert not any(key[-1] for key in backend._variants), "no kernel is launched dependently"
+    assert all(type(v) is launcher.Dispatched for v in backend.kernels._variants.values())
+    assert not any(key[-1] for key in backend.kernels._variants), (
+        "no kernel is launched dependently"
+    )

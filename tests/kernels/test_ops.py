@@ -20,7 +20,7 @@ from mmqwen_kernels import (
     project_rows,
     select_backend,
 )
-from mmqwen_kernels.ops import BACKENDS
+from mmqwen_kernels.select import BACKENDS
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 
@@ -34,13 +34,13 @@ def test_auto_is_torch_on_the_cpu_and_says_why() -> None:
 
 
 def test_auto_on_cuda_is_the_kernels_only_where_they_were_validated(monkeypatch) -> None:
-    from mmqwen_kernels import ops
+    from mmqwen_kernels import select
 
-    monkeypatch.setattr("mmqwen_kernels.triton_backend.interpreting", lambda: False)
+    monkeypatch.setattr("mmqwen_kernels.launcher.interpreting", lambda: False)
 
     def pick(capability: tuple[int, int], dtype: torch.dtype) -> BackendChoice:
-        ops._auto_on_cuda.cache_clear()
-        ops._why_not_triton.cache_clear()
+        select._auto_on_cuda.cache_clear()
+        select._why_not_triton.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
         return select_backend("cuda", dtype)
 
@@ -51,8 +51,8 @@ def test_auto_on_cuda_is_the_kernels_only_where_they_were_validated(monkeypatch)
         assert "not been validated" in pick((8, 0), torch.bfloat16).reason
         assert "expected (8, 0) or later" in pick((7, 5), torch.bfloat16).reason
     finally:
-        ops._auto_on_cuda.cache_clear()
-        ops._why_not_triton.cache_clear()
+        select._auto_on_cuda.cache_clear()
+        select._why_not_triton.cache_clear()
 
 
 def test_torch_is_always_there() -> None:
@@ -171,16 +171,14 @@ def test_halves_make_the_whole() -> None:
     assert torch.equal(out, case.run("torch"))
 
 
-def test_fullgraph_with_the_torch_backend() -> None:
+def test_under_torch_compile_the_torch_backend_gives_the_same() -> None:
     case = in_whole_numbers(make_case([8, 24], [5, 3], torch.float32))
-    plan = plan_rows(
-        case.items, case.slots, len(case.input_ids), [8, 24], dtype=torch.float32, device="cpu"
-    )
 
     def step(ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        return fuse_embeddings(ids, table, plan, case.projectors) * 2
+        fused = fuse_embeddings(ids, table, case.items, case.projectors, slots=case.slots)
+        return fused * 2
 
-    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    compiled = torch.compile(step, backend="eager")
     assert torch.equal(compiled(case.input_ids, case.table), step(case.input_ids, case.table))
 
 

@@ -8,46 +8,38 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmqwen_kernels import PackError, directory, pack_rows, plan_rows
-from mmqwen_kernels.plan import RowPlan, RowSource
+from mmqwen_kernels import HostRows, RowPlan, plan_rows
+from mmqwen_kernels.plan import RowSource
 
 WIDTHS = (3, 8, 5)
 DTYPE = torch.float32
 
 
-def plan(sources: list[RowSource], slots: object, tokens: int) -> RowPlan:
+def plan(sources: list[RowSource] | HostRows, slots: object, tokens: int) -> RowPlan:
     return plan_rows(sources, slots, tokens, WIDTHS, dtype=DTYPE, device="cpu")  # type: ignore[arg-type]
 
 
-source_shapes = st.lists(
-    st.tuples(
-        st.booleans(),
-        st.lists(st.tuples(st.integers(0, 2), st.integers(1, 4)), min_size=1, max_size=5),
-        st.floats(0, 1),
-        st.floats(0, 1),
-    ),
-    max_size=6,
-)
+def by_address(rows: list[tuple[int, torch.Tensor]]) -> HostRows:
+    """Rows, each a tensor of its own, as `HostRows`."""
+    modality = np.array([m for m, _ in rows], dtype=np.int64)
+    return HostRows(modality, np.array([row.data_ptr() for _, row in rows], dtype=np.int64))
 
 
 @settings(max_examples=80, deadline=None)
-@given(shapes=source_shapes, gaps=st.integers(0, 7), as_mask=st.booleans(), seed=st.integers(0, 99))
+@given(
+    shape=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 4)), max_size=9),
+    addressed=st.booleans(),
+    gaps=st.integers(0, 7),
+    as_mask=st.booleans(),
+    seed=st.integers(0, 99),
+)
 def test_plan_equals_the_naive_assignment(
-    shapes: list, gaps: int, as_mask: bool, seed: int
+    shape: list, addressed: bool, gaps: int, as_mask: bool, seed: int
 ) -> None:
     g = torch.Generator().manual_seed(seed)
-    sources: list[RowSource] = []
-    expected: list[tuple[int, torch.Tensor]] = []
-    for packed, shape, a, b in shapes:
-        items = [(m, torch.randn(n, WIDTHS[m], generator=g)) for m, n in shape]
-        rows = [(m, row) for m, item in items for row in item]
-        if packed:
-            lo, hi = sorted((int(a * len(rows)), int(b * len(rows))))
-            sources.append(directory(pack_rows(items))[lo:hi])
-            expected += rows[lo:hi]
-        else:
-            sources += items
-            expected += rows
+    items = [(m, torch.randn(n, WIDTHS[m], generator=g)) for m, n in shape]
+    expected = [(m, row) for m, item in items for row in item]
+    sources: list[RowSource] | HostRows = by_address(expected) if addressed else items
     total = len(expected)
     tokens = total + gaps
     positions = torch.randperm(tokens, generator=g)[:total]
@@ -99,14 +91,12 @@ def test_tables_lead_the_kernels_to_every_row(
                 part = wide[::2, 1:]
             items.append((m, part))
     made = plan(items, range(sum(counts)), sum(counts))
-    tables = made.tables
-    entries = tables.buffer[: 64 * tables.num_entries].view(torch.int64).view(-1, 8)
-    assert tables.num_entries == 4
+    entries = made.buffer[: 64 * 4].view(torch.int64).view(-1, 8)  # room for three modalities
     if sum(counts):
-        assert [tables.address, tables.stride] == entries[0, 3:5].tolist()
+        assert [made.address, made.stride] == entries[0, 3:5].tolist()
     addresses = None
-    if tables.addresses_at >= 0:
-        words = tables.buffer[tables.addresses_at :].view(torch.int64)
+    if made.addresses_at >= 0:
+        words = made.buffer[made.addresses_at : made.order_at].view(torch.int64)
         addresses = words[: sum(counts)].tolist()
     at = 0
     for modality, first, count, base, stride, *_ in entries.tolist():
@@ -118,7 +108,7 @@ def test_tables_lead_the_kernels_to_every_row(
         assert rows is not None
         for r in range(count):
             where = base + r * stride * 4 if addresses is None else addresses[first + r]
-            assert where % tables.align_bytes == 0
+            assert where % made.align_bytes == 0
             raw = (ctypes.c_float * WIDTHS[modality]).from_address(where)
             assert np.array_equal(np.array(raw), rows[r].numpy())
         at += count
@@ -137,15 +127,23 @@ def test_a_single_item_is_not_copied() -> None:
     assert made.rows[0].data_ptr() == rows.data_ptr()
 
 
-def test_rows_of_packs_lie_together_and_aligned() -> None:
-    packs = [pack_rows([(0, torch.randn(2, 3)), (2, torch.randn(1, 5))]) for _ in range(3)]
-    made = plan([directory(pack) for pack in packs], range(9), 9)
+def test_rows_by_address_lie_together_and_aligned() -> None:
+    rows = [(m, torch.randn(WIDTHS[m])) for m in (0, 2, 0, 0, 2)]
+    made = plan(by_address(rows), range(5), 5)
     assert made.parts == ((), (), ())
     for m in (0, 2):
-        rows = made.rows[m]
-        assert rows is not None
-        assert (rows.data_ptr() - made.buffer.data_ptr()) % 16 == 0
-        assert rows.is_contiguous()
+        found = made.rows[m]
+        assert found is not None
+        assert (found.data_ptr() - made.buffer.data_ptr()) % 16 == 0
+        assert found.is_contiguous()
+        assert torch.equal(found, torch.stack([row for index, row in rows if index == m]))
+
+
+def test_rows_that_need_gradients_stay_where_they_are_or_are_refused() -> None:
+    rows = torch.randn(2, 3, requires_grad=True)
+    assert plan([(0, rows)], [1, 0], 2).rows[0] is rows
+    with pytest.raises(ValueError, match="need gradients lie on cpu, expected meta"):
+        plan_rows([(0, rows)], [1, 0], 2, WIDTHS, dtype=DTYPE, device="meta")
 
 
 def test_columns_that_are_not_adjacent_are_made_so() -> None:
@@ -196,22 +194,12 @@ def test_no_slots_at_all(slots: object) -> None:
         ([(0, torch.zeros(1, 3))], ["1"], 4, "slots are <U1"),
         ([(0, torch.zeros(1, 3))], torch.zeros(1, device="meta"), 4, "slots lie on meta"),
         ([(0, torch.zeros(1, 3))], [[0]], 4, "expected one dimension"),
+        (HostRows(np.array([3]), np.array([64])), [0], 4, "modality index 3, expected 0 to 2"),
     ],
 )
 def test_plan_refuses(sources: list, slots: object, tokens: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan(sources, slots, tokens)
-
-
-def test_a_slice_that_lost_its_pack_is_refused() -> None:
-    lost = directory(pack_rows([(0, torch.zeros(2, 3))])).clone()
-    with pytest.raises(PackError):
-        plan([lost], [0, 1], 2)
-
-
-def test_a_pack_of_another_width_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected"):
-        plan([directory(pack_rows([(1, torch.zeros(2, 3))]))], [0, 1], 2)
 
 
 def test_more_modalities_than_a_byte_can_name_are_refused() -> None:

@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from mmqwen_kernels import launch
-from mmqwen_kernels.launch import LaunchConfig, TileConfig, choose_config, shared_limit
+from mmqwen_kernels import tiles as tiles_module
+from mmqwen_kernels.tiles import LaunchConfig, TileConfig, choose_config, shared_limit
 
 CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
 ROWS = [0, 1, 7, 8, 16, 17, 32, 33, 64, 128, 129, 256, 512, 1024, 4096, 8192]
@@ -27,15 +27,14 @@ def choose(
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_choice_fits_the_gpu(capability: tuple[int, int]) -> None:
-    for rows, dtype, size, aligned, mode in itertools.product(
+    for rows, dtype, size, aligned in itertools.product(
         ROWS,
         (torch.bfloat16, torch.float16, torch.float32),
         (64, 1024, 2560, 8192),
         (True, False),
-        launch.MODES,
     ):
         for counts in ([rows], [rows, 1], [rows // 4] * 4):
-            config = choose(counts, dtype, capability, size, aligned=aligned, mode=mode)
+            config = choose(counts, dtype, capability, size, aligned=aligned)
             for tile in (config.up, config.down):
                 assert tile.shared_bytes(dtype.itemsize) <= shared_limit(capability)
                 for value in (tile.block_r, tile.block_n, tile.block_k, tile.num_warps):
@@ -92,29 +91,13 @@ def test_every_tile_names_all_that_can_be_chosen(
     capability: tuple[int, int], aligned: bool
 ) -> None:
     for dtype in (torch.bfloat16, torch.float32):
-        ups, downs = launch.every_tile(dtype, capability, aligned)
+        ups, downs = tiles_module.every_tile(dtype, capability, aligned)
         assert len(ups) == len(set(ups))
         for counts in ([rows, other] for rows in ROWS for other in (0, 1, 200)):
             for size in (64, 1024, 4096):
                 config = choose(counts, dtype, capability, size, aligned=aligned)
                 assert config.up in ups
                 assert config.down in downs
-
-
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("aligned", [True, False])
-def test_batch_invariant_does_not_look_at_the_batch(
-    capability: tuple[int, int], dtype: torch.dtype, aligned: bool
-) -> None:
-    tiles = {
-        (config.up, config.down)
-        for config in (
-            choose([rows], dtype, capability, aligned=aligned, mode="batch_invariant")
-            for rows in ROWS
-        )
-    }
-    assert len(tiles) == 1
 
 
 def test_dependent_launch_from_hopper_on() -> None:
@@ -129,8 +112,6 @@ def test_same_in_same_out() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="expected one of"):
-        choose([1], mode="best")
     with pytest.raises(ValueError, match="one of each"):
         choose_config([1], [8, 8], [8], 8, torch.float32, (9, 0), 132)
 

@@ -8,8 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmqwen_kernels import PackError, directory, pack_rows
-from mmqwen_kernels.packing import find_rows, pack_groups, read_slice
+from mmqwen.packs import (
+    PackError,
+    blank_directory,
+    directory,
+    find_rows,
+    pack_groups,
+    pack_rows,
+)
+from mmqwen_kernels import plan_rows
 
 WIDTHS = (3, 8, 5)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -26,6 +33,18 @@ def make_items(shape: list[tuple[int, int]], dtype: torch.dtype) -> list[tuple[i
     return items
 
 
+def rows_of(parts: list[torch.Tensor], dtype: torch.dtype) -> list[tuple[int, torch.Tensor]]:
+    """Modality and values of each row that slices lead to, read by a plan."""
+    found = find_rows(parts, WIDTHS, dtype)
+    total = len(found.modality)
+    plan = plan_rows(found, range(total), total, WIDTHS, dtype=dtype, device="cpu")
+    by_slot: dict[int, tuple[int, torch.Tensor]] = {}
+    for m, (rows, slots) in enumerate(zip(plan.rows, plan.slots, strict=True)):
+        if rows is not None and slots is not None:
+            by_slot |= {s: (m, row) for s, row in zip(slots.tolist(), rows, strict=True)}
+    return [by_slot[slot] for slot in range(total)]
+
+
 @settings(max_examples=60, deadline=None)
 @given(shape=items_of_pack, dtype=st.sampled_from(DTYPES), data=st.data())
 def test_any_slice_of_a_directory_leads_to_its_rows(
@@ -40,21 +59,21 @@ def test_any_slice_of_a_directory_leads_to_its_rows(
         a = data.draw(st.integers(0, n - 1))
         b = data.draw(st.integers(a + 1, n))
         part, lo = part[a:b], lo + a
-    modality, groups = read_slice(part)
     want = expected[lo : lo + part.shape[0]]
-    assert modality.tolist() == [m for m, _ in want]
-    for group in groups:
-        mine = torch.stack([row for m, row in want if m == group.modality])
-        assert torch.equal(group.rows, mine)
-    assert sum(g.rows.shape[0] for g in groups) == len(want)
+    found = rows_of([part], dtype)
+    assert [m for m, _ in found] == [m for m, _ in want]
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(found, want, strict=True))
 
 
 def test_groups_are_16_byte_aligned_views() -> None:
     pack = pack_rows(make_items([(0, 3), (1, 2), (2, 1), (0, 1)], torch.bfloat16))
-    for group in read_slice(directory(pack))[1]:
-        assert group.rows.untyped_storage().data_ptr() == pack.untyped_storage().data_ptr()
-        offset = group.rows.storage_offset() * group.rows.element_size()
-        assert offset % 16 == 0
+    found = find_rows([directory(pack)], WIDTHS, torch.bfloat16)
+    begin, end = pack.data_ptr(), pack.data_ptr() + 8 * pack.numel()
+    assert begin % 16 == 0
+    for m in range(3):
+        first = int(found.address[found.modality == m][0])
+        assert begin < first < end
+        assert (first - begin) % 16 == 0
 
 
 def test_equal_rows_make_equal_bytes() -> None:
@@ -74,8 +93,29 @@ def test_a_pack_inside_a_larger_buffer_works() -> None:
     pack = pack_rows(make_items([(0, 3), (1, 2)], torch.float32))
     batch = torch.zeros(2, pack.numel(), dtype=torch.int64)
     batch[1] = pack
-    _, groups = read_slice(directory(batch[1])[1:4])
-    assert torch.equal(groups[0].rows, make_items([(0, 3)], torch.float32)[0][1][1:])
+    found = rows_of([directory(batch[1])[1:4]], torch.float32)
+    assert torch.equal(found[0][1], make_items([(0, 3)], torch.float32)[0][1][1])
+    assert [m for m, _ in found] == [0, 0, 1]
+
+
+def test_many_slices_of_many_packs_in_one_plan() -> None:
+    items = make_items([(0, 3), (1, 2), (2, 1)], torch.float32)
+    pack, other = directory(pack_rows(items)), directory(pack_rows(items[:1]))
+    found = rows_of([pack[4:], other[:0], other[1:], pack[:2]], torch.float32)
+    rows = [(m, row) for m, item in items for row in item]
+    want = [*rows[4:], *rows[1:3], *rows[:2]]
+    assert [m for m, _ in found] == [m for m, _ in want]
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(found, want, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_blank_directory_is_zeros_however_it_is_cut(dtype: torch.dtype) -> None:
+    blank = blank_directory(9, WIDTHS[0], dtype)
+    assert blank.shape == (9, 2)
+    for part in (blank, blank[:1], blank[8:], blank[3:7]):
+        found = rows_of([part], dtype)
+        assert [m for m, _ in found] == [0] * len(part)
+        assert not any(row.any() for _, row in found)
 
 
 @pytest.mark.parametrize(
@@ -125,10 +165,10 @@ def test_directory_refuses_what_is_no_pack(damage: object) -> None:
         lambda d: torch.tensor(np.full((4, 2), 2**60)),
     ],
 )
-def test_read_slice_refuses_what_lost_its_pack(damage: object) -> None:
+def test_find_rows_refuses_what_lost_its_pack(damage: object) -> None:
     rows = directory(pack_rows(make_items([(0, 3), (1, 2)], torch.float32)))
     with pytest.raises(PackError):
-        read_slice(damage(rows))  # type: ignore[operator]
+        find_rows([damage(rows)], WIDTHS, torch.float32)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("position", [-(1 << 44), -(1 << 20), 1 << 44])
@@ -151,8 +191,9 @@ def test_find_rows_refuses_entries_that_lead_elsewhere() -> None:
         with pytest.raises(error, match=message):
             find_rows([part], WIDTHS, torch.float32)
     part[1, 1] = own
-    assert find_rows([part], WIDTHS, torch.float16) is None, "another dtype"
-    assert len(find_rows([part, part[:0]], WIDTHS, torch.float32).address) == 3  # type: ignore[union-attr]
+    with pytest.raises(PackError, match=r"another dtype than torch\.float16"):
+        find_rows([part], WIDTHS, torch.float16)
+    assert len(find_rows([part, part[:0]], WIDTHS, torch.float32).address) == 3
 
 
 def test_two_runs_of_one_modality_are_not_taken_for_two_modalities() -> None:
