@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -77,6 +78,15 @@ def test_quantization_config_is_hoisted(tmp_path):
     assert raw["quantization_config"] == quantization
     assert "quantization_config" not in raw["text_config"]
     assert AutoConfig.from_pretrained(tmp_path).quantization_config == quantization
+
+
+def test_a_config_that_is_nested_is_left_as_it_was():
+    """It may be a model's own, which goes on with it."""
+    text = text_config(quantization_config={"quant_method": "fp8"}, attn_implementation="sdpa")
+    assert text._attn_implementation == "sdpa"
+    before = copy.deepcopy(vars(text))
+    MultimodalQwen3Config(text_config=text, modalities=MODALITIES)
+    assert vars(text) == before
 
 
 def test_configs_compare_by_content():

@@ -367,6 +367,7 @@ def test_bf16_alone_on_a_cpu_says_what_to_do(places, monkeypatch, capsys):
 def test_export_of_a_folder_names_its_checkpoints(places, capsys):
     settings = settings_for(places, "whole-run")
     train(settings)
+    capsys.readouterr()
     run, target = settings.run_folder, places[2] / "exported"
     for name in (run, run / "checkpoint-5"):
         assert main(["train", "--export", str(name), "-o", str(target)]) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -21,9 +22,9 @@ class MultimodalQwen3Config(PretrainedConfig):
     """Configuration of a text model that takes rows of other modalities beside its tokens.
 
     Args:
-        text_config: config of the text model: a config object, or a dict whose `model_type` is any
-            that `AutoConfig` knows (`qwen3`, `qwen3_moe`, `qwen2`, ...; `qwen3` if it has none).
-            None means `Qwen3Config()`.
+        text_config: config of the text model: a config object, which is copied, or a dict whose
+            `model_type` is any that `AutoConfig` knows (`qwen3`, `qwen3_moe`, `qwen2`, ...;
+            `qwen3` if it has none). None means `Qwen3Config()`.
         modalities: `{"m1": {"dim": 768, "hidden_dim": 4096, "token": "<|m1|>", "token_id": 151669,
             "max_rows": 1024}}`, in the order that fixes the order of weights. `dim` is required;
             `hidden_dim` is the text model's hidden size unless told. A bare integer is a `dim`.
@@ -104,7 +105,9 @@ def _read_text_config(raw: Mapping[str, Any] | PretrainedConfig | None) -> Pretr
     if raw is None:
         return Qwen3Config()
     if isinstance(raw, PretrainedConfig):
-        return raw
+        # transformers writes into the configs inside a new one: a model's own would lose its
+        # attention implementation, and answer wrongly from then on.
+        return copy.deepcopy(raw)
     if not isinstance(raw, Mapping):
         raise TypeError(f"text_config: expected a dict or a config, got {type(raw).__name__}")
     fields = dict(raw)

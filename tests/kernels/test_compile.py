@@ -15,7 +15,7 @@ from compiled_kernels import Variant, compile_variant, full_list, short_list
 from mmqwen_kernels.tiles import shared_limit
 
 # Explained exceptions: bytes of stack, on paths that are slow for other reasons. fp32 off 16-byte
-# alignment on sm_100 keeps 64 addresses of 4-byte copies live; the rest, by triton 3.7 and 3.9, are
+# alignment on sm_100 keeps 64 addresses of 4-byte copies live; the rest, by triton 3.7 to 3.9, are
 # element-wise copies and fp32's FMA.
 KNOWN_SPILLS = {"up-sm100-fp32-64x64x32-8w3s-4e-masked-address-align4": 8}
 KNOWN_SPILLS |= {
@@ -23,6 +23,12 @@ KNOWN_SPILLS |= {
         "up-sm100-fp32-64x64x32-8w3s-4e-masked-address-align4": 16,
         "up-sm90-fp32-16x64x64-4w3s-4e-masked-address": 8,
         "text-sm100-bf16-align2": 104,
+    },
+    "3.8": {
+        "up-sm90-fp32-16x64x64-4w3s-4e-masked-address": 8,
+        "down-sm90-fp32-16x64x64-4w3s-4e-masked-align4": 8,
+        "down-sm100-bf16-16x64x64-4w2s-4e-masked-align8": 40,
+        "text-sm100-bf16-align2": 56,
     },
     "3.9": {
         "up-sm90-fp32-16x64x64-4w3s-4e-masked-address": 8,
