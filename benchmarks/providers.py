@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from mmqwen.packs import directory, pack_rows
+from mmqwen.packs import directory, find_rows, pack_rows
 from mmqwen_kernels import LaunchConfig, Projector, fuse_embeddings, plan_rows
 
 WIDTHS = (1024, 768, 512, 1280)
@@ -327,11 +327,13 @@ def _grouped(work: Workload) -> Run:
 
 
 def _ours(work: Workload, backend: str = "triton") -> Run:
+    widths = WIDTHS[: work.modalities]
+
     def run(step: Step) -> torch.Tensor:
         return fuse_embeddings(
             step.input_ids,
             work.table,
-            step.packs,
+            find_rows(step.packs, widths, work.dtype),
             work.projectors,
             slots=step.mask,
             backend=backend,
@@ -340,14 +342,15 @@ def _ours(work: Workload, backend: str = "triton") -> Run:
     return run
 
 
-def prepare_kernels(work: Workload, launch: str | LaunchConfig = "fastest") -> Run:
+def prepare_kernels(work: Workload, launch: LaunchConfig | None = None) -> Run:
     """The kernels alone, by a plan made beforehand; `launch` for sweeps."""
+    widths = WIDTHS[: work.modalities]
     plans = {
         id(step): plan_rows(
-            step.packs,
+            find_rows(step.packs, widths, work.dtype),
             step.mask,
             len(step.mask),
-            WIDTHS[: work.modalities],
+            widths,
             dtype=work.dtype,
             device=work.device,
         )
@@ -356,9 +359,13 @@ def prepare_kernels(work: Workload, launch: str | LaunchConfig = "fastest") -> R
 
     def run(step: Step) -> torch.Tensor:
         return fuse_embeddings(
-            step.input_ids, work.table, plans[id(step)], work.projectors, backend="triton",
-            launch=launch,  # type: ignore[arg-type]
-        )  # fmt: skip
+            step.input_ids,
+            work.table,
+            plans[id(step)],
+            work.projectors,
+            backend="triton",
+            launch=launch,
+        )
 
     return run
 
@@ -430,7 +437,10 @@ def gate(work: Workload, names: Sequence[str], factor: float = 1.1) -> dict[str,
         got = into_buffer(work, PROVIDERS[name](work))(step)
         assert not got.isnan().any(), f"{name}: something was not written"
         errors[name] = ((got.double() - want).norm() / want.norm()).item()
-    slack = torch.finfo(work.dtype).eps / 8
+    # Another order of float32 sums: an error at each of the additions behind an element, of random
+    # sign; and a quarter of the dtype's rounding, where few rows make the ratio chance.
+    additions = max(sum(p.w1.shape) for p in work.projectors)
+    slack = torch.finfo(work.dtype).eps / 8 + 2**-24 * additions**0.5
     for name, error in errors.items():
         limit = factor if name in ("ours", "kernels", "plan_torch") else 3.0
         assert error <= limit * errors["torch"] + slack, (

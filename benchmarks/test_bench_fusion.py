@@ -14,7 +14,7 @@ import pytest
 import torch
 from providers import PROVIDERS, WIDTHS, gate, into_buffer, make_workload, why_not
 
-from mmqwen.packs import directory, pack_rows
+from mmqwen.packs import directory, find_rows, pack_rows
 from mmqwen_kernels import plan_rows
 
 CUDA = torch.cuda.is_available()
@@ -49,7 +49,10 @@ def test_pack(benchmark: Benchmark, count: int, rows: int, modalities: int) -> N
 def plan_of(packs: list[torch.Tensor], rows: int) -> Callable[[], object]:
     mask = torch.zeros(rows + 256, dtype=torch.bool)
     mask[100 : 100 + rows] = True
-    return lambda: plan_rows(packs, mask, len(mask), WIDTHS, dtype=torch.bfloat16, device=DEVICE)
+    dtype = torch.bfloat16
+    return lambda: plan_rows(
+        find_rows(packs, WIDTHS, dtype), mask, len(mask), WIDTHS, dtype=dtype, device=DEVICE
+    )
 
 
 @pytest.mark.parametrize(
