@@ -76,7 +76,7 @@ def test_rows_one_modality(rows: int, dtype: torch.dtype) -> None:
 def test_rows_with_several_tiles(rows: int, launch: LaunchConfig) -> None:
     """Tiles smaller than the case, so that every edge is crossed; items found by address."""
     case = make_case([48, 32], [rows, 19], torch.float16, item_rows=5)
-    assert plan_of(case).tables.addresses_at >= 0
+    assert plan_of(case).addresses_at >= 0
     check(case, launch=launch)
     alone = make_case([48], [rows], torch.float16, item_rows=5)  # one entry: no tables
     check(alone, launch=launch)
