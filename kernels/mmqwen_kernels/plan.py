@@ -152,6 +152,8 @@ def plan_rows(
     """
     if type(device) is not torch.device:
         device = torch.device(device)
+    if device.type == "cuda" and device.index is None:  # rows know theirs, and are compared by it
+        device = torch.device("cuda", torch.cuda.current_device())
     if len(widths) > MAX_MODALITIES:
         raise ValueError(f"{len(widths)} modalities, expected {MAX_MODALITIES} at most")
     text, positions = _split_tokens(slots, num_tokens)
