@@ -187,7 +187,8 @@ def switch(worker: Any, kind: str) -> str:
     import torch
     from vllm.model_executor.models.utils import _merge_multimodal_embeddings
 
-    from mmqwen_kernels.packing import read_slice
+    from mmqwen.packs import find_rows
+    from mmqwen_kernels import plan_rows
 
     model = getattr(worker, "worker", worker).get_model()
     for name in ("embed_multimodal", "embed_input_ids"):
@@ -198,21 +199,21 @@ def switch(worker: Any, kind: str) -> str:
         return f"{kind}: {model._backend}"
 
     def embed_multimodal(**kwargs: Any) -> list[torch.Tensor]:
-        packs = [model._open(pack) for pack in kwargs["pack"]]
+        parts = [model._open(pack) for pack in kwargs["pack"]]
         table = model.language_model.model.embed_tokens.weight
-        opened = [read_slice(pack) for pack in packs]
-        order = torch.cat([torch.from_numpy(modality) for modality, _ in opened])
-        out = table.new_empty(len(order), table.shape[1])
-        for at, projector in enumerate(model.projectors.values()):
-            rows = [group.rows for _, groups in opened for group in groups if group.modality == at]
-            if not rows:
-                continue
-            weights = projector.weights()
-            there = torch.cat(rows).to(out.device, out.dtype, non_blocking=True)
-            hidden = torch.nn.functional.linear(there, weights.w1, weights.b1).relu_()
-            projected = torch.nn.functional.linear(hidden, weights.w2, weights.b2)
-            out[(order == at).nonzero().flatten().to(out.device, non_blocking=True)] = projected
-        return list(out.split([len(modality) for modality, _ in opened]))
+        sizes, widths = [len(part) for part in parts], model._widths
+        found = find_rows(parts, widths, table.dtype)
+        total = sum(sizes)
+        plan = plan_rows(found, range(total), total, widths, dtype=table.dtype, device=table.device)
+        out = table.new_empty(total, table.shape[1])
+        for projector, rows, slots in zip(
+            model.projectors.values(), plan.rows, plan.slots, strict=True
+        ):
+            if rows is not None:
+                weights = projector.weights()
+                hidden = torch.nn.functional.linear(rows, weights.w1, weights.b1).relu_()
+                out[slots] = torch.nn.functional.linear(hidden, weights.w2, weights.b2)
+        return list(out.split(sizes))
 
     def embed_input_ids(
         input_ids: torch.Tensor,

@@ -9,7 +9,12 @@ import numpy as np
 import torch
 
 from mmqwen_kernels.plan import HostRows, RowPlan, RowSource, plan_rows
-from mmqwen_kernels.reference import Projector, fuse_embeddings_torch, project_rows_torch
+from mmqwen_kernels.reference import (
+    Projector,
+    check_shapes,
+    fuse_embeddings_torch,
+    project_rows_torch,
+)
 from mmqwen_kernels.select import select_backend
 from mmqwen_kernels.tiles import LaunchConfig
 
@@ -44,6 +49,16 @@ def _pick(backend: str, first: torch.Tensor, others: Iterable[torch.Tensor | Non
         if backend == "auto":
             return "torch"
     return select_backend(first.device, first.dtype, backend).name
+
+
+def _check_kind(projectors: Iterable[Projector]) -> None:
+    for m, projector in enumerate(projectors):
+        if not isinstance(projector, Projector):
+            raise ValueError(
+                f"projector {m} is a {type(projector).__name__}, expected a list of Projector, one "
+                "a modality; of two nn.Linear: Projector(up.weight, up.bias, down.weight, "
+                "down.bias)"
+            )
 
 
 @torch.compiler.disable
@@ -87,8 +102,9 @@ def fuse_embeddings(
         `[T, D]`: `out` where given.
 
     Raises:
-        ValueError: rows and slots do not match, ids or slots are no integers, a width is wrong, or
-            the backend cannot run; the kernels also refuse weights without elements.
+        ValueError: rows and slots do not match, ids are not `[T]` integers, slots are no integers,
+            a projector is a module, a width is wrong, weights do not fit together, or the backend
+            cannot run; the kernels also refuse weights without elements.
     """
     if torch.compiler.is_compiling():
         return _outside_the_graph(
@@ -103,6 +119,12 @@ def fuse_embeddings(
             backend=backend,
             launch=launch,
         )
+    if input_ids.ndim != 1:
+        raise ValueError(
+            f"input_ids have shape {tuple(input_ids.shape)}, expected [T]: flatten() them, count "
+            "slots along that, and give the result its shape back by view()"
+        )
+    _check_kind(projectors)
     chosen = _pick(backend, token_table, (w for p in projectors for w in p))
     if not isinstance(rows, RowPlan):
         if slots is None:
@@ -119,16 +141,6 @@ def fuse_embeddings(
         raise ValueError(f"input_ids are {input_ids.dtype}, expected int32 or int64")
     if rows.num_tokens != input_ids.shape[0]:
         raise ValueError(f"{input_ids.shape[0]} token ids for a plan of {rows.num_tokens} tokens")
-    if chosen == "torch":
-        return fuse_embeddings_torch(
-            input_ids,
-            token_table,
-            rows.rows,
-            rows.slots,
-            projectors,
-            vocab_start=vocab_start,
-            out=out,
-        )
     if len(projectors) != len(rows.counts):
         raise ValueError(f"{len(projectors)} projectors for {len(rows.counts)} modalities")
     for projector, width in zip(projectors, rows.widths, strict=True):
@@ -136,6 +148,21 @@ def fuse_embeddings(
             raise ValueError(f"a projector takes rows {projector.w1.shape[1]} wide, got {width}")
     if rows.dtype != token_table.dtype:
         raise ValueError(f"rows are {rows.dtype}, the token table is {token_table.dtype}")
+    if chosen == "torch":
+        try:
+            return fuse_embeddings_torch(
+                input_ids,
+                token_table,
+                rows.rows,
+                rows.slots,
+                projectors,
+                vocab_start=vocab_start,
+                out=out,
+            )
+        except RuntimeError:  # looked at only now, so that no step pays for it
+            for m, projector in enumerate(projectors):
+                check_shapes(m, projector, token_table.shape[1])
+            raise
     return _backend_of(token_table.device).fuse(
         input_ids, token_table, rows, projectors, vocab_start=vocab_start, out=out, launch=launch
     )
@@ -157,8 +184,13 @@ def project_rows(
     """
     if torch.compiler.is_compiling():
         return _outside_the_graph(project_rows, rows, projector, backend=backend, launch=launch)
+    _check_kind([projector])
     if _pick(backend, rows, projector) == "torch":
-        return project_rows_torch(rows, projector)
+        try:
+            return project_rows_torch(rows, projector)
+        except RuntimeError:
+            check_shapes(0, projector)
+            raise
     return _backend_of(rows.device).project(rows, projector, launch=launch)
 
 
@@ -178,8 +210,9 @@ def warm_up(projectors: Sequence[Projector], *, backend: str = "auto") -> int:
         How many kernels were made ready.
 
     Raises:
-        ValueError: the backend cannot run.
+        ValueError: the backend cannot run, or a projector is a module.
     """
+    _check_kind(projectors)
     weight = projectors[0].w1
     if select_backend(weight.device, weight.dtype, backend).name == "torch":
         return 0

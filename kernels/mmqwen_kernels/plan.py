@@ -34,6 +34,8 @@ MAX_MODALITIES = 256  # numpy sorts bytes by counting them
 RowSource = tuple[int, torch.Tensor]
 """(modality index, rows `[n, d]`)."""
 
+_NO_SOURCES = "sources are no list of (modality index, tensor [n, d]), in the order of their slots"
+
 
 class HostRows(NamedTuple):
     """Rows in host memory, each by its address; their memory must outlive the call of `plan_rows`.
@@ -145,9 +147,9 @@ def plan_rows(
         device: where the rows shall lie.
 
     Raises:
-        ValueError: the number of rows is not the number of slots, a row has the wrong width, a
-            slot is no integer, is taken twice or lies outside the step, slots lie on a device, or a
-            modality index is unknown.
+        ValueError: the number of rows is not the number of slots, a source is no pair, a row has
+            the wrong width, a slot is no integer, is taken twice or lies outside the step, slots
+            lie on a device, or a modality index is unknown.
         RuntimeError: the device's current stream is being captured.
     """
     if type(device) is not torch.device:
@@ -169,7 +171,7 @@ def plan_rows(
     if len(counts) > len(widths):
         raise ValueError(f"modality index {len(counts) - 1}, expected 0 to {len(widths) - 1}")
     if total != len(positions):
-        raise ValueError(f"{total} rows for {len(positions)} slots")
+        raise ValueError(f"{total} rows for {len(positions)} slots; sources follow their slots")
     address = rows.address
     if total and max(counts) < total:  # several modalities
         by_modality = rows.modality.astype(np.uint8).argsort(kind="stable")
@@ -213,7 +215,7 @@ def _split_tokens(
         raise ValueError(f"slots are {slots.dtype}, expected a bool mask or integer positions")
     array = slots.numpy() if isinstance(slots, torch.Tensor) else np.asarray(slots)
     if array.ndim != 1:
-        raise ValueError(f"slots have shape {array.shape}, expected one dimension")
+        raise ValueError(f"slots have shape {array.shape}, expected one dimension: flatten() them")
     if array.dtype == np.bool_:
         if len(array) != num_tokens:
             raise ValueError(f"a mask of {len(array)} slots for the {num_tokens} tokens of a step")
@@ -243,7 +245,10 @@ def _collect(
 
     A modality stays where one of its tensors lies on the device; the address of its rows is 0.
     """
-    stays = {m for m, rows in sources if _lies_on(rows, device)}
+    try:
+        stays = {m for m, rows in sources if _lies_on(rows, device)}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(_NO_SOURCES) from error
     modality: list[int] = []
     lengths: list[int] = []
     addresses: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
@@ -283,6 +288,8 @@ def _settle(rows: torch.Tensor, dtype: torch.dtype, device: torch.device) -> tor
 
 
 def _refuse(modality: int, rows: torch.Tensor, widths: Sequence[int]) -> None:
+    if isinstance(modality, torch.Tensor):  # [2, d] rows unpack, too
+        raise ValueError(_NO_SOURCES)
     if not 0 <= modality < len(widths):
         raise ValueError(f"modality index {modality}, expected 0 to {len(widths) - 1}")
     raise ValueError(

@@ -25,6 +25,27 @@ class Projector(NamedTuple):
     b2: torch.Tensor | None
 
 
+def check_shapes(m: int, projector: Projector, columns: int | None = None) -> None:
+    """See that the weights of projector `m` fit together, and give `columns` where it is given.
+
+    Raises:
+        ValueError: they do not.
+    """
+    w1, b1, w2, b2 = projector
+    shapes = [None if w is None else tuple(w.shape) for w in projector]
+    fits = w1.ndim == w2.ndim == 2 and w1.shape[:1] == w2.shape[1:]
+    fits = fits and b1 is not None and b1.shape == w1.shape[:1]
+    if not fits or (b2 is not None and b2.shape != w2.shape[:1]):
+        raise ValueError(
+            f"projector {m}: w1 {shapes[0]}, b1 {shapes[1]}, w2 {shapes[2]}, b2 {shapes[3]} do not "
+            "fit together: expected [H, d], [H], [D, H] and [D]"
+        )
+    if columns is not None and w2.shape[0] != columns:
+        raise ValueError(
+            f"projector {m} gives {w2.shape[0]} columns, expected the token table's, {columns}"
+        )
+
+
 def project_rows_torch(rows: torch.Tensor, projector: Projector) -> torch.Tensor:
     """`W2 relu(W1 x + b1) + b2` for rows `[R, d]` -> `[R, D]`.
 

@@ -2,8 +2,8 @@
 
 Where the current stream still has work, copies run on one of their own beside it: a copy of 4 KiB
 takes 9 us of the stream that it stands in, one of 1 MiB 32, one of 8 MiB 260, and none of it where
-it stands in another (H100, PCIe, 2026-11-24; docs/kernels.md). Where it has none, there is nothing
-to run beside, and the second stream would only cost the host.
+it stands in another (H100, PCIe, 2026-11-24). Where it has none, there is nothing to run beside,
+and the second stream would only cost the host.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import torch
 
 from mmqwen_kernels import triton_kernels as kernels
 from mmqwen_kernels.launcher import capturing, current_stream
-from mmqwen_kernels.reference import Projector
+from mmqwen_kernels.reference import Projector, check_shapes
 from mmqwen_kernels.row_tables import ALIGN_BYTES
 
 MAX_MODALITIES = 64
@@ -103,6 +103,8 @@ def _check_projector(
     if b2 is not None:
         shapes["b2"] = (b2, 1)
     for name, (tensor, ndim) in shapes.items():
+        if tensor is None:
+            raise ValueError(f"projector {m}: {name} is None, expected zeros where there is none")
         if tensor.ndim != ndim or tensor.dtype != dtype or tensor.device != device:
             raise ValueError(
                 f"projector {m}: {name} is {tensor.ndim}-D {tensor.dtype} on {tensor.device}, "
@@ -115,11 +117,7 @@ def _check_projector(
     units, columns = w1.shape[0], w2.shape[0]
     if not (units and columns and w1.shape[1]):
         raise ValueError(f"projector {m}: w1 {tuple(w1.shape)} and w2 {tuple(w2.shape)} are empty")
-    if b1.shape[0] != units or w2.shape[1] != units or (b2 is not None and len(b2) != columns):
-        raise ValueError(
-            f"projector {m}: w1 {tuple(w1.shape)}, b1 {tuple(b1.shape)}, w2 {tuple(w2.shape)} "
-            f"do not fit together"
-        )
+    check_shapes(m, projector)
 
 
 class WeightTables:
