@@ -334,6 +334,8 @@ UNSERVABLE = [
     ({"text": "x", "multimodal_data": torch.ones(2)}, "'multimodal_data' is a dict, got Tensor"),
     ({"text": "x", "multi_modal_data": np.ones(2)}, "'multi_modal_data' is a dict, got ndarray"),
     ({"text": "x", "multi_modal_data": {"m1": None}}, "m1"),
+    ({"text": "", "multi_modal_data": {"m1": None}}, "m1"),
+    ({"prompt_token_ids": [], "multi_modal_data": {"m1": torch.tensor(1.0)}}, "m1"),
     ({"text": "x", "multi_modal_data": {"m1": [None]}}, "m1"),
     ({"text": "x", "multi_modal_data": {"m1": ["rows"]}}, "m1"),
     ({"text": "x", "multi_modal_data": {"m1": torch.tensor(1.0)}}, "m1"),
