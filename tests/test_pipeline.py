@@ -416,7 +416,7 @@ CONVERSATION = [
         ],
     },
     {"role": "tool", "content": [{"type": "text", "text": "a bridge"}, "of stone"]},
-    {"role": "assistant", "content": [{"type": "text", "text": "A bridge."}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "A bridge."}], "tool_calls": None},
     {
         "role": "user",
         "content": [{"type": "text", "text": "Sure?"}, {"type": "m2", "m2": ITEMS["m2"][0]}],
