@@ -136,8 +136,12 @@ def _takes(tokenizer: Any, template: str, role: str) -> tuple[bool, bool]:
 def _shape(message: Mapping[str, Any], reads_text: bool, reads_parts: bool) -> dict[str, Any]:
     content = message.get("content")
     shaped = dict(message)
-    if message["role"] == "assistant" and isinstance(message.get("tool_calls"), list):
-        shaped["tool_calls"] = [_parse_arguments(call) for call in message["tool_calls"]]
+    if message["role"] == "assistant":
+        calls = shaped.pop("tool_calls", None)
+        if isinstance(calls, list):
+            calls = [_parse_arguments(call) for call in calls]
+        if calls:  # templates take a field that is there, even an empty one, for a tool's call
+            shaped["tool_calls"] = calls
     if content is None:
         content = ""
     if isinstance(content, str):

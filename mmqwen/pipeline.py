@@ -226,7 +226,7 @@ class MultimodalQwen3Pipeline:
                     warnings.warn(
                         f"modalities {widths} were read off the first inputs; their projectors "
                         "are untrained",
-                        stacklevel=4,
+                        stacklevel=3,
                     )
             if all(isinstance(result, Exception) for result in results):  # also: no input at all
                 return _joined(results, [], iter(()), single) if stream else _only(results, single)
@@ -261,12 +261,14 @@ class MultimodalQwen3Pipeline:
 
     def _prepare(self, prompt: Prompt) -> Ready:
         """Check all of a prompt, so that a bad one never reaches the engine."""
+        from mmqwen.transport import as_items
+
         engine = self._require_engine()
         ids = prompt.token_ids
         if ids is None:
             ids = engine.tokenizer.encode(prompt.text)
         check_ids(ids, self._vocab_size)
-        if not ids and not any(len(members) for members in prompt.items.values()):
+        if not ids and not any(len(as_items(value, name)) for name, value in prompt.items.items()):
             raise ValueError("the prompt is empty; give text, token ids or items")
         ready = engine.prepare(list(ids), prompt.items)
         if ready.length >= engine.max_model_len:

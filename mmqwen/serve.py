@@ -155,12 +155,11 @@ def prepare(args: Namespace) -> None:
     from vllm.logger import init_logger
 
     from mmqwen.vllm_plugin import compat, gate, limits
+    from mmqwen.vllm_plugin.engine_config import TOKENIZER_MODES
 
     logger = init_logger("vllm.mmqwen.serve")
     if compat.uses_rust_frontend():
         raise ServeError("vLLM's Rust front end takes no embeddings; unset VLLM_USE_RUST_FRONTEND")
-    from mmqwen.vllm_plugin.engine_config import TOKENIZER_MODES
-
     if args.tokenizer_mode not in TOKENIZER_MODES:
         raise ServeError(
             f"--tokenizer-mode {args.tokenizer_mode} bypasses the renderer that takes embeddings; "

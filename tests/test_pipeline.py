@@ -334,6 +334,8 @@ UNSERVABLE = [
     ({"text": "x", "multimodal_data": torch.ones(2)}, "'multimodal_data' is a dict, got Tensor"),
     ({"text": "x", "multi_modal_data": np.ones(2)}, "'multi_modal_data' is a dict, got ndarray"),
     ({"text": "x", "multi_modal_data": {"m1": None}}, "m1"),
+    ({"text": "", "multi_modal_data": {"m1": None}}, "m1"),
+    ({"prompt_token_ids": [], "multi_modal_data": {"m1": torch.tensor(1.0)}}, "m1"),
     ({"text": "x", "multi_modal_data": {"m1": [None]}}, "m1"),
     ({"text": "x", "multi_modal_data": {"m1": ["rows"]}}, "m1"),
     ({"text": "x", "multi_modal_data": {"m1": torch.tensor(1.0)}}, "m1"),
@@ -414,7 +416,7 @@ CONVERSATION = [
         ],
     },
     {"role": "tool", "content": [{"type": "text", "text": "a bridge"}, "of stone"]},
-    {"role": "assistant", "content": [{"type": "text", "text": "A bridge."}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "A bridge."}], "tool_calls": None},
     {
         "role": "user",
         "content": [{"type": "text", "text": "Sure?"}, {"type": "m2", "m2": ITEMS["m2"][0]}],

@@ -102,7 +102,8 @@ class GeneratesWithRows(GenerationMixin):
         inputs["embeddings"] = (
             self._rows_between(prompt, begin, min(end, length)) if begin < length else NO_ROWS
         )
-        if end > length:  # any other token will do for a draft that is refused anyway
+        if end > length and step.shape[1] > 1:
+            # Drafts behind what was last accepted: any other token will do for one that is refused.
             drafts = step[:, max(length - begin, 0) :]
             drafts = drafts.masked_fill(torch.isin(drafts, self._placeholders(step.device)), 0)
             inputs["input_ids"] = torch.cat([step[:, : step.shape[1] - drafts.shape[1]], drafts], 1)

@@ -284,7 +284,7 @@ class MultimodalQwen3Processor(ProcessorMixin):
         if kwargs.pop("return_assistant_tokens_mask", False):
             raise ValueError("return_assistant_tokens_mask is not given for messages with items")
         return_dict = kwargs.pop("return_dict", True)
-        names = ("padding", "padding_side", "max_length", "truncation", "return_tensors")
+        names = ("padding", "padding_side", "max_length", "truncation", "return_tensors", "dtype")
         options = {name: kwargs.pop(name) for name in names if name in kwargs}
         options = {"return_tensors": None, "padding": False, **options}
         texts = self.tokenizer.apply_chat_template(

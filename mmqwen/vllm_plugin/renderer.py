@@ -202,11 +202,7 @@ def check_prompt_fields(prompt: Mapping[str, Any], specs: Mapping[str, ModalityS
 
 def reuses_rows(config: Any) -> bool:
     """Whether anything in vLLM looks for a pack of an earlier request, or of another engine."""
-    return bool(
-        config.cache_config.enable_prefix_caching
-        or config.kv_transfer_config is not None
-        or getattr(config, "ec_transfer_config", None) is not None
-    )
+    return bool(config.cache_config.enable_prefix_caching or config.kv_transfer_config is not None)
 
 
 def _with_items(prompt: Any, items: Mapping[str, list[Any]]) -> Any:
