@@ -331,6 +331,11 @@ def test_a_refusal_leaves_nothing(places):
     with pytest.raises(TrainingError, match="one side empty"):
         train(settings)
     assert not settings.run_folder.exists()
+    nowhere = (places[0], places[2] / "nowhere", places[2])
+    settings = settings_for(nowhere, "no-data", validate=False)
+    with pytest.raises(DatasetError, match="no dataset"):
+        train(settings)
+    assert not settings.run_folder.exists()
 
 
 def test_a_run_that_fails_after_a_checkpoint_keeps_its_folder(places):
