@@ -40,6 +40,8 @@ _DTYPE_BITS = {
     **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
 }
 """Of the format's dtypes; the shapes of tensors of others are taken as they are."""
+_SMALL_FILES = (".json", ".jinja", ".txt", ".model")
+"""Suffixes of what a checkpoint has beside its weights."""
 _LFS_POINTER = b"version https://git-lfs"
 _MOST_POINTER_BYTES = 1024
 """Git LFS keeps its pointer files below this."""
@@ -150,14 +152,18 @@ def _pointer_message(file: Path) -> str:
 
 
 def refuse_pointers(folder: Path) -> None:
-    """Refuse a directory in which Git LFS left pointers for config, tokenizer, index or weights.
+    """Refuse a directory in which Git LFS left pointers for config, tokenizer, template or index.
+
+    Not for other files, which nobody may have asked for: pictures, weights in another format.
+    `read_header` refuses pointers for weights that are used.
 
     Raises:
         CheckpointError: with the first such file.
     """
     try:
         for file in sorted(folder.iterdir()):
-            if file.is_file() and file.stat().st_size < _MOST_POINTER_BYTES:
+            small = file.suffix in _SMALL_FILES and file.is_file()
+            if small and file.stat().st_size < _MOST_POINTER_BYTES:
                 with open(file, "rb") as stream:
                     if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
                         raise CheckpointError(_pointer_message(file))

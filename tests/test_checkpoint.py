@@ -449,6 +449,16 @@ def test_pointers_in_place_of_small_files_are_refused(base, tmp_path, name):
     refused(tmp_path, broken / name, "Git LFS pointer", broken)
 
 
+def test_pointers_for_files_that_nobody_reads_do_no_harm(base, tmp_path):
+    """`git lfs pull --include '*.safetensors'` leaves the other weights and pictures."""
+    partly = tmp_path / "partly"
+    shutil.copytree(base, partly)
+    for name in ("pytorch_model.bin", "figure.png", "consolidated.safetensors"):
+        (partly / name).write_bytes(POINTER)
+    build_checkpoint(partly, MODALITIES, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*consolidated*"))
+
+
 def test_a_tokenizer_that_cannot_be_read_is_refused(base, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(base, broken)

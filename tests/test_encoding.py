@@ -38,7 +38,7 @@ MODELS = {
         "<|im_end|>",
         None,
     ),
-    "qwen2_5": (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], [], "<|im_end|>", None),
+    "qwen2.5": (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], [], "<|im_end|>", None),
     "llama3": (
         [
             "<|begin_of_text|>",
@@ -64,7 +64,7 @@ MODELS = {
         "<｜begin▁of▁sentence｜>",
     ),
 }
-ENDS = {"qwen3": "<|im_end|>", "qwen2_5": "<|im_end|>", "llama3": "<|eot_id|>", "phi3": "<|end|>"}
+ENDS = {"qwen3": "<|im_end|>", "qwen2.5": "<|im_end|>", "llama3": "<|eot_id|>", "phi3": "<|end|>"}
 
 
 @cache
@@ -158,7 +158,7 @@ def test_an_answer_is_learnt_with_the_end_of_its_turn(name, answer):
     assert encoding.labels[len(prompt)] != IGNORED
 
 
-@pytest.mark.parametrize("name", ["qwen2_5", "phi3"])
+@pytest.mark.parametrize("name", ["qwen2.5", "phi3"])
 def test_a_prompt_ends_where_it_is_served_though_the_text_would_merge(name):
     """`assistant\\n` and `\\nhi`: the whole text has one token for both newlines."""
     tokenizer = load(name)
@@ -200,7 +200,7 @@ def test_the_beginning_of_sequence_stands_once():
     assert prompt.token_ids[0] == tokenizer.bos_token_id
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen2_5"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen2.5"])
 def test_the_template_s_end_is_learnt_not_the_tokenizer_s(name):
     """A base model's tokenizer: its eos ends documents, its template ends turns otherwise."""
     tokenizer = load(name, eos="<|endoftext|>")
@@ -211,7 +211,7 @@ def test_the_template_s_end_is_learnt_not_the_tokenizer_s(name):
 
 
 def test_an_answer_that_spells_the_end_goes_on_to_its_own():
-    tokenizer = load("qwen2_5")
+    tokenizer = load("qwen2.5")
     messages = talk(("user", "a"), ("assistant", "hi<|im_end|>in"))
     assert learnt(encoded(tokenizer, messages), tokenizer) == ["hi<|im_end|>in<|im_end|>"]
 
@@ -249,7 +249,7 @@ def test_answers_between_tools_are_learnt():
     call = '<tool_call>\n{"name": "hi", "arguments": {}}\n</tool_call>'
     turns = [("user", "hi"), ("assistant", call), ("tool", "in"), ("tool", "hi")]
     turns += [("assistant", "in"), ("user", "hi"), ("assistant", "n")]
-    for name, head in (("qwen3", THINK), ("qwen2_5", "")):
+    for name, head in (("qwen3", THINK), ("qwen2.5", "")):
         tokenizer = load(name)
         encoding = encoded(tokenizer, talk(*turns))
         wanted = [call + "<|im_end|>", "in<|im_end|>", head + "n<|im_end|>"]
@@ -296,7 +296,7 @@ ASK = "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
     ],
 )
 def test_what_cannot_be_told_is_refused_with_file_and_line(tmp_path, template, message):
-    tokenizer = load("qwen2_5", template=template)
+    tokenizer = load("qwen2.5", template=template)
     with DatasetWriter(tmp_path / "data", {"m1": 4}) as writer:
         writer.add("hi", "in")
         writer.add_messages(talk(("user", "hi"), ("assistant", "in")))
@@ -308,7 +308,7 @@ def test_what_cannot_be_told_is_refused_with_file_and_line(tmp_path, template, m
 def test_turns_that_end_otherwise_than_the_last_are_refused():
     end = "{% if m.role == 'user' or loop.last %}<|im_end|>{% endif %}"
     last_only = TURNS.replace("<|im_end|>", end)
-    tokenizer = load("qwen2_5", template=last_only + ASK)
+    tokenizer = load("qwen2.5", template=last_only + ASK)
     one = [("user", "hi"), ("assistant", "in")]
     assert learnt(encoded(tokenizer, talk(*one)), tokenizer) == ["in<|im_end|>"]
     with pytest.raises(ValueError, match=r"does not end message 1 by '<\|im_end\|>'"):
@@ -342,14 +342,14 @@ def test_empty_answers_are_refused(answer):
 
 
 def test_a_prompt_s_answer_is_learnt_with_one_end():
-    tokenizer = load("qwen2_5")
+    tokenizer = load("qwen2.5")
     for answer in (" hi", " hi<|im_end|>"):
         encoding = encode(Sample(prompt="in", answer=answer), {}, tokenizer, {})
         assert learnt(encoding, tokenizer) == [" hi<|im_end|>"]
 
 
 def test_a_tokenizer_without_an_end_is_refused():
-    tokenizer = load("qwen2_5")
+    tokenizer = load("qwen2.5")
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no eos_token, so that no end of an answer"):
         encode(Sample(prompt="in", answer=" hi"), {}, tokenizer, {})

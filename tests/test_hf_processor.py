@@ -143,7 +143,7 @@ def test_chat_template_passes_through(processor):
 
 
 def test_chat_template_reads_parts_and_lists_of_text(processor):
-    template = (Path(__file__).parent / "templates" / "qwen3.jinja").read_text()
+    template = (Path(__file__).parent / "chat_templates" / "qwen3.jinja").read_text("utf-8")
     parts = [
         {"type": "text", "text": "Is "},
         {"type": "m1"},

@@ -39,7 +39,8 @@ ENGINE = {
 
 
 TEMPLATES = {
-    path.stem: path.read_text() for path in Path(__file__).parent.glob("templates/*.jinja")
+    path.stem: path.read_text(encoding="utf-8")
+    for path in Path(__file__).parent.glob("chat_templates/*.jinja")
 }
 
 

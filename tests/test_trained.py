@@ -207,8 +207,8 @@ def test_the_pipeline_warns_by_name(start, tmp_path):
     save_projectors(tensors, half, trained={"m1": True, "site": False})
     with pytest.warns(UntrainedProjectorsWarning, match="of site are UNTRAINED") as caught:
         MultimodalQwen3Pipeline(half, engine="transformers", dtype="float32").close()
-    assert len([w for w in caught if w.category is UntrainedProjectorsWarning]) == 1
-    assert caught[0].filename == __file__
+    (warning,) = [w for w in caught if w.category is UntrainedProjectorsWarning]
+    assert warning.filename == __file__
     for trained in ({"m1": True, "site": True}, {}):
         save_projectors(tensors, half, trained=trained)
         with warnings.catch_warnings():

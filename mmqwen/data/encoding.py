@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmqwen.data.format import Sample, check_text
+from mmqwen.data.format import Sample, check_answers, check_text
 from mmqwen.modalities import ModalitySpec, expand_markers
 
 IGNORED = -100
@@ -54,11 +54,7 @@ def encode(
         ModalityError: markers and items do not match.
     """
     check_text(sample)
-    if any(not answer.strip() for answer in sample.answers()):
-        raise ValueError("an answer is empty")
-    for spec in specs.values():
-        if any(spec.token in answer for answer in sample.answers()):
-            raise ValueError(f"an answer holds {spec.token}; only questions have items")
+    check_answers(sample, specs)
     if sample.prompt is not None:
         ids, answers = _encode_prompt(sample, tokenizer)
     else:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from mmqwen.modalities import ModalitySpec
+
 if TYPE_CHECKING:
     from mmqwen.data.parquet import ParquetRows
 
@@ -155,18 +157,18 @@ def read_sample(raw: bytes | dict[str, Any] | ValueError, item_type: type = int)
         sample = Sample(prompt=fields["prompt"], answer=fields["answer"], items=items)
         if not sample.prompt and not any(items.values()):
             raise ValueError("the prompt is empty and there is no item: nothing to answer to")
-    if any(not answer.strip() for answer in sample.answers()):
-        raise ValueError("an answer is empty; leave the sample out, or give it an answer")
     check_text(sample)
     return sample
 
 
 def check_text(sample: Sample) -> None:
-    """Refuse what is no text, though JSON may spell it: half of a surrogate pair.
+    """Refuse empty answers, and what is no text, though JSON may spell it: half a surrogate pair.
 
     Raises:
-        ValueError: a text or the name of an item holds one.
+        ValueError: an answer is empty; a text or the name of an item holds such a half.
     """
+    if any(not answer.strip() for answer in sample.answers()):
+        raise ValueError("an answer is empty; leave the sample out, or give it an answer")
     names = [n for numbers in sample.items.values() for n in numbers if isinstance(n, str)]
     for text in (*sample.questions(), *sample.answers(), *sample.items, *names):
         try:
@@ -177,6 +179,17 @@ def check_text(sample: Sample) -> None:
                 f"{half!r} in {around!r} is half of a surrogate pair, which no text may hold; "
                 "write the whole character, or remove it"
             ) from None
+
+
+def check_answers(sample: Sample, specs: Mapping[str, ModalitySpec]) -> None:
+    """Refuse answers that hold markers.
+
+    Raises:
+        ValueError: an answer holds the marker of one of `specs`.
+    """
+    for spec in specs.values():
+        if any(spec.token in answer for answer in sample.answers()):
+            raise ValueError(f"an answer holds {spec.token}; only questions have items")
 
 
 def _check_items(items: Any, item_type: type) -> None:

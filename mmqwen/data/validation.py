@@ -12,6 +12,7 @@ from mmqwen.data.format import (
     DatasetError,
     RowStore,
     Sample,
+    check_answers,
     find_folder,
     open_lines,
     read_sample,
@@ -145,8 +146,10 @@ class _Validator:
                 check_marker_count(spec, markers, len(sample.items.get(name, ())))
             except ValueError as error:
                 self._report(f"{where}: {error}")
-            if any(spec.token in text for text in sample.answers()):
-                self._report(f"{where}: an answer holds {spec.token}; only questions have items")
+        try:
+            check_answers(sample, self.specs)
+        except ValueError as error:
+            self._report(f"{where}: {error}")
         if self.tokenizer is not None and len(self.problems) == before:
             self._check_tokens(sample, {n: c for n, c in counts.items() if c}, where)
 

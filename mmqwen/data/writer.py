@@ -18,6 +18,7 @@ from mmqwen.data.format import (
     OFFSETS_TENSOR,
     ROWS_TENSOR,
     DatasetError,
+    check_answers,
     items_file,
     read_sample,
     rows_file,
@@ -136,8 +137,7 @@ class DatasetWriter:
             for name, spec in self.specs.items():
                 markers = sum(text.count(spec.token) for text in sample.questions())
                 check_marker_count(spec, markers, len(given.get(name, ())))
-                if any(spec.token in text for text in sample.answers()):
-                    raise ValueError(f"an answer holds {spec.token}; only questions have items")
+            check_answers(sample, self.specs)
         except (ValueError, TypeError) as error:
             raise DatasetError(f"{where}: {error}") from None
         except RecursionError:

@@ -236,9 +236,10 @@ def claim_run_folder(settings: TrainSettings) -> bool:
             )
         _check_datasets(folder, settings)
         return False
+    record = _fingerprints(settings)  # first: it leaves no folder where there is no dataset
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / DATA_RECORD, _fingerprints(settings))
+        _write(folder / DATA_RECORD, record)
         _write(folder / RUN_FILE, settings.to_dict())
     except OSError as error:
         raise TrainingError(f"cannot write {folder}: {error}") from error
