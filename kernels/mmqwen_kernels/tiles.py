@@ -3,7 +3,8 @@
 Figures cited here were measured on one H100 80GB HBM3 (bf16, torch 2.11.0, triton 3.6.0,
 2026-11-24) by trying 6 to 21 tiles at each of 76 points, one and four modalities of 1 to 8192
 rows: D = H of 1024 and 4096 (`benchmarks/results/kernels_sweep_h100.json`), and from 256 rows on
-of 2048, 2560 and 5120 (`kernels_sweep_h100_2f395d0.json`); docs/kernels.md. "Not measured" marks
+of 2048, 2560 and 5120 (`kernels_sweep_h100_2f395d0.json`); 129 to 512 rows on 2026-11-26
+(`kernels_sweep_narrow_h100.json`); docs/kernels.md. "Not measured" marks
 choices that only compile (`tests/kernels/test_compile.py`) and compute right under the interpreter.
 """
 
@@ -127,6 +128,10 @@ MIDDLE_DOWN = (
 """33 to 128 rows: two row tiles at most. From 65 on, where even the widest takes several waves,
 `LARGE`; up to 64 half of its rows would be padding (119 us instead of 105 to 110, four modalities
 of 64 rows at D = 5120, one kernel changed at a time)."""
+NARROW = TileConfig(64, 64, 128, num_warps=4, num_stages=4)
+"""129 to 512 rows, where all of these run at once: alone in K1 they take a step of D = H = 1024 from
+15.5 to 13.2 us at 256 rows and from 16.1 to 14.8 at 512, alone in K2 to 14.0 and 15.3. In two waves
+they lose: 25.0 instead of 22.1 at D = 2560, 34.6 instead of 31.6 at 4096 (256 rows)."""
 # Any other GPU: not measured. Fits the 99 KiB of shared memory of 8.6, 8.9 and 12.0.
 DEFAULT_16 = TileConfig(16, 64, 128, num_warps=4, num_stages=3, swap=True)
 DEFAULT_MIDDLE = TileConfig(64, 64, 64, num_warps=4, num_stages=3)
@@ -211,7 +216,7 @@ def every_tile(
     return list(ups), list(downs)
 
 
-ROW_CLASSES = (16, 32, 64, 128, 129)
+ROW_CLASSES = (16, 32, 64, 128, 512, 513)
 """One number of rows of each class of `_candidates`."""
 
 _Candidates = tuple[Sequence[TileConfig], Sequence[TileConfig], str]
@@ -257,7 +262,9 @@ def _hopper(most: int) -> _Candidates:
         return MIDDLE_UP, MIDDLE_DOWN, "33 to 64 rows"
     if most <= 128:
         return (*MIDDLE_UP, *LARGE_UP), (*MIDDLE_DOWN, *LARGE_DOWN), "65 to 128 rows"
-    return LARGE_UP, LARGE_DOWN, "more than 128 rows"
+    if most <= 512:
+        return (NARROW, *LARGE_UP), (NARROW, *LARGE_DOWN), "129 to 512 rows"
+    return LARGE_UP, LARGE_DOWN, "more than 512 rows"
 
 
 def _for_sm_100(tile: TileConfig) -> TileConfig:

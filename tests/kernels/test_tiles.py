@@ -46,7 +46,7 @@ def test_every_choice_fits_the_gpu(capability: tuple[int, int]) -> None:
 
 
 def test_the_narrowest_tile_that_fits_one_wave() -> None:
-    """The winners of the sweep of 2026-11-24 (docs/kernels.md)."""
+    """The winners of the sweeps (docs/kernels.md)."""
 
     def tiles(counts: list[int], size: int = 4096) -> list[tuple[int, int]]:
         config = choose(counts, size=size)
@@ -61,6 +61,8 @@ def test_the_narrowest_tile_that_fits_one_wave() -> None:
     assert tiles([256]) == [(128, 64), (128, 64)]
     assert tiles([1024]) == [(128, 256), (128, 256)]
     assert tiles([8192]) == [(128, 256), (128, 256)]
+    assert tiles([256], size=1024) == tiles([512], size=1024) == [(64, 64), (64, 64)]
+    assert tiles([256], size=2560) == [(128, 64), (128, 64)]  # 64x64 would take two waves
     assert tiles([1024], size=1024) == [(128, 64), (128, 64)]
     assert tiles([2048], size=2560) == [(128, 128), (128, 128)]  # three waves instead of two
     assert tiles([4096], size=2560) == [(128, 256), (128, 256)]  # five instead of three
