@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 import psutil
+import torch
 
 START_SECONDS = 600
 STOP_SECONDS = 30
@@ -27,6 +28,7 @@ STOCK = ("-m", "vllm.entrypoints.openai.api_server")
 TINY_FLAGS = (
     "--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "512",
     "--enforce-eager", "--block-size", "32", "--enable-prompt-tokens-details",
+    *(("--gpu-memory-utilization", "0.3") if torch.cuda.is_available() else ()),  # two at a time
 )  # fmt: skip
 
 

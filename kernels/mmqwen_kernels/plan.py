@@ -8,7 +8,6 @@ they are. A modality's rows travel or stay, never both.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ from mmqwen_kernels.row_tables import (
     ALIGN_BYTES,
     ENTRY_BYTES,
     Span,
+    aligned,
+    copy_rows,
     is_far,
     num_entries,
     span_of,
@@ -160,23 +161,26 @@ def plan_rows(
         raise ValueError(f"{len(widths)} modalities, expected {MAX_MODALITIES} at most")
     text, positions = _split_tokens(slots, num_tokens)
     parts: list[list[torch.Tensor]] = [[] for _ in widths]
-    # `held` keeps converted rows alive until they are copied.
-    held: list[torch.Tensor] = []
     if isinstance(sources, HostRows):
-        rows = sources
+        counts = np.bincount(sources.modality, minlength=len(widths)).tolist()
+        if len(counts) > len(widths):
+            raise ValueError(f"modality index {len(counts) - 1}, expected 0 to {len(widths) - 1}")
+        _check_total(sum(counts), positions)
+        address, held = sources.address, None
+        if max(counts, default=0) < len(positions):  # several modalities
+            by_modality = sources.modality.astype(np.uint8).argsort(kind="stable")
+            positions, address = positions[by_modality], address[by_modality]
     else:
-        rows = _collect(sources, widths, dtype, device, parts, held)
-    total = len(rows.modality)
-    counts = np.bincount(rows.modality, minlength=len(widths)).tolist()
-    if len(counts) > len(widths):
-        raise ValueError(f"modality index {len(counts) - 1}, expected 0 to {len(widths) - 1}")
-    if total != len(positions):
-        raise ValueError(f"{total} rows for {len(positions)} slots; sources follow their slots")
-    address = rows.address
-    if total and max(counts) < total:  # several modalities
-        by_modality = rows.modality.astype(np.uint8).argsort(kind="stable")
-        positions, address = positions[by_modality], address[by_modality]
-    return _lay_out(parts, address, counts, text, positions, widths, dtype, device)
+        runs, address, held = _collect(sources, widths, dtype, device, parts)
+        counts = [0] * len(widths)
+        for m, length in runs:
+            counts[m] += length
+        _check_total(sum(counts), positions)
+        if max(counts, default=0) < len(positions):
+            positions = _grouped(positions, runs, len(widths))
+    plan = _lay_out(parts, address, counts, text, positions, widths, dtype, device)
+    del held  # copied now
+    return plan
 
 
 def plan_of_rows(rows: torch.Tensor) -> RowPlan:
@@ -233,48 +237,64 @@ def _split_tokens(
     return text, positions
 
 
+def _check_total(total: int, positions: np.ndarray) -> None:
+    if total != len(positions):
+        raise ValueError(f"{total} rows for {len(positions)} slots; sources follow their slots")
+
+
+def _grouped(positions: np.ndarray, runs: Sequence[tuple[int, int]], modalities: int) -> np.ndarray:
+    """Positions of runs (modality, rows), by modality."""
+    pieces: list[list[np.ndarray]] = [[] for _ in range(modalities)]
+    at = 0
+    for m, length in runs:
+        pieces[m].append(positions[at : at + length])
+        at += length
+    return np.concatenate([piece for of_modality in pieces for piece in of_modality])
+
+
 def _collect(
     sources: Sequence[RowSource],
     widths: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
     parts: list[list[torch.Tensor]],
-    held: list[torch.Tensor],
-) -> HostRows:
-    """Rows of loose tensors: those of modalities that stay into `parts`, others by address.
+) -> tuple[list[tuple[int, int]], np.ndarray, list[torch.Tensor]]:
+    """Loose tensors: those of modalities that stay go into `parts`.
 
-    A modality stays where one of its tensors lies on the device; the address of its rows is 0.
+    A modality stays where one of its tensors lies on the device.
+
+    Returns:
+        Runs (modality, rows); addresses of the rows that travel, by modality; what these point to.
     """
     try:
         stays = {m for m, rows in sources if _lies_on(rows, device)}
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(_NO_SOURCES) from error
-    modality: list[int] = []
-    lengths: list[int] = []
-    addresses: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
+    runs: list[tuple[int, int]] = []
+    held: list[torch.Tensor] = []
+    travelling: list[list[np.ndarray]] = [[] for _ in widths]
     for m, rows in sources:
         if rows.ndim != 2 or not 0 <= m < len(widths) or rows.shape[1] != widths[m]:
             _refuse(m, rows, widths)
         count = rows.shape[0]
         if not count:
             continue
-        modality.append(m)
-        lengths.append(count)
+        runs.append((m, count))
         if m in stays:
             parts[m].append(_settle(rows, dtype, device))
-            addresses.append(np.zeros(count, dtype=np.int64))
-        else:
-            if rows.requires_grad:
-                raise ValueError(
-                    f"modality index {m}: rows that need gradients lie on {rows.device}, expected "
-                    f"{device}; move them there first"
-                )
-            rows = rows.to("cpu", dtype).contiguous()
-            held.append(rows)
-            step = rows.shape[1] * dtype.itemsize
-            addresses.append(np.arange(count, dtype=np.int64) * step + rows.data_ptr())
-    of_row = np.repeat(np.array(modality, dtype=np.uint8), lengths)
-    return HostRows(of_row, np.concatenate(addresses))
+            continue
+        if rows.requires_grad:
+            raise ValueError(
+                f"modality index {m}: rows that need gradients lie on {rows.device}, expected "
+                f"{device}; move them there first"
+            )
+        rows = rows.to("cpu", dtype).contiguous()
+        held.append(rows)
+        begin, step = rows.data_ptr(), rows.shape[1] * dtype.itemsize
+        travelling[m].append(np.arange(begin, begin + count * step, step, dtype=np.int64))
+    pieces = [piece for of_modality in travelling for piece in of_modality]
+    address = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
+    return runs, address, held
 
 
 def _lies_on(rows: torch.Tensor, device: torch.device) -> bool:
@@ -312,19 +332,19 @@ def _lay_out(
 ) -> RowPlan:
     """One buffer: [entries][row addresses][order][rows of modality 0] ...
 
-    `address` and `positions` are grouped by modality.
+    `positions` are grouped by modality, and so is `address`, of the rows that travel.
     """
     itemsize, total = dtype.itemsize, len(positions)
     by_address = any(len(part) > 1 or any(map(is_far, part)) for part in parts)
     entries_here = num_entries(len(counts))
     addresses_at = entries_here * ENTRY_BYTES
-    order_at = addresses_at + (_aligned(8 * total) if by_address else 0)
+    order_at = addresses_at + (aligned(8 * total) if by_address else 0)
     rows_at, size = [-1] * len(widths), order_at + 8 * (len(text) + total)
     for m, count in enumerate(counts):
         if count and not parts[m]:
-            size = rows_at[m] = _aligned(size)
+            size = rows_at[m] = aligned(size)
             size += count * widths[m] * itemsize
-    size = _aligned(size)
+    size = aligned(size)
 
     if device.type == "cpu":
         moved = torch.empty(size, dtype=torch.uint8)
@@ -339,8 +359,8 @@ def _lay_out(
     first = 0
     for m, count in enumerate(counts):
         if rows_at[m] >= 0:
-            _copy_rows(raw, rows_at[m], address[first : first + count], widths[m] * itemsize)
-        first += count
+            copy_rows(raw, rows_at[m], address[first : first + count], widths[m] * itemsize)
+            first += count
 
     spans: list[list[Span]] = []
     align = ALIGN_BYTES
@@ -375,23 +395,3 @@ def _lay_out(
         address=first_span[0],
         stride=first_span[1],
     )
-
-
-def _aligned(at: int) -> int:
-    return -(-at // ALIGN_BYTES) * ALIGN_BYTES
-
-
-def _copy_rows(target: np.ndarray, begin: int, addresses: np.ndarray, nbytes: int) -> None:
-    """Copy rows of `nbytes` bytes each from host addresses to `target[begin:]`.
-
-    Rows that follow each other in memory are copied at once. By this thread: torch's copy would
-    wake its thread pool, which took 10 ms on a 16-core virtual machine.
-    """
-    breaks = (addresses[1:] - addresses[:-1] != nbytes).nonzero()[0].tolist()
-    at = target.ctypes.data + begin
-    first = 0
-    for last in (*breaks, len(addresses) - 1):
-        size = (last + 1 - first) * nbytes
-        ctypes.memmove(at, int(addresses[first]), size)
-        at += size
-        first = last + 1

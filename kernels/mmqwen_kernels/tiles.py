@@ -129,9 +129,9 @@ MIDDLE_DOWN = (
 `LARGE`; up to 64 half of its rows would be padding (119 us instead of 105 to 110, four modalities
 of 64 rows at D = 5120, one kernel changed at a time)."""
 NARROW = TileConfig(64, 64, 128, num_warps=4, num_stages=4)
-"""129 to 512 rows, where all of these run at once: alone in K1 they take a step of D = H = 1024 from
-15.5 to 13.2 us at 256 rows and from 16.1 to 14.8 at 512, alone in K2 to 14.0 and 15.3. In two waves
-they lose: 25.0 instead of 22.1 at D = 2560, 34.6 instead of 31.6 at 4096 (256 rows)."""
+"""129 to 512 rows, where all of these run at once: alone in K1 they take a step of D = H = 1024
+from 15.5 to 13.2 us at 256 rows and from 16.1 to 14.8 at 512, alone in K2 to 14.0 and 15.3. In two
+waves they lose: 25.0 instead of 22.1 at D = 2560, 34.6 instead of 31.6 at 4096 (256 rows)."""
 # Any other GPU: not measured. Fits the 99 KiB of shared memory of 8.6, 8.9 and 12.0.
 DEFAULT_16 = TileConfig(16, 64, 128, num_warps=4, num_stages=3, swap=True)
 DEFAULT_MIDDLE = TileConfig(64, 64, 64, num_warps=4, num_stages=3)

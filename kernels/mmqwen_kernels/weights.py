@@ -157,13 +157,13 @@ class WeightTables:
 
 
 def _identity(projector: Projector) -> tuple[Any, ...]:
-    """All of a projector that `WeightTable` reads or checks."""
-    found: list[Any] = []
-    for tensor in projector:
-        if tensor is None:
-            found.append(None)
-        else:
-            found += (
-                tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-            )  # fmt: skip
-    return tuple(found)
+    """All of a projector that `WeightTable` reads or checks; an address tells the device, too."""
+    w1, b1, w2, b2 = projector
+    found = (
+        w1.data_ptr(), w1.shape, w1.stride(), w1.dtype,
+        b1.data_ptr(), b1.shape, b1.stride(), b1.dtype,
+        w2.data_ptr(), w2.shape, w2.stride(), w2.dtype,
+    )  # fmt: skip
+    if b2 is None:
+        return found
+    return (*found, b2.data_ptr(), b2.shape, b2.stride(), b2.dtype)
