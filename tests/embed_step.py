@@ -59,6 +59,8 @@ def count_collectives(worker: Any) -> dict[str, Any]:
 
         return call
 
+    # An engine's first step asks the text model how it embeds, where no profiling run has.
+    model.embed_input_ids(**step)
     try:
         for name in names:
             setattr(GroupCoordinator, name, counting(name))

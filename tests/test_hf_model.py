@@ -346,7 +346,8 @@ def test_weights_that_accelerate_keeps_elsewhere(checkpoints, tmp_path):
     answer = model.generate(ids, embeddings=embeddings, max_new_tokens=4)
     offloaded = accelerate.cpu_offload(copy.deepcopy(model), execution_device="cpu")
     assert offloaded.projectors["m1"].linear_1.weight.is_meta
-    assert torch.equal(offloaded(ids, embeddings=embeddings).logits, expected)
+    found = offloaded(ids, embeddings=embeddings).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
     assert torch.equal(offloaded.generate(ids, embeddings=embeddings, max_new_tokens=4), answer)
     places = {"model": "cpu", "lm_head": "disk", "projectors": "disk"}
     mapped = load(checkpoints("qwen3"), device_map=places, offload_folder=tmp_path)

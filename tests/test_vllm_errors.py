@@ -193,7 +193,7 @@ def test_a_bad_request_leaves_its_batch_neighbours_alone(llm, checkpoint):
 
 
 def test_a_tensor_that_bypassed_the_processor_does_not_end_the_engine(llm, checkpoint):
-    from mmqwen_kernels import directory, pack_rows
+    from mmqwen.packs import directory, pack_rows
 
     model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.model_runner.model
     wrong = [
