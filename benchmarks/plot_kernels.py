@@ -59,8 +59,9 @@ def draw_ratios(report: dict[str, Any], path: Path) -> None:
                 label=f"D = H = {size}",
             )  # fmt: skip
         ax.axhline(1, color="black", linewidth=0.8)
-        ax.set(xscale="log", xlabel="rows in the step", title=word, ylim=(0, None))
-    axes[0].set_ylabel("ours over the best peer's")
+        ax.set(xscale="log", xlabel="rows in the step", title=word)
+    highest = max(ratio(p, kind) for p in report["points"] for kind in KINDS)
+    axes[0].set(ylabel="ours over the best peer's", ylim=(0, 1.05 * highest))
     axes[0].legend(fontsize=7)
     fig.tight_layout()
     fig.savefig(path, dpi=130)
