@@ -61,6 +61,7 @@ class GeneratesWithRows(GenerationMixin):
     )
 
     def _read_rows(self, spec: ModalitySpec, rows: Rows | None, device: torch.device) -> Tensor:
+        """The model's own, which this class is mixed into."""
         raise NotImplementedError
 
     # transformers reads this signature to know what `generate` may be given.

@@ -376,12 +376,9 @@ def test_an_upload_waits_for_its_rows_to_be_read(device_is: str) -> None:
         assert torch.equal(out[case.slots], want)
 
 
-@pytest.mark.parametrize("rows", [4, 100])
-def test_cuda_graph(rows: int) -> None:
-    """A captured plan follows what is written into its rows and ids."""
-    case = gpu_case([768], [rows], torch.bfloat16, item_rows=rows)
+def captured(case: Case, out: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, RowPlan]:
+    """A graph of the case's step into `out`, and the plan, to be kept as long as the graph."""
     plan = plan_of(case)
-    out = poisoned(case)
 
     def step() -> None:
         fuse_embeddings(
@@ -393,6 +390,15 @@ def test_cuda_graph(rows: int) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
+    return graph, plan
+
+
+@pytest.mark.parametrize("rows", [4, 100])
+def test_cuda_graph(rows: int) -> None:
+    """A captured plan follows what is written into its rows and ids."""
+    case = gpu_case([768], [rows], torch.bfloat16, item_rows=rows)
+    out = poisoned(case)
+    graph, _plan = captured(case, out)
     for seed in range(3):
         torch.manual_seed(seed)
         case.items[0][1].normal_()  # type: ignore[index]
@@ -406,19 +412,8 @@ def test_cuda_graph(rows: int) -> None:
 def test_a_captured_graph_outlives_the_tables_of_others() -> None:
     """Two modalities: the kernels of the graph read a table of weights on the device."""
     case = gpu_case([768, 512], [30, 20], torch.bfloat16)
-    plan = plan_of(case)
     out = poisoned(case)
-
-    def step() -> None:
-        fuse_embeddings(
-            case.input_ids, case.table, plan, case.projectors, out=out, backend="triton"
-        )
-
-    step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    graph, _plan = captured(case, out)
     alive = []  # so that no address is used again
     for seed in range(200):
         other = gpu_case([64, 64], [1, 1], torch.bfloat16, hidden=64, columns=64, seed=seed)
