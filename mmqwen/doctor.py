@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmqwen._version import __version__
+from mmqwen.checkpoint.headers import read_header, refuse_pointers
+from mmqwen.checkpoint.index import read_weight_map
+from mmqwen.checkpoint.names import projector_tensor
+from mmqwen.checkpoint.trained import read_trained, untrained, untrained_message
 from mmqwen.modalities import parse_modalities
-from mmqwen.shards import read_header, read_weight_map, refuse_pointers
-from mmqwen.trained import read_trained, untrained, untrained_message
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -157,7 +159,7 @@ def _describe(folder: Path, found: dict[str, Any]) -> None:
 def _check_weights(folder: Path, found: dict[str, Any]) -> None:
     weight_map = read_weight_map(folder)
     for name in found["projectors"]:
-        if f"projectors.{name}.linear_1.weight" not in weight_map:
+        if projector_tensor(name) not in weight_map:
             raise ValueError(f"{folder}: modality {name!r} has no projector in the weights")
     for adapter in sorted(folder.glob("**/adapter_model.safetensors")):
         read_header(adapter)

@@ -11,11 +11,12 @@ from threading import Lock
 from typing import Any, Literal, overload
 
 from mmqwen.chat import check_parts_kept, render_chat
+from mmqwen.checkpoint.names import MODEL_TYPE
+from mmqwen.checkpoint.trained import read_trained, warn_untrained
 from mmqwen.engines import Ready, TransformersEngine, VllmEngine
 from mmqwen.inputs import Prompt, check_ids, check_unicode, read_messages, read_prompt
 from mmqwen.modalities import ModalitySpec
 from mmqwen.sampling import check_limits
-from mmqwen.trained import read_trained, warn_untrained
 
 Engine = Literal["vllm", "transformers"]
 OnError = Literal["raise", "return"]
@@ -352,9 +353,9 @@ def _joined(
 def _is_composite(model_name: str) -> bool:
     from transformers import AutoConfig
 
-    from mmqwen.hf.configuration import MODEL_TYPE, MultimodalQwen3Config
+    from mmqwen.hf import register_auto_classes
 
-    AutoConfig.register(MODEL_TYPE, MultimodalQwen3Config, exist_ok=True)
+    register_auto_classes()
     path = Path(model_name)
     if not path.is_dir() and (path.is_absolute() or model_name.startswith((".", "~"))):
         raise FileNotFoundError(f"model folder {model_name} does not exist")

@@ -8,7 +8,7 @@ from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from importlib.metadata import entry_points
 from typing import Any
 
-from mmqwen.vllm_plugin import ARCHITECTURE
+from mmqwen.checkpoint.names import ARCHITECTURE
 
 PLUGIN = "mmqwen.vllm_plugin:register"
 

@@ -12,11 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mmqwen import shards
 from mmqwen.checkpoint import (
     CheckpointError,
     UntrainedProjectorsWarning,
     build_checkpoint,
+    headers,
     load_projectors,
     read_config,
     save_projectors,
@@ -419,9 +419,9 @@ def test_a_file_that_may_not_be_read_is_refused(base, tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(shards, "open", refuse, raising=False)
+    monkeypatch.setattr(headers, "open", refuse, raising=False)
     with pytest.raises(CheckpointError, match=r"model.safetensors cannot be read: Permission"):
-        shards.read_header(base / "model.safetensors")
+        headers.read_header(base / "model.safetensors")
 
 
 def test_headers_of_every_dtype_pass_and_every_prefix_fails(tmp_path):
@@ -431,14 +431,14 @@ def test_headers_of_every_dtype_pass_and_every_prefix_fails(tmp_path):
     dtypes += [torch.float8_e4m3fn, torch.float8_e5m2]
     tensors = {str(dtype): torch.zeros(3, 5).to(dtype) for dtype in dtypes}
     save_file(tensors | {"none": torch.zeros(0, 4), "one": torch.tensor(1.0)}, file)
-    header, start = shards.read_header(file)
+    header, start = headers.read_header(file)
     assert header.keys() == tensors.keys() | {"none", "one"}
     whole = file.read_bytes()
     assert start < len(whole)
     for length in range(len(whole)):
         file.write_bytes(whole[:length])
         with pytest.raises(CheckpointError, match=r"truncated|empty|not a safetensors"):
-            shards.read_header(file)
+            headers.read_header(file)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
@@ -552,7 +552,7 @@ def test_nothing_is_left_behind_by_a_failure(base, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(shards.shutil, "copyfile", fail)
+    monkeypatch.setattr(shutil, "copyfile", fail)
     with pytest.raises(CheckpointError, match="disk full"):
         build_checkpoint(base, MODALITIES, tmp_path / "out", copy=True)
     assert os.listdir(tmp_path) == []

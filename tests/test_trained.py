@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mmqwen import MultimodalQwen3Pipeline
-from mmqwen.checkpoint import build_checkpoint, save_projectors
+from mmqwen.checkpoint import UntrainedProjectorsWarning, build_checkpoint, save_projectors
+from mmqwen.checkpoint.trained import read_trained
 from mmqwen.cli import main
 from mmqwen.data import DatasetWriter
-from mmqwen.trained import UntrainedProjectorsWarning, read_trained
 from mmqwen.training import TrainSettings, export, train
 from tiny import make_composite
 
@@ -175,7 +175,7 @@ def test_training_on_what_is_trained_says_what_stays(start, data, tmp_path):
     assert read_trained(output) == {"m1": True, "site": True}
 
 
-@pytest.mark.filterwarnings("default::mmqwen.trained.UntrainedProjectorsWarning")
+@pytest.mark.filterwarnings("default::mmqwen.checkpoint.UntrainedProjectorsWarning")
 def test_train_warns_in_one_line_and_refuses_broken_weights(start, data, tmp_path, capsys):
     pytest.importorskip("accelerate")
     model = tmp_path / "model"

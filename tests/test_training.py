@@ -14,11 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
 from engines import TOLERANCE
-from mmqwen.checkpoint import load_projectors, read_config
+from mmqwen.checkpoint import CheckpointError, load_projectors, read_config
 from mmqwen.cli import main
 from mmqwen.data import DatasetError, RowsDataset
 from mmqwen.hf import MultimodalQwen3ForConditionalGeneration, MultimodalQwen3Processor
-from mmqwen.shards import CheckpointError
 from mmqwen.training import Collator, TrainingError, TrainSettings, export, train
 from mmqwen.training import run as run_module
 from tiny import make_composite

@@ -12,6 +12,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from mmqwen.checkpoint.names import CheckpointError
+from mmqwen.checkpoint.staging import check_output, staged
 from mmqwen.data.format import (
     DATA_FILE,
     DTYPES,
@@ -24,7 +26,6 @@ from mmqwen.data.format import (
     rows_file,
 )
 from mmqwen.modalities import ModalitySpec, check_marker_count, parse_modalities
-from mmqwen.shards import CheckpointError, check_output, staged
 from mmqwen.transport import as_items, check_item, refuse_unknown
 
 _HEADER = 512

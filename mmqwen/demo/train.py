@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config
 
 from mmqwen.checkpoint import save_projectors
+from mmqwen.checkpoint.names import BASE_PREFIX, INDEX_FILE, PROJECTOR_FILE, SINGLE_FILE
 from mmqwen.demo import digits
 from mmqwen.demo.digits import Sample
 from mmqwen.hf import MultimodalQwen3Config, MultimodalQwen3ForConditionalGeneration
 from mmqwen.modalities import ModalitySpec, assign_token_ids, expand_markers, parse_modalities
-from mmqwen.shards import BASE_PREFIX, INDEX_FILE, PROJECTOR_FILE, SINGLE_FILE
 
 TEXT_FILE = BASE_PREFIX + SINGLE_FILE
 

@@ -9,10 +9,8 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PretrainedConfig, Qwen3Config
 
+from mmqwen.checkpoint.names import ARCHITECTURE, MODEL_TYPE
 from mmqwen.modalities import ModalityError, ModalitySpec, parse_modalities
-
-MODEL_TYPE = "multimodal_qwen3"
-ARCHITECTURE = "MultimodalQwen3ForConditionalGeneration"
 
 MIRRORED = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 """Fields of the text config that transformers and vLLM also look for at the top level."""

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from mmqwen.checkpoint.index import drop_replaced_files
+from mmqwen.checkpoint.trained import CONFIG_FIELD, read_trained
 from mmqwen.hf.configuration import MultimodalQwen3Config
 from mmqwen.hf.generation import NO_ROWS, GeneratesWithRows, Rows
 from mmqwen.modalities import ModalitySpec
-from mmqwen.shards import drop_replaced_files
 from mmqwen.text_models import refuse_text_model
-from mmqwen.trained import CONFIG_FIELD, read_trained
 
 
 class MultiModalProjector(nn.Module):

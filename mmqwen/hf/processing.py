@@ -11,7 +11,8 @@ from transformers import BatchFeature, PretrainedConfig, ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from mmqwen.chat import check_parts_kept, shape_messages
-from mmqwen.hf.configuration import MODEL_TYPE, MultimodalQwen3Config
+from mmqwen.checkpoint.names import MODEL_TYPE
+from mmqwen.hf.configuration import MultimodalQwen3Config
 from mmqwen.inputs import EMBEDDINGS_KEY, check_unicode, read_ids, read_messages, read_prompt
 from mmqwen.modalities import expand_markers, parse_modalities
 from mmqwen.tokens import add_placeholder_tokens

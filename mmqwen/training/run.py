@@ -14,13 +14,15 @@ import torch
 from torch.utils.data import Dataset, Subset
 
 from mmqwen._version import __version__
-from mmqwen.checkpoint import read_config
+from mmqwen.checkpoint import CheckpointError, UntrainedProjectorsWarning, read_config
+from mmqwen.checkpoint.index import read_weight_map
+from mmqwen.checkpoint.names import only_projectors
+from mmqwen.checkpoint.staging import check_output, staged
+from mmqwen.checkpoint.trained import read_trained, untrained
 from mmqwen.data import DatasetError, Example, RowsDataset, validate
 from mmqwen.data.encoding import stop_ids
 from mmqwen.hf import MultimodalQwen3Config, MultimodalQwen3ForConditionalGeneration
-from mmqwen.shards import CheckpointError, check_output, read_weight_map, staged
 from mmqwen.tokens import add_placeholder_tokens
-from mmqwen.trained import UntrainedProjectorsWarning, read_trained, untrained
 from mmqwen.training.collator import Collator
 from mmqwen.training.config import (
     RUN_FILE,
@@ -31,7 +33,7 @@ from mmqwen.training.config import (
     release_run_folder,
 )
 from mmqwen.training.lora import ADAPTER_FOLDER, add_lora, merge_lora, save_adapter
-from mmqwen.training.output import PREFIX, add_stops, write_linked, write_whole
+from mmqwen.training.output import add_stops, write_linked, write_whole
 
 REPORT_FILE = "training.json"
 _LOG = logging.getLogger(__name__)
@@ -362,7 +364,7 @@ def _write_output(
     try:
         with staged(output) as stage:
             if linked:
-                state = {k: v for k, v in model.state_dict().items() if k.startswith(PREFIX)}
+                state = only_projectors(model.state_dict())
                 write_linked(source, stage, state, stored, model.projectors_trained)
                 if tuner is not None:
                     save_adapter(tuner, stage / ADAPTER_FOLDER, str(output))

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 
-ARCHITECTURE = "MultimodalQwen3ForConditionalGeneration"
-"""The name under `architectures` in `config.json` that selects the model class."""
+from mmqwen.checkpoint.names import ARCHITECTURE, MODEL_TYPE
 
 PACK_MODALITY = "mmqwen_pack"
 """vLLM's name for the one item that carries a message's rows; users never see it."""
@@ -28,7 +27,7 @@ def register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.renderers.registry import RENDERER_REGISTRY
 
-    from mmqwen.hf.configuration import MODEL_TYPE, MultimodalQwen3Config
+    from mmqwen.hf.configuration import MultimodalQwen3Config
     from mmqwen.vllm_plugin.compat import guard_http
     from mmqwen.vllm_plugin.engine_config import EngineConfig
 

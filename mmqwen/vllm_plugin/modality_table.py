@@ -7,9 +7,9 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from mmqwen.checkpoint.names import ARCHITECTURE
 from mmqwen.modalities import ModalityError, ModalitySpec, assign_token_ids, parse_modalities
 from mmqwen.tokens import next_token_id
-from mmqwen.vllm_plugin import ARCHITECTURE
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

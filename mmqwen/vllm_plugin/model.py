@@ -28,9 +28,10 @@ from vllm.model_executor.models.utils import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.platforms import current_platform
 
+from mmqwen.checkpoint.names import ARCHITECTURE, PROJECTOR_PREFIX
+from mmqwen.checkpoint.trained import read_trained, untrained, untrained_message
 from mmqwen.packs import PackError, blank_directory, find_rows, open_pack
 from mmqwen.text_models import refuse_text_model, untested_warning
-from mmqwen.trained import read_trained, untrained, untrained_message
 from mmqwen.vllm_plugin import compat
 from mmqwen.vllm_plugin.engine_config import refuse_drafter
 from mmqwen.vllm_plugin.modality_table import modality_table, text_config_of
@@ -52,8 +53,6 @@ NEEDS_MORE_THAN_EMBEDDINGS = {
     "is_hybrid": "it has recurrent layers",
 }
 """What a vLLM text class may declare that this class does not hand through, and what it means."""
-
-PROJECTOR_PREFIX = "projectors."
 
 BACKEND_VARIABLE = "MMQWEN_BACKEND"
 """Environment variable that names the fusion backend; see `select_backend`."""
@@ -491,8 +490,6 @@ def text_architectures(text_config: Any) -> list[str]:
         ValueError: neither is known.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    from mmqwen.vllm_plugin import ARCHITECTURE
 
     own = [a for a in getattr(text_config, "architectures", None) or () if a != ARCHITECTURE]
     if own:

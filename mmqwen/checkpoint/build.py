@@ -1,71 +1,48 @@
-"""Composite checkpoints: link a text model's weights, add projectors, join the two by an index.
-
-A composite directory holds `config.json`, the tokenizer with its placeholder tokens, the base's
-shards as `base-*.safetensors`, `projectors.safetensors`, and `model.safetensors.index.json`. The
-prefix keeps `save_pretrained` into the same directory from writing through a link into the base.
-"""
+"""`mmqwen build`: link a text model's weights, add projectors, join the two by an index."""
 
 from __future__ import annotations
 
-import json
-import os
+import re
 import shutil
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
-from mmqwen.hf.configuration import MODEL_TYPE, MultimodalQwen3Config
-from mmqwen.hf.modeling import MultiModalProjector
-from mmqwen.modalities import ModalitySpec, assign_token_ids, parse_modalities
-from mmqwen.shards import (
+from mmqwen.checkpoint.headers import read_header, refuse_pointers
+from mmqwen.checkpoint.index import read_weight_map, write_index
+from mmqwen.checkpoint.names import (
     BASE_PREFIX,
-    INDEX_FILE,
+    BASE_TENSORS,
+    MODEL_TYPE,
     PROJECTOR_FILE,
-    SINGLE_FILE,
+    PROJECTOR_PREFIX,
+    SMALL_FILES,
     CheckpointError,
-    check_output,
-    copy_with_rows,
-    place_file,
-    read_header,
-    read_index,
-    read_weight_map,
-    refuse_pointers,
-    staged,
+    projector_tensor,
 )
+from mmqwen.checkpoint.projectors import cast_projectors, load_projectors, save_projectors
+from mmqwen.checkpoint.shards import copy_with_rows, place_file
+from mmqwen.checkpoint.staging import check_output, staged
+from mmqwen.checkpoint.trained import read_trained, warn_untrained
+from mmqwen.hf.configuration import MultimodalQwen3Config
+from mmqwen.hf.modeling import MultiModalProjector
+from mmqwen.modalities import assign_token_ids, parse_modalities
 from mmqwen.text_models import UntestedTextModelWarning, refuse_text_model, untested_warning
 from mmqwen.tokens import add_placeholder_tokens, next_token_id
-from mmqwen.trained import (
-    UntrainedProjectorsWarning,
-    read_trained,
-    trained_metadata,
-    warn_untrained,
-)
-
-__all__ = [
-    "CheckpointError",
-    "UntrainedProjectorsWarning",
-    "build_checkpoint",
-    "load_projectors",
-    "read_config",
-    "save_projectors",
-]
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-PARTS = ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias")
 TABLE_MULTIPLE = 64
 """A grown embedding table is padded to a multiple of this, which is vLLM's vocabulary padding."""
 
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*"]
+_HUB_FILES = ["*.safetensors", *SMALL_FILES]
 
 
 def build_checkpoint(
@@ -127,10 +104,10 @@ def build_checkpoint(
         given.update(loaded)
         record = read_trained(file)
         for name in specs:
-            if f"projectors.{name}.linear_1.weight" in loaded:
+            if projector_tensor(name) in loaded:
                 trained[name] = record.get(name, True)
     for name, spec in specs.items():
-        weight = given.get(f"projectors.{name}.linear_1.weight")
+        weight = given.get(projector_tensor(name))
         if spec.hidden_dim is None and weight is not None:
             specs[name] = replace(spec, hidden_dim=weight.shape[0])
 
@@ -160,9 +137,7 @@ def build_checkpoint(
         save_projectors(tensors, stage / PROJECTOR_FILE, trained=trained)
         joined = {name: BASE_PREFIX + shard for name, shard in weight_map.items()}
         joined.update(dict.fromkeys(tensors, PROJECTOR_FILE))
-        size = sum((stage / file).stat().st_size for file in set(joined.values()))
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(joined.items()))}
-        (stage / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_index(stage, joined)
 
     untested = untested_warning(text.model_type)
     if untested is not None:
@@ -184,107 +159,6 @@ def read_config(path: str | Path) -> MultimodalQwen3Config:
             "`mmqwen build` makes a composite checkpoint from a text model"
         )
     return config
-
-
-def load_projectors(
-    path: str | Path,
-    specs: Mapping[str, ModalitySpec],
-    hidden_size: int,
-    *,
-    require_all: bool = True,
-) -> dict[str, Tensor]:
-    """Read projectors under their full names, `projectors.<name>.linear_1.weight` and so on.
-
-    Args:
-        path: a safetensors file, or the directory of a composite checkpoint. Names may lack
-            `projectors.`; with a single modality also `<name>.`.
-        specs: the modalities wanted. Where `hidden_dim` is None, the file's is taken.
-        hidden_size: width of the text model.
-        require_all: whether a modality that the file lacks altogether is an error.
-
-    Returns:
-        For each modality, `linear_1.weight` `[hidden_dim, dim]`, `linear_1.bias` `[hidden_dim]`,
-        `linear_2.weight` `[hidden_size, hidden_dim]`, `linear_2.bias` `[hidden_size]`, in the
-        file's dtype.
-
-    Raises:
-        CheckpointError: the file cannot be read, a tensor is missing, unknown, of the wrong shape
-            or dtype, or holds NaN or infinity.
-    """
-    found: dict[str, Tensor] = {}
-    for file, key in _projector_keys(Path(path)):
-        name = _full_name(key, specs, file)
-        if name in found:
-            raise CheckpointError(f"{file}: tensor {name} appears twice")
-        try:
-            with safe_open(file, framework="pt") as handle:
-                found[name] = handle.get_tensor(key)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{file} cannot be read: {error}") from error
-    result: dict[str, Tensor] = {}
-    for name, spec in specs.items():
-        own = {part: found.get(f"projectors.{name}.{part}") for part in PARTS}
-        if not require_all and all(tensor is None for tensor in own.values()):
-            continue
-        first = own["linear_1.weight"]
-        hidden = spec.hidden_dim or (first.shape[0] if first is not None and first.ndim else 0)
-        shapes = ((hidden, spec.dim), (hidden,), (hidden_size, hidden), (hidden_size,))
-        for (part, tensor), shape in zip(own.items(), shapes, strict=True):
-            full = f"projectors.{name}.{part}"
-            if tensor is None:
-                raise CheckpointError(f"{path}: tensor {full} is missing")
-            if tuple(tensor.shape) != shape:
-                raise CheckpointError(
-                    f"{path}: tensor {full} has shape {list(tensor.shape)}, expected {list(shape)}"
-                )
-            if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-                raise CheckpointError(
-                    f"{path}: tensor {full} ({tensor.dtype}) is not floating-point and finite"
-                )
-            result[full] = tensor
-    return result
-
-
-def save_projectors(
-    projectors: torch.nn.Module | Mapping[str, Tensor],
-    path: str | Path,
-    *,
-    trained: Mapping[str, bool] | None = None,
-) -> Path:
-    """Write projectors to a safetensors file, whole or not at all.
-
-    Args:
-        projectors: a model with `projectors.*` weights, or a mapping that holds them; its other
-            tensors are left out.
-        path: a file, or a directory in which `projectors.safetensors` is written.
-        trained: modality to whether its projector was ever trained, for the file's metadata;
-            what is not known is left out. None asks the model.
-
-    Raises:
-        CheckpointError: there are no projectors, or the file cannot be written.
-    """
-    path = Path(path)
-    path = path / PROJECTOR_FILE if path.is_dir() else path
-    if trained is None:
-        trained = getattr(projectors, "projectors_trained", {})
-    if isinstance(projectors, torch.nn.Module):
-        projectors = dict(projectors.named_parameters())
-    tensors = {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor in projectors.items()
-        if name.startswith("projectors.")
-    }
-    if not tensors:
-        raise CheckpointError("no tensor named projectors.* to save")
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, part, metadata={"format": "pt", **trained_metadata(trained)})
-        part.replace(path)
-    except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {path}: {error}") from error
-    return path
 
 
 # -- the base ----------------------------------------------------------------------------------
@@ -350,7 +224,7 @@ def _read_tokenizer(folder: Path) -> Any:
 def _read_base_map(folder: Path, tied: bool) -> dict[str, str]:
     """Tensor name to shard, of a text model's base."""
     weight_map = read_weight_map(folder)
-    strange = sorted(n for n in weight_map if not n.startswith(("model.", "lm_head.")))
+    strange = sorted(n for n in weight_map if not n.startswith(BASE_TENSORS))
     if strange or "lm_head.bias" in weight_map:
         name = strange[0] if strange else "lm_head.bias"
         raise CheckpointError(
@@ -368,50 +242,14 @@ def _spare_projectors(quantization: Any) -> Any:
     config = quantization if isinstance(quantization, dict) else quantization.to_dict()
     config = dict(config)
     if config.get("quant_method") == "compressed-tensors":
-        config["ignore"] = [*(config.get("ignore") or []), "re:projectors\\..*"]
+        config["ignore"] = [*(config.get("ignore") or []), f"re:{re.escape(PROJECTOR_PREFIX)}.*"]
     elif config.get("quant_method") in ("fp8", "awq", "bitsandbytes", "fbgemm_fp8", "mxfp4"):
         skip = config.get("modules_to_not_convert")
-        config["modules_to_not_convert"] = [*(["lm_head"] if skip is None else skip), "projectors"]
+        config["modules_to_not_convert"] = [
+            *(["lm_head"] if skip is None else skip),
+            PROJECTOR_PREFIX.rstrip("."),
+        ]
     return config
-
-
-# -- projectors --------------------------------------------------------------------------------
-
-
-def _projector_keys(path: Path) -> Iterator[tuple[Path, str]]:
-    """Files and the names of the projector tensors in them."""
-    index = path / INDEX_FILE
-    if (path / PROJECTOR_FILE).is_file():
-        files = [path / PROJECTOR_FILE]
-    elif index.is_file():  # written by save_pretrained
-        weight_map = read_index(index)
-        files = sorted({path / f for n, f in weight_map.items() if n.startswith("projectors.")})
-    elif path.is_dir() and not os.path.lexists(path / SINGLE_FILE):
-        raise CheckpointError(
-            f"{path} is a directory without {PROJECTOR_FILE}, {INDEX_FILE} or {SINGLE_FILE}; "
-            "expected a safetensors file or a composite checkpoint"
-        )
-    else:
-        files = [path / SINGLE_FILE] if path.is_dir() else [path]
-    for file in files:
-        if not os.path.lexists(file):
-            raise CheckpointError(f"projector file {file} not found; expected a safetensors file")
-        for key in read_header(file)[0]:
-            if not (path.is_dir() and key.startswith(("model.", "lm_head."))):
-                yield file, key
-
-
-def _full_name(key: str, specs: Mapping[str, ModalitySpec], file: Path) -> str:
-    short = key.removeprefix("projectors.")
-    if short in PARTS and len(specs) == 1:
-        return f"projectors.{next(iter(specs))}.{short}"
-    name, _, part = short.partition(".")
-    if name in specs and part in PARTS:
-        return f"projectors.{short}"
-    raise CheckpointError(
-        f"{file}: tensor {key!r} belongs to none of the modalities {sorted(specs)}; expected "
-        "projectors.<name>.linear_1|linear_2.weight|bias"
-    )
 
 
 def _complete(
@@ -422,7 +260,7 @@ def _complete(
     std = getattr(config.text_config, "initializer_range", None) or 0.02
     tensors, fresh = dict(given), []
     for name, spec in config.modality_specs.items():
-        if f"projectors.{name}.linear_1.weight" in given:
+        if projector_tensor(name) in given:
             continue
         fresh.append(name)
         module = MultiModalProjector(
@@ -431,9 +269,6 @@ def _complete(
         # A hash of both: torch's CPU generator uses 32 bits of its seed.
         stream = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
         module.reset_parameters(stream)
-        tensors.update({f"projectors.{name}.{k}": v for k, v in module.state_dict().items()})
-    cast = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    for name, tensor in cast.items():
-        if not bool(tensor.isfinite().all()):
-            raise CheckpointError(f"tensor {name} overflows in {dtype}, the text model's dtype")
-    return cast, fresh
+        tensors |= {projector_tensor(name, k): v for k, v in module.state_dict().items()}
+    otherwise = f"overflows in {dtype}, the text model's dtype"
+    return cast_projectors(tensors, dtype, otherwise), fresh

@@ -15,7 +15,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmqwen.shards import PROJECTOR_FILE, CheckpointError, read_metadata
+from mmqwen.checkpoint.headers import read_metadata
+from mmqwen.checkpoint.names import PROJECTOR_FILE, CheckpointError
 
 METADATA_KEY = "mmqwen.trained"
 CONFIG_FIELD = "projectors_trained"
