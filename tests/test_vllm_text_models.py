@@ -12,11 +12,9 @@ pytest.importorskip("vllm")
 from torch import nn
 from vllm.model_executor.models import ModelRegistry
 
-from mmqwen.vllm_plugin.model import (
-    NEEDS_MORE_THAN_EMBEDDINGS,
-    MultimodalQwen3Model,
-    refuse_text_class,
-)
+from mmqwen.vllm_plugin import model as plugin
+from mmqwen.vllm_plugin.model import MultimodalQwen3Model
+from mmqwen.vllm_plugin.text_class import NEEDS_MORE_THAN_EMBEDDINGS, refuse_text_class
 
 
 @pytest.mark.parametrize("need", NEEDS_MORE_THAN_EMBEDDINGS)
@@ -71,13 +69,13 @@ class Embedding(nn.Module):
 
 
 @pytest.mark.parametrize(("scale", "gathers"), [(1.0, True), (2.83, False)])
-def test_a_scaled_embedding_is_known_by_its_values(scale, gathers):
+def test_a_scaled_embedding_is_known_by_its_values(scale, gathers, monkeypatch):
     text = Embedding(scale)
     model = SimpleNamespace(
         config=SimpleNamespace(vocab_size=40), language_model=text, _ranks=1, _gathers=None
     )
     model._embeds_by_gathering = MultimodalQwen3Model._embeds_by_gathering.__get__(model)
-    model._plain_table = lambda: (text.weight, 0)
+    monkeypatch.setattr(plugin, "plain_table", lambda model: (model.weight, 0))
     table = MultimodalQwen3Model._token_table(model)
     assert (table is not None) is gathers
     text.weight = torch.zeros_like(text.weight)  # weights that are yet to come tell nothing

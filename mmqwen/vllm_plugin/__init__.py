@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 
-from mmqwen.checkpoint.names import ARCHITECTURE, MODEL_TYPE
-
-PACK_MODALITY = "mmqwen_pack"
-"""vLLM's name for the one item that carries a message's rows; users never see it."""
+from mmqwen.checkpoint.names import ARCHITECTURE
 
 
 def register() -> None:
@@ -22,20 +19,15 @@ def register() -> None:
     """
     if importlib.util.find_spec("vllm") is None:
         return
-    from transformers import AutoConfig
     from vllm import ModelRegistry
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
-    from vllm.renderers.registry import RENDERER_REGISTRY
 
-    from mmqwen.hf.configuration import MultimodalQwen3Config
-    from mmqwen.vllm_plugin.compat import guard_http
-    from mmqwen.vllm_plugin.engine_config import EngineConfig
+    from mmqwen.hf import register_auto_classes
+    from mmqwen.vllm_plugin import compat
+    from mmqwen.vllm_plugin.engine_config import settle
 
-    AutoConfig.register(MODEL_TYPE, MultimodalQwen3Config, exist_ok=True)
+    register_auto_classes()
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, "mmqwen.vllm_plugin.model:MultimodalQwen3Model")
-    MODELS_CONFIG_MAP[ARCHITECTURE] = EngineConfig
-    # Not .register(): it warns that "hf" is taken, at every start, although the subclass acts on
-    # our architecture alone.
-    RENDERER_REGISTRY.renderers["hf"] = ("mmqwen.vllm_plugin.renderer", "MultimodalQwen3Renderer")
-    guard_http()
+    compat.settle_engines(ARCHITECTURE, settle)
+    compat.use_renderer("mmqwen.vllm_plugin.renderer", "MultimodalQwen3Renderer")
+    compat.guard_http()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.model_executor.models.config import VerifyAndUpdateConfig
-
 DRAFTERS_WITHOUT_EMBEDDINGS = frozenset({"ngram", "ngram_gpu", "suffix"})
 """Speculative methods that read token ids alone; others would be fed raw rows."""
 
@@ -13,24 +11,20 @@ TOKENIZER_MODES = frozenset({"auto", "hf", "slow"})
 """Those whose renderer is ours; others read messages and prompts without our checks."""
 
 
-class EngineConfig(VerifyAndUpdateConfig):
-    """vLLM's hook into the config of engines of one architecture, before any process starts."""
+def settle(vllm_config: Any) -> None:
+    """Refuse what rows cannot do, turn vLLM's processor cache off, widen its encoder cache.
 
-    @staticmethod
-    def verify_and_update_config(vllm_config: Any) -> None:
-        """Refuse what rows cannot do, turn vLLM's processor cache off, widen its encoder cache.
-
-        Raises:
-            ValueError: a feature is asked for with which rows would be lost or misread.
-        """
-        refuse_unserved(vllm_config)
-        multimodal = vllm_config.model_config.multimodal_config
-        if multimodal is not None:
-            # It spares a second conversion and transfer of equal items. Packs never take part, so
-            # its other half, in the engine core, would only keep up to 4 GiB of them, and count
-            # their bytes at each request (docs/adr/0003-packs-outside-the-processor-cache.md).
-            multimodal.mm_processor_cache_gb = 0.0
-        widen_encoder_cache(vllm_config)
+    Raises:
+        ValueError: a feature is asked for with which rows would be lost or misread.
+    """
+    refuse_unserved(vllm_config)
+    multimodal = vllm_config.model_config.multimodal_config
+    if multimodal is not None:
+        # It spares a second conversion and transfer of equal items. Packs never take part, so
+        # its other half, in the engine core, would only keep up to 4 GiB of them, and count
+        # their bytes at each request (docs/adr/0003-packs-outside-the-processor-cache.md).
+        multimodal.mm_processor_cache_gb = 0.0
+    widen_encoder_cache(vllm_config)
 
 
 def widen_encoder_cache(vllm_config: Any) -> None:

@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.logger import init_logger
 
+from mmqwen.vllm_plugin import compat
 from mmqwen.vllm_plugin.limits import body_limit
 from mmqwen.vllm_plugin.metrics import count_refusal
 
@@ -153,7 +154,7 @@ class CleanExit:
             self._open.discard(task)
 
     async def _watch(self, state: Any) -> None:
-        while not getattr(getattr(state, "server", None), "should_exit", False):
+        while not compat.is_stopping(state):
             await asyncio.sleep(0.2)
         await asyncio.sleep(self.GRACE_SECONDS)
         self._ending = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -16,43 +16,28 @@ from vllm.distributed import (
     tensor_model_parallel_all_reduce,
 )
 from vllm.logger import init_logger
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsMultiModal, SupportsPP
 from vllm.model_executor.models.module_mapping import MultiModelKeys
-from vllm.model_executor.models.utils import (
-    AutoWeightsLoader,
-    WeightsMapper,
-    init_vllm_registered_model,
-    maybe_prefix,
-)
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.platforms import current_platform
 
-from mmqwen.checkpoint.names import ARCHITECTURE, PROJECTOR_PREFIX
+from mmqwen.checkpoint.names import PROJECTOR_PREFIX
 from mmqwen.checkpoint.trained import read_trained, untrained, untrained_message
 from mmqwen.packs import PackError, blank_directory, find_rows, open_pack
 from mmqwen.text_models import refuse_text_model, untested_warning
 from mmqwen.vllm_plugin import compat
+from mmqwen.vllm_plugin.compat.model import DiskMark, build_text_model, plain_table, text_class
 from mmqwen.vllm_plugin.engine_config import refuse_drafter
 from mmqwen.vllm_plugin.modality_table import modality_table, text_config_of
 from mmqwen.vllm_plugin.processing import DummyInputs, PackingProcessor, ProcessingInfo
-from mmqwen.vllm_plugin.projector import ShardedProjector
+from mmqwen.vllm_plugin.projector import ModalityProjectors
+from mmqwen.vllm_plugin.text_class import refuse_text_class, text_architectures
 from mmqwen_kernels import RowPlan, fuse_embeddings, plan_rows, select_backend, warm_up
 
 logger = init_logger(__name__)
 
 PROBED_IDS = 256
 """Tokens by which the text model's embedding is compared with rows of its table."""
-
-NEEDS_MORE_THAN_EMBEDDINGS = {
-    "requires_raw_input_tokens": "it reads token ids beside the embeddings, and rows have none",
-    "get_model_state_cls": "it keeps a state of its own for each request",
-    "get_kv_cache_groups": "it lays out its own cache",
-    "get_mamba_specs_from_config": "it has recurrent layers",
-    "has_inner_state": "it has recurrent layers",
-    "is_hybrid": "it has recurrent layers",
-}
-"""What a vLLM text class may declare that this class does not hand through, and what it means."""
 
 BACKEND_VARIABLE = "MMQWEN_BACKEND"
 """Environment variable that names the fusion backend; see `select_backend`."""
@@ -85,6 +70,8 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
 
+    language_model: Any
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         model_config = vllm_config.model_config
@@ -104,39 +91,32 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         self._gathers: bool | None = None
         self._backend = os.environ.get(BACKEND_VARIABLE, DEFAULT_BACKEND)
         self._choice = choice = select_backend(
-            current_platform.device_type, cast(torch.dtype, model_config.dtype), self._backend
+            compat.device_type(), cast(torch.dtype, model_config.dtype), self._backend
         )
         logger.info("Fusion backend: %s (%s)", choice.name, choice.reason)
         architectures = text_architectures(text_config)
         refuse_text_model(text_config.model_type)
-        refuse_text_class(model_config.registry.resolve_model_cls(architectures, model_config)[0])
+        refuse_text_class(text_class(model_config, architectures))
         warning = untested_warning(text_config.model_type)
         if warning is not None:
             logger.warning("%s", warning)
-        with cast(Any, self)._mark_language_model(vllm_config):
-            self.language_model = init_vllm_registered_model(
-                vllm_config=vllm_config,
-                hf_config=text_config,
-                prefix=maybe_prefix(prefix, "language_model"),
-                architectures=architectures,
-            )
+        build_text_model(self, vllm_config, text_config, architectures, prefix)
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
         self.packed_modules_mapping = getattr(
             self.language_model, "packed_modules_mapping", type(self).packed_modules_mapping
         )
         self._ranks = get_tensor_model_parallel_world_size()
         self._place = get_pp_group().is_first_rank
-        self.projectors = nn.ModuleDict()
-        if self._place:
-            for spec in self._spec_list:
-                self.projectors[spec.name] = ShardedProjector(
-                    spec,
-                    text_config.hidden_size,
-                    rank=get_tensor_model_parallel_rank(),
-                    ranks=self._ranks,
-                    dtype=model_config.dtype,
-                )
-        if self._place and get_tensor_model_parallel_rank() == 0:
+        rank = get_tensor_model_parallel_rank()
+        self.projectors = ModalityProjectors(
+            self.specs,
+            text_config.hidden_size,
+            rank=rank,
+            ranks=self._ranks,
+            dtype=cast(torch.dtype, model_config.dtype),
+            place=self._place,
+        )
+        if self._place and rank == 0:
             self._warn_untrained(vllm_config)
         placeholder_ids = sorted(spec.token_id for spec in self._spec_list)  # type: ignore[type-var]
         self.register_buffer(
@@ -210,10 +190,10 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         if not self._place:
             return
         self._token_table()
-        spec_at = max(range(len(self._spec_list)), key=lambda at: self._needed_bytes(at))
-        weights = self._projector(self._spec_list[spec_at].name).weights()
+        every = self.projectors.weights()
+        weights = max(every, key=lambda projector: sum(projector.w1.shape))
         table = weights.w2.new_zeros(1, weights.w2.shape[0])
-        rows = torch.zeros(self._max_tokens, self._widths[spec_at], dtype=weights.w1.dtype)
+        rows = torch.zeros(self._max_tokens, weights.w1.shape[1], dtype=weights.w1.dtype)
         fuse_embeddings(
             torch.zeros(self._max_tokens, dtype=torch.int64, device=table.device),
             table,
@@ -223,15 +203,7 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
             backend=self._backend,
         )
         if self._choice.name == "triton":
-            every = [self._projector(spec.name).weights() for spec in self._spec_list]
             logger.info("Fusion kernels made ready: %d", warm_up(every, backend=self._backend))
-
-    def _projector(self, name: str) -> ShardedProjector:
-        return cast(ShardedProjector, self.projectors[name])
-
-    def _needed_bytes(self, at: int) -> int:
-        spec = self._spec_list[at]
-        return spec.dim + (spec.hidden_dim or 0)
 
     # -- the step -------------------------------------------------------------------------------
 
@@ -252,7 +224,7 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         """
         if not multimodal_embeddings or is_multimodal is None:
             return self.language_model.embed_input_ids(input_ids)
-        projectors = [self._projector(spec.name).weights() for spec in self._spec_list]
+        projectors = self.projectors.weights()
         with compat.single_threaded():
             plan = self._plan(
                 multimodal_embeddings, is_multimodal.cpu(), input_ids, projectors[0].w1.dtype
@@ -312,7 +284,7 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         Whether it does is asked of the text model once: no list of architectures whose embedding
         also scales or normalises would stay complete.
         """
-        table = self._plain_table()
+        table = plain_table(self.language_model)
         if self._gathers is None:
             self._gathers = table is not None and self._embeds_by_gathering(*table)
             if not self._gathers:
@@ -331,23 +303,6 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         # Zeros, of weights that are yet to come, would look the same scaled.
         embedded = self.language_model.embed_input_ids(ids)
         return bool(gathered.any()) and torch.equal(gathered, embedded)
-
-    def _plain_table(self) -> tuple[torch.Tensor, int] | None:
-        """The token table (or this rank's shard) and its first id, if it is a plain matrix."""
-        inner = getattr(self.language_model, "model", None)
-        layer = getattr(inner, "embed_tokens", None)
-        if type(layer) is not VocabParallelEmbedding:
-            return None
-        weight = getattr(layer, "weight", None)
-        if (
-            layer is None
-            or not isinstance(weight, torch.Tensor)
-            or not weight.is_floating_point()
-            or weight.ndim != 2
-            or weight.shape[1] != layer.embedding_dim
-        ):
-            return None
-        return weight, layer.shard_indices.org_vocab_start_index
 
     def forward(
         self,
@@ -396,14 +351,14 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         if isinstance(weights, (list, tuple)):
             for name, tensor in weights:
                 if name.startswith(PROJECTOR_PREFIX):
-                    self._check_projector_weight(name, tensor)
+                    self.projectors.check(name, tensor)
         loaded: set[str] = set()
         self.secondary_weights.walked = False
 
         def without_projectors() -> Iterable[tuple[str, torch.Tensor]]:
             for name, tensor in weights:
                 if name.startswith(PROJECTOR_PREFIX):
-                    self._load_projector_weight(name, tensor)
+                    self.projectors.load(name, tensor)
                     loaded.add(name)
                 else:
                     yield name, tensor
@@ -413,10 +368,10 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         )
         if first or self.secondary_weights.walked:
             for name, tensor in self._projector_file(keep=set() if first else loaded).items():
-                self._load_projector_weight(name, tensor)
+                self.projectors.load(name, tensor)
                 loaded.add(name)
         if first:
-            self._refuse_missing(loaded)
+            self.projectors.refuse_missing(loaded)
             self._loaded = True
         return set(text_loaded) | loaded
 
@@ -435,86 +390,3 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         if self._model_config.model == self._started_from:
             return found
         return {name: tensor for name, tensor in found.items() if name not in keep}
-
-    def _refuse_missing(self, loaded: set[str]) -> None:
-        expected = {
-            f"{PROJECTOR_PREFIX}{name}.{weight}"
-            for name in self.projectors
-            for weight in self._projector(name).weight_names
-        }
-        missing = sorted(expected - loaded)
-        if missing:
-            names = sorted({name.split(".")[1] for name in missing})
-            raise ValueError(
-                f"modalities {names}: the checkpoint lacks projector weights {missing}; expected "
-                f"{len(expected)} of them, got {len(loaded)}"
-            )
-
-    def _check_projector_weight(self, name: str, tensor: torch.Tensor) -> tuple[str, str]:
-        """The modality and the weight that a full name means, both known."""
-        modality, _, weight = name.removeprefix(PROJECTOR_PREFIX).partition(".")
-        if modality not in self.specs:
-            raise ValueError(
-                f"{name}: the config has no modality {modality!r}, expected one of "
-                f"{sorted(self.specs)}"
-            )
-        if self._place:
-            self._projector(modality).check(weight, tensor)
-        return modality, weight
-
-    def _load_projector_weight(self, name: str, tensor: torch.Tensor) -> None:
-        modality, weight = self._check_projector_weight(name, tensor)
-        if self._place:
-            self._projector(modality).load(weight, tensor)
-
-
-class DiskMark:
-    """The further sources of a checkpoint that vLLM's loader asks a model for: there are none.
-
-    The loader walks them after the checkpoint's own files, so `walked` tells a checkpoint that is
-    read from disk from weights that somebody hands over.
-    """
-
-    def __init__(self) -> None:
-        self.walked = False
-
-    def __iter__(self) -> Iterator[Any]:
-        self.walked = True
-        return iter(())
-
-
-def text_architectures(text_config: Any) -> list[str]:
-    """vLLM's name for the text model: the config's own, or transformers' causal LM of its type.
-
-    Raises:
-        ValueError: neither is known.
-    """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    own = [a for a in getattr(text_config, "architectures", None) or () if a != ARCHITECTURE]
-    if own:
-        return own
-    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text_config.model_type)
-    if name is None:
-        raise ValueError(
-            f"text model type {text_config.model_type!r} has no causal language model; set "
-            "text_config.architectures"
-        )
-    return [name]
-
-
-def refuse_text_class(text_class: type) -> None:
-    """Refuse a text model that needs more of vLLM than embeddings and attention.
-
-    vLLM asks the outer class, this package's, for what a model needs: what the text model declares
-    would go unheard.
-
-    Raises:
-        ValueError: `text_class` declares such a need.
-    """
-    for name, reason in NEEDS_MORE_THAN_EMBEDDINGS.items():
-        if getattr(text_class, name, False):
-            raise ValueError(
-                f"text model {text_class.__name__} cannot be served with rows: {reason} "
-                f"({name}); expected a text model of attention layers, such as Qwen3"
-            )

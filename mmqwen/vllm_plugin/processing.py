@@ -11,14 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm.inputs import mm_input
-from vllm.multimodal.inputs import (
-    MultiModalFieldConfig,
-    MultiModalFieldElem,
-    MultiModalKwargsItem,
-    MultiModalKwargsItems,
-    PlaceholderRange,
-)
+from vllm.multimodal.inputs import PlaceholderRange
 from vllm.multimodal.parse import ModalityDataItems, MultiModalDataItems, MultiModalDataParser
 from vllm.multimodal.processing import (
     BaseDummyInputsBuilder,
@@ -30,7 +23,8 @@ from mmqwen import transport
 from mmqwen.modalities import Expansion, ModalityError, ModalitySpec, expand_markers
 from mmqwen.packs import allocate_pack
 from mmqwen.tokens import add_placeholder_tokens
-from mmqwen.vllm_plugin import PACK_MODALITY, compat
+from mmqwen.vllm_plugin import compat
+from mmqwen.vllm_plugin.compat.inputs import FIELDS, PACK_MODALITY, packed_input
 from mmqwen.vllm_plugin.modality_table import modality_table
 
 CUT_GAP = 256
@@ -225,12 +219,7 @@ class PackingProcessor(BaseMultiModalProcessor[ProcessingInfo]):
                 inside = tokens[offset : offset + length]
                 mask = torch.from_numpy(self._is_placeholder.take(inside, mode="clip"))
             ranges.append(PlaceholderRange(offset=offset, length=length, is_embed=mask))
-        return mm_input(
-            prompt_token_ids=expansion.token_ids,
-            mm_kwargs=_kwargs_items(packs),
-            mm_hashes={PACK_MODALITY: hashes},
-            mm_placeholders={PACK_MODALITY: ranges},
-        )
+        return packed_input(expansion.token_ids, packs, hashes, ranges)
 
     def _fill(
         self,
@@ -333,23 +322,10 @@ class PackingProcessor(BaseMultiModalProcessor[ProcessingInfo]):
         return list(pairwise(edges))
 
     def _get_mm_fields_config(self, *args: Any, **kwargs: Any) -> Any:
-        return _FIELDS
+        return FIELDS
 
     def _get_prompt_updates(self, *args: Any, **kwargs: Any) -> Any:
         return ()
-
-
-# keep_on_cpu: packs stay in host memory; see docs/adr/0002-packs-stay-on-the-host.md.
-_FIELDS = {"pack": MultiModalFieldConfig.batched(PACK_MODALITY, keep_on_cpu=True)}
-_FIELD = _FIELDS["pack"].field
-
-
-def _kwargs_items(packs: Sequence[torch.Tensor]) -> MultiModalKwargsItems:
-    # Each pack in a list of its own: vLLM stacks (copies) bare tensors of equal length.
-    members = [
-        MultiModalKwargsItem({"pack": MultiModalFieldElem([pack], _FIELD)}) for pack in packs
-    ]
-    return MultiModalKwargsItems({PACK_MODALITY: members} if members else {})
 
 
 def _total_by_name(names: Sequence[str], counts: Sequence[int]) -> dict[str, int]:

@@ -1,12 +1,14 @@
-"""One modality's projector inside vLLM: its hidden units split over the tensor-parallel ranks."""
+"""Projectors inside vLLM: their hidden units split over the tensor-parallel ranks."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from mmqwen.checkpoint.names import PROJECTOR_PREFIX, projector_shapes, projector_tensor
 from mmqwen.modalities import ModalitySpec
 from mmqwen_kernels import Projector
 
@@ -94,11 +96,10 @@ class ShardedProjector(nn.Module):
             torch.zeros(hidden_size, self._units, dtype=dtype),
             torch.zeros(hidden_size, dtype=dtype),
         )
-        begin = rank * self._units
-        self.linear_1.split("weight", (spec.hidden_dim, spec.dim), 0, begin)
-        self.linear_1.split("bias", (spec.hidden_dim,), 0, begin)
-        self.linear_2.split("weight", (hidden_size, spec.hidden_dim), 1, begin)
-        self.linear_2.split("bias", (hidden_size,), None, 0)
+        shapes = projector_shapes(spec.dim, spec.hidden_dim, hidden_size)
+        for (part, shape), dim in zip(shapes.items(), (0, 0, 1, None), strict=True):
+            linear, _, name = part.partition(".")
+            getattr(self, linear).split(name, shape, dim, 0 if dim is None else rank * self._units)
         # The storage that the kernels and vLLM's own bookkeeping know; see `load`.
         self._live: dict[str, torch.Tensor] = dict(self.named_parameters())
 
@@ -113,7 +114,7 @@ class ShardedProjector(nn.Module):
         Raises:
             ValueError: `name` is no weight of a projector, or its shape or dtype is wrong.
         """
-        full = f"projectors.{self.spec.name}.{name}"
+        full = projector_tensor(self.spec.name, name)
         if name not in self._live:
             raise ValueError(f"{full}: not a weight of a projector; expected {list(self._live)}")
         expected = self._parameter(name).checkpoint_shape
@@ -163,3 +164,82 @@ class ShardedProjector(nn.Module):
             self.linear_2.weight,
             self.linear_2.bias if self._rank == 0 else None,
         )
+
+
+class ModalityProjectors(nn.ModuleDict):
+    """A `ShardedProjector` for each modality, by name; none on ranks that place no rows.
+
+    Args:
+        specs: the modalities, `hidden_dim` settled.
+        hidden_size: width of a token embedding.
+        rank: this rank.
+        ranks: how many ranks share a projector.
+        dtype: dtype of the weights.
+        place: whether this rank places rows.
+    """
+
+    def __init__(
+        self,
+        specs: Mapping[str, ModalitySpec],
+        hidden_size: int,
+        *,
+        rank: int,
+        ranks: int,
+        dtype: torch.dtype,
+        place: bool,
+    ) -> None:
+        super().__init__()
+        self._names = sorted(specs)
+        for spec in specs.values() if place else ():
+            self[spec.name] = ShardedProjector(
+                spec, hidden_size, rank=rank, ranks=ranks, dtype=dtype
+            )
+        self._place = place
+
+    def weights(self) -> list[Projector]:
+        """The weights as the fusion op takes them."""
+        return [cast(ShardedProjector, projector).weights() for projector in self.values()]
+
+    def check(self, name: str, loaded: torch.Tensor) -> tuple[str, str]:
+        """The modality and the weight that a full name means, both known.
+
+        Raises:
+            ValueError: of an unknown modality; or as `ShardedProjector.check`.
+        """
+        modality, _, weight = name.removeprefix(PROJECTOR_PREFIX).partition(".")
+        if modality not in self._names:
+            raise ValueError(
+                f"{name}: the config has no modality {modality!r}, expected one of {self._names}"
+            )
+        if self._place:
+            cast(ShardedProjector, self[modality]).check(weight, loaded)
+        return modality, weight
+
+    def load(self, name: str, loaded: torch.Tensor) -> None:
+        """Load this rank's share of one weight; see `ShardedProjector.load`.
+
+        Raises:
+            ValueError: as `check`.
+        """
+        modality, weight = self.check(name, loaded)
+        if self._place:
+            cast(ShardedProjector, self[modality]).load(weight, loaded)
+
+    def refuse_missing(self, loaded: Collection[str]) -> None:
+        """Refuse a checkpoint without a weight that is needed here.
+
+        Raises:
+            ValueError: `loaded` lacks one.
+        """
+        expected = {
+            projector_tensor(name, weight)
+            for name, projector in self.items()
+            for weight in cast(ShardedProjector, projector).weight_names
+        }
+        missing = sorted(expected.difference(loaded))
+        if missing:
+            names = sorted({name.split(".")[1] for name in missing})
+            raise ValueError(
+                f"modalities {names}: the checkpoint lacks projector weights {missing}; expected "
+                f"{len(expected)} of them, got {len(loaded)}"
+            )

