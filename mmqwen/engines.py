@@ -15,6 +15,7 @@ from threading import Lock, Thread, current_thread, main_thread
 from typing import Any
 
 from mmqwen.sampling import check_fields
+from mmqwen.vllm_plugin import compat, register
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,6 @@ class VllmEngine:
     }
 
     def __init__(self, checkpoint: str, device: str, options: Mapping[str, Any]) -> None:
-        from mmqwen.vllm_plugin import compat, register
-
         kind = compat.device_type()
         if device not in ("auto", kind):
             raise ValueError(
@@ -77,8 +76,6 @@ class VllmEngine:
         Raises:
             ValueError: it cannot be served.
         """
-        from mmqwen.vllm_plugin import compat
-
         prompt: dict[str, Any] = {"prompt_token_ids": token_ids}
         if items:
             prompt["multi_modal_data"] = dict(items)
@@ -97,8 +94,6 @@ class VllmEngine:
         import msgspec
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
-
-        from mmqwen.vllm_plugin import compat
 
         fields = dict(fields)
         lora = fields.pop("lora_request", None)
@@ -180,8 +175,6 @@ class VllmEngine:
 
     @staticmethod
     def _add(engine: Any, name: str, prompt: Any, params: Any, lora: Any) -> None:
-        from mmqwen.vllm_plugin import compat
-
         try:
             engine.add_request(name, prompt, params, lora_request=lora)
         except compat.refusal() as error:

@@ -21,6 +21,10 @@ RESERVED_NAMES = frozenset(
 
 DEFAULT_MAX_ROWS = 1024
 
+ROW_DTYPES = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)}
+"""What rows may be of on the wire, in packs (which number them in this order) and in datasets:
+numpy's and torch's name, safetensors' name, bytes of an element."""
+
 
 class ModalityError(ValueError):
     """A modality's description is wrong, or a prompt's markers do not match its items."""

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from mmqwen.modalities import ROW_DTYPES
 from mmqwen_kernels import HostRows
 
 _MAGIC = 0x6D6D7177656E3032  # "mmqwen02"
@@ -42,7 +43,7 @@ _DTYPE_AT = _MODALITY_AT + _MODALITY_BITS
 _BEGIN_MASK = (1 << _BEGIN_BITS) - 1
 MAX_WIDTH = (1 << _WIDTH_BITS) - 1
 MAX_MODALITY = (1 << _MODALITY_BITS) - 1
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = tuple(getattr(torch, name) for name in ROW_DTYPES)
 
 
 class PackError(ValueError):
@@ -64,52 +65,28 @@ def pack_rows(items: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor:
         The pack: 1-D int64.
 
     Raises:
-        PackError: no items, or items that differ in dtype, or in width within a modality.
+        PackError: no items, or items that differ in dtype, or in width within a modality, or that
+            are more than an entry of the directory can say.
     """
-    members: dict[int, list[torch.Tensor]] = {}
-    for modality, rows in items:
-        members.setdefault(modality, []).append(rows)
-    for modality, parts in members.items():
-        if len({(part.ndim, part.shape[-1], part.dtype) for part in parts}) > 1:
-            raise PackError(f"modality {modality}: rows of more than one width or dtype in a pack")
-    return pack_groups(
-        [modality for modality, _ in items],
-        [rows.shape[0] for _, rows in items],
-        {m: parts[0] if len(parts) == 1 else torch.cat(parts) for m, parts in members.items()},
-    )
-
-
-def pack_groups(
-    order: Sequence[int], counts: Sequence[int], groups: Mapping[int, torch.Tensor]
-) -> torch.Tensor:
-    """Pack rows that already stand together by modality; the cost per item is in numpy alone.
-
-    Args:
-        order: the modality index of each item, in the order of the slots.
-        counts: the rows of each item.
-        groups: per modality `[R_m, d_m]`, its items' rows in their order, on the CPU.
-
-    Returns:
-        The pack: 1-D int64.
-
-    Raises:
-        PackError: no rows, a group that is not 2-D, dtypes that differ or are not float32,
-            float16 or bfloat16, groups that do not hold as many rows as their items, or more than
-            an entry of the directory can say.
-    """
-    dtypes = {rows.dtype for rows in groups.values()}
+    dtypes = {rows.dtype for _, rows in items}
     if len(dtypes) != 1:
         raise PackError(f"expected rows of one dtype, got {sorted(map(str, dtypes))}")
-    for modality, rows in groups.items():
+    members: dict[int, list[torch.Tensor]] = {}
+    for modality, rows in items:
         if rows.ndim != 2:
             raise PackError(f"modality {modality}: expected [n, d] rows, got {tuple(rows.shape)}")
-    shapes = {modality: (rows.shape[0], rows.shape[1]) for modality, rows in groups.items()}
-    pack, places = allocate_pack(order, counts, shapes, dtypes.pop())
-    for modality, rows in groups.items():
-        # numpy copies on this thread. torch's copy wakes its thread pool from 32,768 elements on,
-        # which took 10 ms a request on a 16-core virtual machine.
-        raw = rows.contiguous().view(torch.uint8).numpy()
-        places[modality].view(torch.uint8).numpy()[...] = raw
+        members.setdefault(modality, []).append(rows)
+    for modality, parts in members.items():
+        if len({part.shape[1] for part in parts}) > 1:
+            raise PackError(f"modality {modality}: rows of more than one width in a pack")
+    pack, places = allocate_pack(
+        [modality for modality, _ in items],
+        [rows.shape[0] for _, rows in items],
+        {m: (sum(map(len, parts)), parts[0].shape[1]) for m, parts in members.items()},
+        dtypes.pop(),
+    )
+    for modality, parts in members.items():
+        torch.cat(parts, out=places[modality])
     return pack
 
 

@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from mmqwen.checkpoint.names import ARCHITECTURE
+from mmqwen.vllm_plugin import compat
 
 PLUGIN = "mmqwen.vllm_plugin:register"
 
@@ -29,8 +30,6 @@ def main(argv: list[str]) -> int:
     """
     try:
         check_plugin()
-        from mmqwen.vllm_plugin import compat
-
         compat.leave_memory()
         parser, options, run = compat.serve_command("mmqwen")
         _add_own_flags(options)
@@ -54,8 +53,6 @@ def check_model(args: Namespace, default: str | None) -> None:
     Raises:
         ServeError: no model is named, its config cannot be read, or it is not ours.
     """
-    from mmqwen.vllm_plugin import compat
-
     model = getattr(args, "model_tag", None) or args.model
     if not model or (getattr(args, "model_tag", None) is None and model == default):
         raise ServeError(
@@ -152,7 +149,7 @@ def prepare(args: Namespace) -> None:
     """
     from vllm.logger import init_logger
 
-    from mmqwen.vllm_plugin import compat, gate, limits
+    from mmqwen.vllm_plugin import gate, limits
     from mmqwen.vllm_plugin.engine_config import TOKENIZER_MODES
 
     logger = init_logger("vllm.mmqwen.serve")

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from mmqwen.packs import (
     PackError,
+    allocate_pack,
     blank_directory,
     directory,
     find_rows,
-    pack_groups,
     pack_rows,
 )
 from mmqwen_kernels import plan_rows
@@ -198,4 +198,4 @@ def test_find_rows_refuses_entries_that_lead_elsewhere() -> None:
 
 def test_two_runs_of_one_modality_are_not_taken_for_two_modalities() -> None:
     with pytest.raises(PackError, match="places"):
-        pack_groups([0, 0], [2, 2], {0: torch.zeros(2, 3), 1: torch.zeros(2, 8)})
+        allocate_pack([0, 0], [2, 2], {0: (2, 3), 1: (2, 8)}, torch.float32)

@@ -13,8 +13,8 @@ from torch import nn
 from vllm.model_executor.models import ModelRegistry
 
 from mmqwen.vllm_plugin import model as plugin
+from mmqwen.vllm_plugin.compat.text_model import NEEDS_MORE_THAN_EMBEDDINGS, refuse_text_class
 from mmqwen.vllm_plugin.model import MultimodalQwen3Model
-from mmqwen.vllm_plugin.text_class import NEEDS_MORE_THAN_EMBEDDINGS, refuse_text_class
 
 
 @pytest.mark.parametrize("need", NEEDS_MORE_THAN_EMBEDDINGS)

@@ -19,14 +19,13 @@ import triton.language as tl
 from triton.compiler import ASTSource
 
 from mmqwen_kernels import triton_kernels as kernels
-from mmqwen_kernels.tiles import TileConfig
+from mmqwen_kernels.tiles import TRITON_DTYPES, TileConfig
 
 DISPATCH_VARIABLE = "MMQWEN_TRITON_DISPATCH"
 """Set to 1, this environment variable has every kernel launched by Triton's own dispatch."""
 
-_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 INTEGERS = {torch.int32: "i32", torch.int64: "i64"}
-_POINTED = {f"*{name}": dtype for dtype, name in (_TYPES | INTEGERS).items()}
+_POINTED = {f"*{name}": dtype for dtype, name in (TRITON_DTYPES | INTEGERS).items()}
 _WORDS = ("entries_ptr", "weights_ptr", "row_address_ptr", "slots_ptr", "text_ptr")
 _ADDRESSES = ("x_address", "w_address", "b_address")
 _WIDE = dict.fromkeys(_WORDS, "*i64") | dict.fromkeys(_ADDRESSES, "i64")
@@ -42,7 +41,7 @@ def types_of(
         if name in constants:
             found[name] = "constexpr"
         elif name in _ROWS:
-            found[name] = "*" + _TYPES[dtype]
+            found[name] = "*" + TRITON_DTYPES[dtype]
         elif name == "ids_ptr":
             found[name] = "*" + INTEGERS[ids_dtype]
         else:

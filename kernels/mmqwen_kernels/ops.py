@@ -35,20 +35,9 @@ def _needs_gradients(first: torch.Tensor, others: Iterable[torch.Tensor | None])
 
 
 def _pick(backend: str, first: torch.Tensor, others: Iterable[torch.Tensor | None]) -> str:
-    """The backend's name for a call on these tensors.
-
-    Raises:
-        ValueError: as `select_backend`, or "triton" is asked for gradients.
-    """
-    if _needs_gradients(first, others):
-        if backend == "triton":
-            raise ValueError(
-                "the kernels give no gradients (docs/adr/0004): use torch.no_grad() or "
-                "backend='torch'"
-            )
-        if backend == "auto":
-            return "torch"
-    return select_backend(first.device, first.dtype, backend).name
+    """The backend's name for a call on these tensors; see `select_backend`."""
+    gradients = _needs_gradients(first, others)
+    return select_backend(first.device, first.dtype, backend, gradients=gradients).name
 
 
 def _check_kind(projectors: Iterable[Projector]) -> None:

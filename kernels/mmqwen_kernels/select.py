@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import torch
 
+from mmqwen_kernels.tiles import TRITON_DTYPES
+
 BACKENDS = ("auto", "torch", "triton")
-TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_CAPABILITY = (8, 0)
 VALIDATED_CAPABILITIES = ((9, 0),)
 """GPUs on which tests/kernels/test_gpu.py has passed (H100, 2026-11-24, docs/kernels.md)."""
@@ -24,12 +25,16 @@ class BackendChoice(NamedTuple):
 
 
 def select_backend(
-    device: torch.device | str, dtype: torch.dtype, backend: str = "auto"
+    device: torch.device | str,
+    dtype: torch.dtype,
+    backend: str = "auto",
+    *,
+    gradients: bool = False,
 ) -> BackendChoice:
     """Say which backend runs on `device` for rows of `dtype`, and why.
 
     "auto" is the kernels for bf16 and fp16 on GPUs on which they have been validated, else torch;
-    and torch for calls that need gradients.
+    and torch for calls that need `gradients`.
 
     Raises:
         ValueError: `backend` is not one of `BACKENDS`, or cannot run there.
@@ -38,6 +43,12 @@ def select_backend(
         raise ValueError(f"backend {backend!r}, expected one of {BACKENDS}")
     if backend == "torch":
         return BackendChoice("torch", "asked for")
+    if gradients and backend == "auto":
+        return BackendChoice("torch", "the kernels give no gradients (docs/adr/0004)")
+    if gradients:
+        raise ValueError(
+            "the kernels give no gradients (docs/adr/0004): use torch.no_grad() or backend='torch'"
+        )
     device = torch.device(device)
     if backend == "auto":
         if device.type != "cuda":

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+TRITON_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+"""What the kernels are written for, with Triton's names."""
 SHARED_BYTES = {(8, 0): 166_912, (8, 7): 166_912, (9, 0): 232_448, (10, 0): 232_448}
 """Shared memory of a block, at most, by capability (CUDA C++ Programming Guide, "Compute
 Capabilities"). Others are taken to have what the smallest, 8.6, 8.9 and 12.0, have."""

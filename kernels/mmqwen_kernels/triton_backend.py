@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -27,13 +27,6 @@ from mmqwen_kernels.weights import WeightTable, WeightTables
 
 HIDDEN_ALIGN = 16  # elements; K2's kernel relies on it
 _RECIPES_KEPT = 4096
-
-
-@lru_cache(maxsize=16)
-def device_limits(index: int) -> tuple[tuple[int, int], int]:
-    """(compute capability, multiprocessors) of a CUDA device."""
-    properties = torch.cuda.get_device_properties(index)
-    return (properties.major, properties.minor), properties.multi_processor_count
 
 
 class _Recipe(NamedTuple):
@@ -62,7 +55,8 @@ class TritonBackend:
         if self._interpret:
             self.capability, self.num_sms = (8, 0), 4
         else:
-            self.capability, self.num_sms = device_limits(device.index)
+            found = torch.cuda.get_device_properties(device.index)
+            self.capability, self.num_sms = (found.major, found.minor), found.multi_processor_count
         self.kernels = Kernels(device)
         self._weights = WeightTables(device)
 
@@ -88,20 +82,18 @@ class TritonBackend:
         if token_table.stride(1) != 1:
             raise ValueError("the token table is transposed; call .contiguous() on it once")
         dtype = token_table.dtype
-        for name, tensor in (("input_ids", input_ids), ("the token table", token_table)):
+        where = {"input_ids": input_ids, "the token table": token_table, "the plan": plan.buffer}
+        for name, tensor in where.items():
             if tensor.device != self._device:
                 raise ValueError(f"{name} lies on {tensor.device}, expected {self._device}")
-        if plan.buffer.device != self._device:
-            raise ValueError(f"the plan lies on {plan.buffer.device}, expected {self._device}")
-        if out is None:
-            result = torch.empty(tokens, columns, dtype=dtype, device=self._device)
-        elif out.shape != (tokens, columns) or out.dtype != dtype or out.device != self._device:
+        shape = (tokens, columns)
+        if out is not None and (out.shape, out.dtype, out.device) != (shape, dtype, self._device):
             raise ValueError(
                 f"out is {tuple(out.shape)} of {out.dtype} on {out.device}, expected "
-                f"{(tokens, columns)} of {dtype} on {self._device}"
+                f"{shape} of {dtype} on {self._device}"
             )
-        elif out.stride(1) != 1:
-            result = torch.empty(tokens, columns, dtype=dtype, device=self._device)
+        if out is None or out.stride(1) != 1:
+            result = torch.empty(shape, dtype=dtype, device=self._device)
         else:
             result = out
         if input_ids.dtype not in INTEGERS or not input_ids.is_contiguous():
@@ -116,11 +108,7 @@ class TritonBackend:
         return result if out is None or result is out else out.copy_(result)
 
     def project(
-        self,
-        rows: torch.Tensor,
-        projector: Projector,
-        *,
-        launch: LaunchConfig | None = None,
+        self, rows: torch.Tensor, projector: Projector, *, launch: LaunchConfig | None = None
     ) -> torch.Tensor:
         """`project_rows`: `[R, d]` -> `[R, D]`, two launches.
 
@@ -157,15 +145,11 @@ class TritonBackend:
             text_tile = (LaunchConfig.block_t, text_columns(weights.columns))
             dependent = self.kernels.depends(launches_dependently(self.capability))
             before = len(self.kernels)
-            entries = num_entries(len(projectors))
             for tile in ups:
-                self._up(weights, tile, dtype, align, entries, False, dependent)
+                self._up(weights, tile, dtype, align, False, dependent)
             for tile in downs:
                 for ids_dtype in ids_dtypes:
-                    self._down(
-                        weights, tile, dtype, ids_dtype, align, entries, True,
-                        text_tile, dependent,
-                    )  # fmt: skip
+                    self._down(weights, tile, dtype, align, ids_dtype, text_tile, dependent)
             return len(self.kernels) - before
 
     # -- launches -------------------------------------------------------------------------------
@@ -189,17 +173,9 @@ class TritonBackend:
             )
         tensors = (out,) if text is None else (out, text[1])
         align = _align_of(itemsize, math.gcd(plan.align_bytes, weights.align_bytes), *tensors)
-        recipe = self._recipe(
-            weights,
-            (
-                counts,
-                dtype,
-                align,
-                plan.addresses_at >= 0,
-                None if text is None else text[0].dtype,
-                launch,
-            ),
-        )
+        ids_dtype = None if text is None else text[0].dtype
+        shape = (counts, dtype, align, plan.addresses_at >= 0, ids_dtype, launch)
+        recipe = self._recipe(weights, shape)
         hidden = torch.empty(total, recipe.stride, dtype=dtype, device=self._device)
         stream = current_stream(self._device)
         weights.read_on(stream)
@@ -281,24 +257,19 @@ class TritonBackend:
             aligned=align * dtype.itemsize == ALIGN_BYTES,
         )
         active = [m for m, count in enumerate(counts) if count]
-        entries = num_entries(len(counts))
         some = [counts[m] for m in active]
         units = [weights.hidden[m] for m in active]
         dependent = self.kernels.depends(config.dependent)
         text_tile = (config.block_t, config.block_d)
-        has_text = ids_dtype is not None
         found = _Recipe(
-            up=self._up(weights, config.up, dtype, align, entries, by_address, dependent),
+            up=self._up(weights, config.up, dtype, align, by_address, dependent),
             up_programs=config.up.tiles(some, units),
-            down=self._down(
-                weights, config.down, dtype, ids_dtype or torch.int64, align, entries, has_text,
-                text_tile, dependent,
-            ),
+            down=self._down(weights, config.down, dtype, align, ids_dtype, text_tile, dependent),
             down_programs=config.down.tiles(some, [weights.columns] * len(active)),
             stride=-(-max(units) // HIDDEN_ALIGN) * HIDDEN_ALIGN,
             block_t=config.block_t,
             block_d=config.block_d,
-        )  # fmt: skip
+        )
         if len(weights.recipes) >= _RECIPES_KEPT:
             weights.recipes.clear()
         weights.recipes[shape] = found
@@ -310,11 +281,10 @@ class TritonBackend:
         tile: TileConfig,
         dtype: torch.dtype,
         align: int,
-        entries: int,
         by_address: bool,
         dependent: bool,
     ) -> Any:
-        constants = _tile_constants(tile, weights.widths, dtype, align, entries, dependent)
+        constants = _tile_constants(tile, weights.widths, dtype, align, dependent)
         constants["BY_ADDRESS"] = by_address
         return self.kernels.get(
             kernels._project_up_kernel, dtype, torch.int64, ALIGN_BYTES, constants, tile
@@ -325,20 +295,18 @@ class TritonBackend:
         weights: WeightTable,
         tile: TileConfig,
         dtype: torch.dtype,
-        ids_dtype: torch.dtype,
         align: int,
-        entries: int,
-        has_text: bool,
+        ids_dtype: torch.dtype | None,
         text_tile: tuple[int, int],
         dependent: bool,
     ) -> Any:
-        constants = _tile_constants(tile, weights.hidden, dtype, align, entries, dependent)
+        constants = _tile_constants(tile, weights.hidden, dtype, align, dependent)
         # Slots are listed where there are tokens; rows projected alone go to out[r].
-        constants |= {"HAS_SLOTS": has_text, "HAS_TEXT": has_text}
+        constants["HAS_SLOTS"] = constants["HAS_TEXT"] = ids_dtype is not None
         constants["BLOCK_T"], constants["BLOCK_D"] = text_tile
         return self.kernels.get(
-            kernels._project_down_kernel, dtype, ids_dtype, align * dtype.itemsize, constants, tile,
-            dependent,
+            kernels._project_down_kernel, dtype, ids_dtype or torch.int64,
+            align * dtype.itemsize, constants, tile, dependent,
         )  # fmt: skip
 
     def _gather_text(
@@ -394,12 +362,11 @@ def _tile_constants(
     depths: Sequence[int],
     dtype: torch.dtype,
     align: int,
-    entries: int,
     dependent: bool,
 ) -> dict[str, Any]:
     """The constexprs that K1 and K2 share; `depths` are what they multiply along."""
     return {
-        "NUM_ENTRIES": entries,
+        "NUM_ENTRIES": num_entries(len(depths)),
         "BLOCK_R": tile.block_r,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
@@ -412,13 +379,7 @@ def _tile_constants(
     }
 
 
-class _Nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-_NOTHING = _Nothing()
+_NOTHING = nullcontext()
 
 
 def _align_of(itemsize: int, align_bytes: int, *tensors: torch.Tensor) -> int:

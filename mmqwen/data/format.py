@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mmqwen.modalities import ModalitySpec
+from mmqwen.modalities import ROW_DTYPES, ModalitySpec
 
 if TYPE_CHECKING:
     from mmqwen.data.parquet import ParquetRows
@@ -21,7 +21,7 @@ DATA_FILE = "data.jsonl"
 PARQUET_FILE = "data.parquet"
 ROWS_TENSOR = "rows"
 OFFSETS_TENSOR = "offsets"
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {code: getattr(torch, name) for name, (code, _) in ROW_DTYPES.items()}
 """Dtypes of stored rows, by safetensors' names."""
 
 _BLOCK_BYTES = 16 * 2**20

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from mmqwen.modalities import ModalitySpec
+from mmqwen.modalities import ROW_DTYPES, ModalitySpec
 from mmqwen.transport.errors import SHOWN, refuse, show
 
 if TYPE_CHECKING:
@@ -138,6 +139,14 @@ def array_to_tensor(array: np.ndarray) -> torch.Tensor:
 # -- torch -------------------------------------------------------------------------------------
 
 
+@cache
+def torch_dtypes() -> frozenset[torch.dtype]:
+    """torch's own of `ROW_DTYPES`."""
+    import torch
+
+    return frozenset(getattr(torch, name) for name in ROW_DTYPES)
+
+
 def dense_tensor(value: torch.Tensor, modality: str | None, index: int | None) -> torch.Tensor:
     """The tensor, detached and on the CPU, if it is dense and floating; else a refusal."""
     import torch
@@ -148,7 +157,7 @@ def dense_tensor(value: torch.Tensor, modality: str | None, index: int | None) -
             "sparse", modality, index, f"a {kind} tensor", "a dense (strided) tensor",
             "send dense rows; sparse ones are never densified here",
         )  # fmt: skip
-    if value.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    if value.dtype not in torch_dtypes() | {torch.float64}:
         bad_dtype(modality, index, value.dtype)
     if value.is_meta:
         refuse(

@@ -16,6 +16,7 @@ from mmqwen.transport.arrays import (
     dense_tensor,
     list_to_array,
     native_array,
+    torch_dtypes,
 )
 from mmqwen.transport.errors import SHOWN, EmbeddingError, refuse, show
 
@@ -83,7 +84,7 @@ def _join_alike(items: Sequence[Any], spec: ModalitySpec) -> tuple[torch.Tensor,
         if set(map(type, items)) != {tensor}:
             return None
         dtypes = set(map(tensor.dtype.__get__, items))
-        if not dtypes <= {torch.float32, torch.bfloat16, torch.float16} or len(dtypes) > 1:
+        if not dtypes <= torch_dtypes() or len(dtypes) > 1:
             return None
         shapes = list(map(tensor.size, items))
         kinds = set(shapes)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmqwen.modalities import ModalitySpec
+from mmqwen.modalities import ROW_DTYPES, ModalitySpec
 from mmqwen.transport.arrays import count_rows, dense_tensor, list_to_array, native_array
 from mmqwen.transport.errors import EmbeddingError, refuse, show
 from mmqwen.transport.rows import all_finite, at_index, refuse_non_finite
@@ -26,7 +26,7 @@ except ImportError:  # pragma: no cover - a client's environment may lack it
 if TYPE_CHECKING:
     import torch
 
-WIRE_DTYPES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+WIRE_DTYPES: dict[str, int] = {name: size for name, (_, size) in ROW_DTYPES.items()}
 """Dtypes that may travel, with the bytes of one element."""
 
 DEFAULT_MAX_BYTES = 64 * 1024 * 1024

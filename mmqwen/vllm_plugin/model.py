@@ -26,12 +26,18 @@ from mmqwen.checkpoint.trained import read_trained, untrained, untrained_message
 from mmqwen.packs import PackError, blank_directory, find_rows, open_pack
 from mmqwen.text_models import refuse_text_model, untested_warning
 from mmqwen.vllm_plugin import compat
-from mmqwen.vllm_plugin.compat.model import DiskMark, build_text_model, plain_table, text_class
+from mmqwen.vllm_plugin.compat.text_model import (
+    DiskMark,
+    build_text_model,
+    plain_table,
+    refuse_text_class,
+    text_architectures,
+    text_class,
+)
 from mmqwen.vllm_plugin.engine_config import refuse_drafter
 from mmqwen.vllm_plugin.modality_table import modality_table, text_config_of
 from mmqwen.vllm_plugin.processing import DummyInputs, PackingProcessor, ProcessingInfo
 from mmqwen.vllm_plugin.projector import ModalityProjectors
-from mmqwen.vllm_plugin.text_class import refuse_text_class, text_architectures
 from mmqwen_kernels import RowPlan, fuse_embeddings, plan_rows, select_backend, warm_up
 
 logger = init_logger(__name__)

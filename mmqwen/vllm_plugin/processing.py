@@ -11,7 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm.multimodal.inputs import PlaceholderRange
+from vllm.inputs import mm_input
+from vllm.multimodal.inputs import (
+    MultiModalFieldConfig,
+    MultiModalFieldElem,
+    MultiModalKwargsItem,
+    MultiModalKwargsItems,
+    PlaceholderRange,
+)
 from vllm.multimodal.parse import ModalityDataItems, MultiModalDataItems, MultiModalDataParser
 from vllm.multimodal.processing import (
     BaseDummyInputsBuilder,
@@ -24,8 +31,10 @@ from mmqwen.modalities import Expansion, ModalityError, ModalitySpec, expand_mar
 from mmqwen.packs import allocate_pack
 from mmqwen.tokens import add_placeholder_tokens
 from mmqwen.vllm_plugin import compat
-from mmqwen.vllm_plugin.compat.inputs import FIELDS, PACK_MODALITY, packed_input
 from mmqwen.vllm_plugin.modality_table import modality_table
+
+PACK_MODALITY = "mmqwen_pack"
+"""vLLM's name for the one item that carries a message's rows; users never see it."""
 
 CUT_GAP = 256
 """Text tokens between two rows from which a new pack begins.
@@ -219,7 +228,12 @@ class PackingProcessor(BaseMultiModalProcessor[ProcessingInfo]):
                 inside = tokens[offset : offset + length]
                 mask = torch.from_numpy(self._is_placeholder.take(inside, mode="clip"))
             ranges.append(PlaceholderRange(offset=offset, length=length, is_embed=mask))
-        return packed_input(expansion.token_ids, packs, hashes, ranges)
+        return mm_input(
+            prompt_token_ids=expansion.token_ids,
+            mm_kwargs=_kwargs_items(packs),
+            mm_hashes={PACK_MODALITY: hashes},
+            mm_placeholders={PACK_MODALITY: ranges},
+        )
 
     def _fill(
         self,
@@ -322,10 +336,23 @@ class PackingProcessor(BaseMultiModalProcessor[ProcessingInfo]):
         return list(pairwise(edges))
 
     def _get_mm_fields_config(self, *args: Any, **kwargs: Any) -> Any:
-        return FIELDS
+        return _FIELDS
 
     def _get_prompt_updates(self, *args: Any, **kwargs: Any) -> Any:
         return ()
+
+
+# keep_on_cpu: packs stay in host memory; see docs/adr/0002-packs-stay-on-the-host.md.
+_FIELDS = {"pack": MultiModalFieldConfig.batched(PACK_MODALITY, keep_on_cpu=True)}
+_FIELD = _FIELDS["pack"].field
+
+
+def _kwargs_items(packs: Sequence[torch.Tensor]) -> MultiModalKwargsItems:
+    # Each pack in a list of its own: vLLM stacks (copies) bare tensors of equal length.
+    members = [
+        MultiModalKwargsItem({"pack": MultiModalFieldElem([pack], _FIELD)}) for pack in packs
+    ]
+    return MultiModalKwargsItems({PACK_MODALITY: members} if members else {})
 
 
 def _total_by_name(names: Sequence[str], counts: Sequence[int]) -> dict[str, int]:

@@ -8,7 +8,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from mmqwen.checkpoint.names import PROJECTOR_PREFIX, projector_shapes, projector_tensor
+from mmqwen.checkpoint.names import (
+    PROJECTOR_PARTS,
+    PROJECTOR_PREFIX,
+    projector_shapes,
+    projector_tensor,
+)
 from mmqwen.modalities import ModalitySpec
 from mmqwen_kernels import Projector
 
@@ -103,11 +108,6 @@ class ShardedProjector(nn.Module):
         # The storage that the kernels and vLLM's own bookkeeping know; see `load`.
         self._live: dict[str, torch.Tensor] = dict(self.named_parameters())
 
-    @property
-    def weight_names(self) -> tuple[str, ...]:
-        """Names of the weights that a checkpoint must hold for this projector."""
-        return tuple(self._live)
-
     def check(self, name: str, loaded: torch.Tensor) -> None:
         """Refuse what `load` could not take.
 
@@ -167,16 +167,7 @@ class ShardedProjector(nn.Module):
 
 
 class ModalityProjectors(nn.ModuleDict):
-    """A `ShardedProjector` for each modality, by name; none on ranks that place no rows.
-
-    Args:
-        specs: the modalities, `hidden_dim` settled.
-        hidden_size: width of a token embedding.
-        rank: this rank.
-        ranks: how many ranks share a projector.
-        dtype: dtype of the weights.
-        place: whether this rank places rows.
-    """
+    """A `ShardedProjector` for each of `specs`, by name; none on ranks that do not `place` rows."""
 
     def __init__(
         self,
@@ -190,40 +181,40 @@ class ModalityProjectors(nn.ModuleDict):
     ) -> None:
         super().__init__()
         self._names = sorted(specs)
-        for spec in specs.values() if place else ():
-            self[spec.name] = ShardedProjector(
-                spec, hidden_size, rank=rank, ranks=ranks, dtype=dtype
-            )
-        self._place = place
+        for name, spec in specs.items() if place else ():
+            self[name] = ShardedProjector(spec, hidden_size, rank=rank, ranks=ranks, dtype=dtype)
 
     def weights(self) -> list[Projector]:
         """The weights as the fusion op takes them."""
         return [cast(ShardedProjector, projector).weights() for projector in self.values()]
 
-    def check(self, name: str, loaded: torch.Tensor) -> tuple[str, str]:
-        """The modality and the weight that a full name means, both known.
-
-        Raises:
-            ValueError: of an unknown modality; or as `ShardedProjector.check`.
-        """
-        modality, _, weight = name.removeprefix(PROJECTOR_PREFIX).partition(".")
+    def _find(self, full: str) -> tuple[ShardedProjector | None, str]:
+        modality, _, weight = full.removeprefix(PROJECTOR_PREFIX).partition(".")
         if modality not in self._names:
             raise ValueError(
-                f"{name}: the config has no modality {modality!r}, expected one of {self._names}"
+                f"{full}: the config has no modality {modality!r}, expected one of {self._names}"
             )
-        if self._place:
-            cast(ShardedProjector, self[modality]).check(weight, loaded)
-        return modality, weight
+        return cast(ShardedProjector, self[modality]) if modality in self else None, weight
 
-    def load(self, name: str, loaded: torch.Tensor) -> None:
-        """Load this rank's share of one weight; see `ShardedProjector.load`.
+    def check(self, full: str, loaded: torch.Tensor) -> None:
+        """Refuse what `load` could not take.
+
+        Raises:
+            ValueError: a weight of an unknown modality; or as `ShardedProjector.check`.
+        """
+        projector, weight = self._find(full)
+        if projector is not None:
+            projector.check(weight, loaded)
+
+    def load(self, full: str, loaded: torch.Tensor) -> None:
+        """Load this rank's share of the weight of this full name; see `ShardedProjector.load`.
 
         Raises:
             ValueError: as `check`.
         """
-        modality, weight = self.check(name, loaded)
-        if self._place:
-            cast(ShardedProjector, self[modality]).load(weight, loaded)
+        projector, weight = self._find(full)
+        if projector is not None:
+            projector.load(weight, loaded)
 
     def refuse_missing(self, loaded: Collection[str]) -> None:
         """Refuse a checkpoint without a weight that is needed here.
@@ -231,11 +222,7 @@ class ModalityProjectors(nn.ModuleDict):
         Raises:
             ValueError: `loaded` lacks one.
         """
-        expected = {
-            projector_tensor(name, weight)
-            for name, projector in self.items()
-            for weight in cast(ShardedProjector, projector).weight_names
-        }
+        expected = {projector_tensor(name, part) for name in self for part in PROJECTOR_PARTS}
         missing = sorted(expected.difference(loaded))
         if missing:
             names = sorted({name.split(".")[1] for name in missing})

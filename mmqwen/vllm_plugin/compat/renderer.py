@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from vllm.renderers.hf import HfRenderer
 
 
 class HookedRenderer(HfRenderer):
-    """Changes nothing by itself; a subclass overrides the hooks."""
+    """A subclass has the hooks.
 
-    def tokens_looked_at(self, prompt: Any) -> AbstractContextManager[None]:
-        """Stands around the processing of a prompt that has become token ids."""
-        return nullcontext()
-
-    def check_embeds(self, prompt: Any) -> None:
-        """Look at a prompt whose tokens are embeddings."""
-
-    def pack(self, prompt: Any, mm_data: Any) -> Any:
-        """What the engine gets for a prompt with items; None: what vLLM makes of it."""
-        return None
+    `tokens_looked_at(prompt)`: a context around the processing of a prompt that has become token
+    ids; `check_embeds(prompt)`, of one whose tokens are embeddings; `pack(prompt, mm_data)`: what
+    the engine gets for a prompt with items, or None for what vLLM makes of it.
+    """
 
     async def in_a_thread(self, function: Callable[..., Any], *args: Any) -> Any:
         """The function's result, without holding up the event loop."""
