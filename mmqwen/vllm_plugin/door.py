@@ -12,7 +12,7 @@ from typing import Any, get_args
 from fastapi import FastAPI, HTTPException, Request
 from vllm.logger import init_logger
 
-from mmqwen.inputs import misplaced_rows
+from mmqwen.misplaced import misplaced_rows
 from mmqwen.modalities import ModalitySpec
 from mmqwen.vllm_plugin import compat
 from mmqwen.vllm_plugin.metrics import count_refusal

@@ -11,7 +11,8 @@ import torch
 from vllm.logger import init_logger
 
 from mmqwen.chat import check_parts_kept
-from mmqwen.inputs import MessageError, misplaced_rows, read_messages, wire_characters
+from mmqwen.inputs import MessageError, read_messages, wire_characters
+from mmqwen.misplaced import misplaced_rows
 from mmqwen.modalities import ModalityError, ModalitySpec, check_no_markers
 from mmqwen.tokens import add_placeholder_tokens
 from mmqwen.transport import EmbeddingError
