@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmqwen._version import __version__
-from mmqwen.checkpoint.headers import read_header, refuse_pointers
-from mmqwen.checkpoint.index import read_weight_map
+from mmqwen.checkpoint.index import read_header, read_weight_map, refuse_pointers
 from mmqwen.checkpoint.names import projector_tensor
 from mmqwen.checkpoint.trained import read_trained, untrained, untrained_message
 from mmqwen.modalities import parse_modalities

@@ -16,11 +16,11 @@ from mmqwen.checkpoint import (
     CheckpointError,
     UntrainedProjectorsWarning,
     build_checkpoint,
-    headers,
     load_projectors,
     read_config,
     save_projectors,
 )
+from mmqwen.checkpoint import index as index_file
 from mmqwen.cli import main
 from mmqwen.modalities import ModalityError, parse_modalities
 from tiny import make_base, make_tokenizer
@@ -419,9 +419,9 @@ def test_a_file_that_may_not_be_read_is_refused(base, tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(headers, "open", refuse, raising=False)
+    monkeypatch.setattr(index_file, "open", refuse, raising=False)
     with pytest.raises(CheckpointError, match=r"model.safetensors cannot be read: Permission"):
-        headers.read_header(base / "model.safetensors")
+        index_file.read_header(base / "model.safetensors")
 
 
 def test_headers_of_every_dtype_pass_and_every_prefix_fails(tmp_path):
@@ -431,14 +431,14 @@ def test_headers_of_every_dtype_pass_and_every_prefix_fails(tmp_path):
     dtypes += [torch.float8_e4m3fn, torch.float8_e5m2]
     tensors = {str(dtype): torch.zeros(3, 5).to(dtype) for dtype in dtypes}
     save_file(tensors | {"none": torch.zeros(0, 4), "one": torch.tensor(1.0)}, file)
-    header, start = headers.read_header(file)
+    header, start = index_file.read_header(file)
     assert header.keys() == tensors.keys() | {"none", "one"}
     whole = file.read_bytes()
     assert start < len(whole)
     for length in range(len(whole)):
         file.write_bytes(whole[:length])
         with pytest.raises(CheckpointError, match=r"truncated|empty|not a safetensors"):
-            headers.read_header(file)
+            index_file.read_header(file)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
-from mmqwen.checkpoint.headers import read_header, refuse_pointers
-from mmqwen.checkpoint.index import read_weight_map, write_index
+from mmqwen.checkpoint.index import read_header, read_weight_map, refuse_pointers, write_index
 from mmqwen.checkpoint.names import (
     BASE_PREFIX,
     BASE_TENSORS,

@@ -37,13 +37,7 @@ def projector_tensor(modality: str, part: str = PROJECTOR_PARTS[0]) -> str:
 
 
 def projector_shapes(dim: int, hidden_dim: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
-    """The shape of each of `PROJECTOR_PARTS`.
-
-    Args:
-        dim: width of a row.
-        hidden_dim: hidden units.
-        hidden_size: width of the text model.
-    """
+    """The shape of each of `PROJECTOR_PARTS`, from rows `dim` wide to a text model's width."""
     shapes = ((hidden_dim, dim), (hidden_dim,), (hidden_size, hidden_dim), (hidden_size,))
     return dict(zip(PROJECTOR_PARTS, shapes, strict=True))
 

@@ -11,8 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmqwen.checkpoint.headers import read_header
-from mmqwen.checkpoint.index import read_index
+from mmqwen.checkpoint.index import read_header, read_index
 from mmqwen.checkpoint.names import (
     BASE_TENSORS,
     INDEX_FILE,

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mmqwen.checkpoint.headers import read_header
+from mmqwen.checkpoint.index import read_header
 from mmqwen.checkpoint.names import (
     BASE_PREFIX,
     INDEX_FILE,

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmqwen.checkpoint.headers import read_metadata
+from mmqwen.checkpoint.index import read_metadata
 from mmqwen.checkpoint.names import PROJECTOR_FILE, CheckpointError
 
 METADATA_KEY = "mmqwen.trained"

@@ -85,12 +85,9 @@ def plain_table(text_model: nn.Module) -> tuple[torch.Tensor, int] | None:
     if type(layer) is not VocabParallelEmbedding:
         return None
     weight = getattr(layer, "weight", None)
-    if (
-        not isinstance(weight, torch.Tensor)
-        or not weight.is_floating_point()
-        or weight.ndim != 2
-        or weight.shape[1] != layer.embedding_dim
-    ):
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+        return None
+    if weight.ndim != 2 or weight.shape[1] != layer.embedding_dim:
         return None
     return weight, layer.shard_indices.org_vocab_start_index
 
