@@ -27,8 +27,7 @@ from mmqwen.checkpoint.names import (
     projector_tensor,
 )
 from mmqwen.checkpoint.projectors import cast_projectors, load_projectors, save_projectors
-from mmqwen.checkpoint.shards import copy_with_rows, place_file
-from mmqwen.checkpoint.staging import check_output, staged
+from mmqwen.checkpoint.shards import check_output, copy_with_rows, place_file, staged
 from mmqwen.checkpoint.trained import read_trained, warn_untrained
 from mmqwen.hf.configuration import MultimodalQwen3Config
 from mmqwen.hf.modeling import MultiModalProjector

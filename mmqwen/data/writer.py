@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import torch
 
 from mmqwen.checkpoint.names import CheckpointError
-from mmqwen.checkpoint.staging import check_output, staged
+from mmqwen.checkpoint.shards import check_output, staged
 from mmqwen.data.format import (
     DATA_FILE,
     DTYPES,

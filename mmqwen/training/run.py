@@ -17,7 +17,7 @@ from mmqwen._version import __version__
 from mmqwen.checkpoint import CheckpointError, UntrainedProjectorsWarning, read_config
 from mmqwen.checkpoint.index import read_weight_map
 from mmqwen.checkpoint.names import only_projectors
-from mmqwen.checkpoint.staging import check_output, staged
+from mmqwen.checkpoint.shards import check_output, staged
 from mmqwen.checkpoint.trained import read_trained, untrained
 from mmqwen.data import DatasetError, Example, RowsDataset, validate
 from mmqwen.data.encoding import stop_ids
