@@ -78,6 +78,31 @@ def encode(
     return Encoding(expansion.token_ids, labels, expansion.items)
 
 
+def check_length(length: int, limit: int | None) -> None:
+    """Refuse a sample of more tokens, rows counted, than the limit.
+
+    Raises:
+        ValueError: it is longer.
+    """
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"{length} tokens with rows, expected at most {limit}; shorten it, raise max_length, "
+            "or let it be cut (overlong)"
+        )
+
+
+def cut(encoding: Encoding, limit: int) -> Encoding:
+    """The first `limit` tokens of a sample; rows whose placeholders go are left out.
+
+    Raises:
+        ValueError: nothing that is learnt is left.
+    """
+    labels = encoding.labels[:limit]
+    if all(label == IGNORED for label in labels):
+        raise ValueError(f"no answer begins in its first {limit} tokens, so that it cannot be cut")
+    return Encoding(encoding.token_ids[:limit], labels, encoding.items)
+
+
 def stop_ids(tokenizer: Any) -> list[int]:
     """The tokens that training teaches as ends: of a sequence, and of a turn of the chat template.
 
