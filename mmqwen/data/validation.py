@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mmqwen.data.encoding import encode
+from mmqwen.data.errors import DatasetError
 from mmqwen.data.format import (
-    DatasetError,
     RowStore,
     Sample,
     check_answers,
