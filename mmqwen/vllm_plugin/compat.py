@@ -112,6 +112,18 @@ def prompt_fields() -> frozenset[str]:
     )
 
 
+# -- weights -----------------------------------------------------------------------------------
+
+
+def are_of_a_loader(weights: Any) -> bool:
+    """Whether weights are a checkpoint that a loader of vLLM's reads from disk, not an update.
+
+    Loaders that can read again have a generator `get_all_weights`, which a first load and
+    `reload_weights` hand to the model as it is.
+    """
+    return getattr(getattr(weights, "gi_code", None), "co_name", None) == "get_all_weights"
+
+
 # -- the server --------------------------------------------------------------------------------
 
 
