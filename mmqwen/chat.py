@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from mmqwen.inputs import MessageError
 from mmqwen.modalities import ModalityError, ModalitySpec, check_marker_count
@@ -13,6 +14,9 @@ _FIELDS = {"refusal": "refusal", "thinking": "thinking", "tool_reference": "name
 """Fields that hold the text of a part, by its type; `text` elsewhere."""
 
 _PROBE = "probe5e1f"
+
+_TAKES: WeakKeyDictionary[Any, dict[tuple[str, str], tuple[bool, bool]]] = WeakKeyDictionary()
+"""What `_takes` found, by tokenizer, then template and role: a dataset asks at each sample."""
 
 
 def shape_messages(
@@ -40,15 +44,15 @@ def shape_messages(
         ValueError: the tokenizer has no chat template.
     """
     template = tokenizer.get_chat_template(chat_template, tools=tools)
-    takes: dict[str, tuple[bool, bool]] = {}
+    takes = _TAKES.setdefault(tokenizer, {})
     shaped = []
     for message in messages:
         role = message.get("role")
         if not isinstance(role, str):
             raise MessageError(f"a message's role is a string, got {type(role).__name__}", "part")
-        if role not in takes:
-            takes[role] = _takes(tokenizer, template, role)
-        shaped.append(_shape(message, *takes[role]))
+        if (template, role) not in takes:
+            takes[template, role] = _takes(tokenizer, template, role)
+        shaped.append(_shape(message, *takes[template, role]))
     return shaped
 
 
