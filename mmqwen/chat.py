@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from mmqwen.inputs import MessageError
+from mmqwen.inputs import MessageError, check_unicode
 from mmqwen.modalities import ModalityError, ModalitySpec, check_marker_count
 
 _FIELDS = {"refusal": "refusal", "thinking": "thinking", "tool_reference": "name"}
@@ -41,19 +41,34 @@ def shape_messages(
 
     Raises:
         MessageError: a message without a role, or a part whose text is none.
-        ValueError: the tokenizer has no chat template.
+        ValueError: the tokenizer has no chat template; text that is no Unicode.
     """
     template = tokenizer.get_chat_template(chat_template, tools=tools)
     takes = _TAKES.setdefault(tokenizer, {})
     shaped = []
     for message in messages:
         role = message.get("role")
+        for text in _strings(message):
+            check_unicode(text)
         if not isinstance(role, str):
             raise MessageError(f"a message's role is a string, got {type(role).__name__}", "part")
         if (template, role) not in takes:
             takes[template, role] = _takes(tokenizer, template, role)
         shaped.append(_shape(message, *takes[template, role]))
     return shaped
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All text that a message holds, at whatever depth."""
+    pending = [value]
+    while pending:
+        inner = pending.pop()
+        if isinstance(inner, str):
+            yield inner
+        elif isinstance(inner, Mapping):
+            pending.extend(inner.values())
+        elif isinstance(inner, (list, tuple)):
+            pending.extend(inner)
 
 
 def render_chat(
