@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mmqwen._version import __version__
 from mmqwen.modalities import parse_modalities
 from mmqwen.shards import read_header, read_weight_map, refuse_pointers
+from mmqwen.stops import read_generation_config
 from mmqwen.trained import read_trained, untrained, untrained_message
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def _plugin() -> str:
 def _checkpoint(folder: Path) -> dict[str, Any]:
     """What a checkpoint is, from its files alone: neither torch nor transformers need to work."""
     found: dict[str, Any] = {"path": str(folder), "model": "", "projectors": {}, "problems": []}
-    for probe in (_describe, _check_weights):
+    for probe in (_describe, _check_weights, _check_generation):
         try:
             probe(folder, found)
         except Exception as error:
@@ -161,6 +162,10 @@ def _check_weights(folder: Path, found: dict[str, Any]) -> None:
             raise ValueError(f"{folder}: modality {name!r} has no projector in the weights")
     for adapter in sorted(folder.glob("**/adapter_model.safetensors")):
         read_header(adapter)
+
+
+def _check_generation(folder: Path, found: dict[str, Any]) -> None:
+    read_generation_config(folder)
 
 
 def _advice(found: dict[str, Any]) -> list[str]:

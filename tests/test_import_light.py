@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -53,3 +55,55 @@ def test_unknown_name_is_an_attribute_error():
 
 def test_submodules_are_not_shadowed_by_lazy_names():
     assert importlib.import_module("mmqwen.transport") is mmqwen.transport
+
+
+# -- who imports whom --------------------------------------------------------------------------
+
+ROOT = Path(mmqwen.__file__).parent.parent
+
+
+def modules():
+    """Name to file of each of our modules."""
+    found = {}
+    for folder, package in ((ROOT, "mmqwen"), (ROOT / "kernels", "mmqwen_kernels")):
+        for file in (folder / package).rglob("*.py"):
+            parts = file.relative_to(folder).with_suffix("").parts
+            found[".".join(parts).removesuffix(".__init__")] = file
+    return found
+
+
+class Imports(ast.NodeVisitor):
+    """What a module imports of `known`, within functions too, but for types alone."""
+
+    def __init__(self, known):
+        self.known, self.found = known, set()
+
+    def visit_If(self, node):
+        for child in node.orelse if ast.unparse(node.test) == "TYPE_CHECKING" else [node]:
+            self.generic_visit(child)
+
+    def visit_Import(self, node):
+        self.found |= {alias.name for alias in node.names} & self.known
+
+    def visit_ImportFrom(self, node):
+        if node.module in self.known:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            self.found |= names & self.known
+            if names - self.known:
+                self.found.add(node.module)
+
+
+def test_no_module_imports_what_imports_it():
+    files = modules()
+    graph = {}
+    for name, file in files.items():
+        visitor = Imports(set(files))
+        visitor.visit(ast.parse(file.read_text(encoding="utf-8")))
+        graph[name] = visitor.found - {name}
+    assert "mmqwen.data.parquet" in graph["mmqwen.data.format"]  # it looks at something
+    while leaves := [name for name, others in graph.items() if not others]:
+        for name in leaves:
+            del graph[name]
+        graph = {name: others - set(leaves) for name, others in graph.items()}
+    # What is left imports, or leads to, a circle.
+    assert graph == {}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, TrainerCallback
 
 from engines import TOLERANCE
 from mmqwen.checkpoint import load_projectors, read_config
@@ -21,6 +21,8 @@ from mmqwen.hf import MultimodalQwen3ForConditionalGeneration, MultimodalQwen3Pr
 from mmqwen.shards import CheckpointError
 from mmqwen.training import TrainingError, TrainSettings, export, train
 from mmqwen.training import run as run_module
+from mmqwen.training.config import alone_in, claim_run_folder
+from mmqwen.training.trainer import last_checkpoint
 from tiny import make_composite
 from training_runs import SAME_CURVE, losses, settings_for, write_data
 
@@ -313,6 +315,53 @@ def test_a_refusal_leaves_nothing(places):
     with pytest.raises(DatasetError, match="no dataset"):
         train(settings)
     assert not settings.run_folder.exists()
+
+
+def test_what_the_output_could_not_be_written_with_is_refused_first(places, tmp_path):
+    model = make_composite(tmp_path / "model")
+    (model / "generation_config.json").write_text("{")
+    with pytest.raises(TrainingError, match=r"generation_config.json: cannot be read"):
+        train(settings_for((model, places[1], tmp_path), "malformed"))
+    assert not (tmp_path / "malformed.run").exists()
+
+
+def test_a_run_that_was_killed_before_a_checkpoint_does_not_block_another(places):
+    """It left a folder, as SIGKILL does, and nothing in it to go on from."""
+    old = settings_for(places, "killed-early")
+    assert claim_run_folder(old, has_checkpoint=False)
+    new = settings_for(places, "killed-early", tokens_per_step=128, max_steps=2)
+    assert losses(train(new))
+
+
+def test_two_runs_do_not_share_a_folder(places):
+    settings = settings_for(places, "shared")
+    with (
+        alone_in(settings.run_folder),
+        pytest.raises(TrainingError, match="another process trains into"),
+    ):
+        train(settings)
+    assert not settings.run_folder.exists()
+    assert train(settings).is_dir()
+
+
+def test_a_run_goes_on_with_the_passes_that_it_began_with(places, monkeypatch):
+    """Its default of tokens would be another where there is another GPU."""
+    from mmqwen.training import run as module
+
+    class Stop(TrainerCallback):
+        def on_save(self, args, state, control, **_):
+            raise KeyboardInterrupt
+
+    settings = settings_for(places, "moved", tokens_per_step=None)
+    whole = train(settings_for(places, "stayed", tokens_per_step=None))
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, callbacks=[Stop()])
+    assert last_checkpoint(settings.run_folder) is not None
+    monkeypatch.setattr(module, "default_tokens", lambda *_: 4096)
+    moved = train(settings)
+    assert losses(moved) == pytest.approx(losses(whole), rel=SAME_CURVE)
+    reports = [json.loads((f / "training.json").read_text()) for f in (whole, moved)]
+    assert reports[0]["tokens_per_step"] == reports[1]["tokens_per_step"] < 4096
 
 
 def test_a_run_that_fails_after_a_checkpoint_keeps_its_folder(places):

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
+from mmqwen.data.errors import DatasetError
 from mmqwen.data.format import (
-    DatasetError,
     RowStore,
     Sample,
     find_folder,

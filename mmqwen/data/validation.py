@@ -10,8 +10,8 @@ from typing import Any
 
 from mmqwen.data.dataset import RowsDataset
 from mmqwen.data.encoding import check_length, cut, encode
+from mmqwen.data.errors import DatasetError
 from mmqwen.data.format import (
-    DatasetError,
     RowStore,
     Sample,
     check_answers,

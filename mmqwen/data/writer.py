@@ -12,12 +12,12 @@ from typing import Any, BinaryIO
 
 import torch
 
+from mmqwen.data.errors import DatasetError
 from mmqwen.data.format import (
     DATA_FILE,
     DTYPES,
     OFFSETS_TENSOR,
     ROWS_TENSOR,
-    DatasetError,
     check_answers,
     items_file,
     read_sample,

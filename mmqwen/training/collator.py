@@ -10,7 +10,7 @@ import torch
 
 from mmqwen.data.dataset import Example
 from mmqwen.data.encoding import IGNORED, Encoding, check_length, cut, encode
-from mmqwen.data.format import DatasetError
+from mmqwen.data.errors import DatasetError
 from mmqwen.modalities import ModalitySpec
 from mmqwen.transport import EmbeddingError, concat_items
 

@@ -18,6 +18,7 @@ from mmqwen.checkpoint import read_config
 from mmqwen.data.encoding import stop_ids
 from mmqwen.hf import MultimodalQwen3Config, MultimodalQwen3ForConditionalGeneration
 from mmqwen.shards import CheckpointError, check_output, read_weight_map, staged
+from mmqwen.stops import read_generation_config
 from mmqwen.tokens import add_placeholder_tokens
 from mmqwen.trained import UntrainedProjectorsWarning, read_trained, untrained
 from mmqwen.training.collator import Collator
@@ -83,6 +84,7 @@ def train(settings: TrainSettings, *, callbacks: Sequence[Any] = ()) -> Path:
             if arguments.process_index == 0:
                 check_output(Path(settings.output))
                 read_weight_map(Path(settings.model))
+                _check_generation(Path(settings.model))
                 stack.enter_context(alone_in(run))
                 has_checkpoint = last_checkpoint(run) is not None
                 if not (has_checkpoint and (run / PLAN_FILE).is_file()):
@@ -96,6 +98,18 @@ def train(settings: TrainSettings, *, callbacks: Sequence[Any] = ()) -> Path:
             if claimed and last_checkpoint(run) is None:
                 release_run_folder(run)
             raise
+
+
+def _check_generation(model: Path) -> None:
+    """See that the file which the output's stops go into can be read, before anything is trained.
+
+    Raises:
+        TrainingError: it cannot.
+    """
+    try:
+        read_generation_config(model)
+    except ValueError as error:
+        raise TrainingError(str(error)) from error
 
 
 def _make_plan(

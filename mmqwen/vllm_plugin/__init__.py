@@ -39,4 +39,4 @@ def register() -> None:
     # Not .register(): it warns that "hf" is taken, at every start, although the subclass acts on
     # our architecture alone.
     RENDERER_REGISTRY.renderers["hf"] = ("mmqwen.vllm_plugin.renderer", "MultimodalQwen3Renderer")
-    guard_http()
+    guard_http("mmqwen.vllm_plugin.door", "Door")

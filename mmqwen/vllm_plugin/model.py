@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -101,7 +101,6 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         self._loaded = False
         self._model_config = model_config
         self._started_from = model_config.model
-        self.secondary_weights = DiskMark()
         self._gathers: bool | None = None
         self._backend = os.environ.get(BACKEND_VARIABLE, DEFAULT_BACKEND)
         self._choice = choice = select_backend(
@@ -210,6 +209,7 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         self._prepared = True
         if not self._place:
             return
+        self._complete()
         self._token_table()
         spec_at = max(range(len(self._spec_list)), key=lambda at: self._needed_bytes(at))
         weights = self._projector(self._spec_list[spec_at].name).weights()
@@ -253,6 +253,7 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         """
         if not multimodal_embeddings or is_multimodal is None:
             return self.language_model.embed_input_ids(input_ids)
+        self._complete()
         projectors = [self._projector(spec.name).weights() for spec in self._spec_list]
         with compat.single_threaded():
             plan = self._plan(
@@ -383,7 +384,8 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         The first load, before the engine's first pass, must bring every projector. Later ones
         (`reload_weights`, weight updates) change what they bring, in place, and nothing else.
         `projector: FILE` of `hf_overrides` is read at the first load, and again where vLLM reads
-        the checkpoint from disk again; not over what an update gives.
+        the checkpoint from disk again; not over what an update gives. Where a loader never comes
+        here (`load_format` dummy, sharded_state, ...), it is read before the first rows are placed.
 
         Returns:
             Names of the parameters that were loaded.
@@ -399,7 +401,6 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
                 if name.startswith(PROJECTOR_PREFIX):
                     self._check_projector_weight(name, tensor)
         loaded: set[str] = set()
-        self.secondary_weights.walked = False
 
         def without_projectors() -> Iterable[tuple[str, torch.Tensor]]:
             for name, tensor in weights:
@@ -412,7 +413,7 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         text_loaded = AutoWeightsLoader(self).load_weights(
             without_projectors(), mapper=self.hf_to_vllm_mapper
         )
-        if first or self.secondary_weights.walked:
+        if first or compat.are_of_a_loader(weights):
             for name, tensor in self._projector_file(keep=set() if first else loaded).items():
                 self._load_projector_weight(name, tensor)
                 loaded.add(name)
@@ -420,6 +421,13 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
             self._refuse_missing(loaded)
             self._loaded = True
         return set(text_loaded) | loaded
+
+    def _complete(self) -> None:
+        """Read `projector: FILE` where the loader has filled the parameters by itself."""
+        if not self._loaded:
+            self._loaded = True
+            for name, tensor in self._projector_file(keep=set()).items():
+                self._load_projector_weight(name, tensor)
 
     def _projector_file(self, keep: set[str]) -> dict[str, torch.Tensor]:
         """The weights of `projector: FILE`; {} without one.
@@ -467,21 +475,6 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         modality, weight = self._check_projector_weight(name, tensor)
         if self._place:
             self._projector(modality).load(weight, tensor)
-
-
-class DiskMark:
-    """The further sources of a checkpoint that vLLM's loader asks a model for: there are none.
-
-    The loader walks them after the checkpoint's own files, so `walked` tells a checkpoint that is
-    read from disk from weights that somebody hands over.
-    """
-
-    def __init__(self) -> None:
-        self.walked = False
-
-    def __iter__(self) -> Iterator[Any]:
-        self.walked = True
-        return iter(())
 
 
 def text_architectures(text_config: Any) -> list[str]:
