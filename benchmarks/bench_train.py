@@ -94,6 +94,7 @@ class Case:
 CASES = [
     Case("0.6B", "ours", 16_384),
     Case("0.6B", "ours", 32_768),
+    Case("0.6B", "ours", 32_768, {"lean": True}),
     Case("0.6B", "ours", 16_384, {"stage": "lora"}),
     Case("0.6B", "padded", 16),
     Case("0.6B", "text", 16_384),
@@ -102,7 +103,9 @@ CASES = [
     Case("8B", "ours", 16_384, {"gradient_checkpointing": True}, steps=8),
     Case("8B", "ours", 8_192, {"stage": "lora"}, steps=8),
     Case("8B", "text", 8_192, steps=8),
+    Case("8B", "text", 16_384, {"gradient_checkpointing": True}, steps=6),
     Case("8B", "text", 8_192, {"stage": "lora"}, steps=8),
+    Case("0.6B", "text", 16_384, {"compile": True}, steps=12),
 ]
 
 
@@ -276,6 +279,7 @@ def run_padded(case: Case, folder: Path) -> dict[str, Any]:
 def run_text(case: Case, folder: Path) -> dict[str, Any]:
     """TRL's SFTTrainer over token ids of the same lengths, a quarter of which are learnt."""
     from datasets import Dataset
+    from datasets.table import InMemoryTable
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
@@ -342,7 +346,7 @@ def run_text(case: Case, folder: Path) -> dict[str, Any]:
     trainer = SFTTrainer(
         model=model,
         args=arguments,
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset(InMemoryTable.from_pylist(rows), fingerprint="rows"),
         processing_class=AutoTokenizer.from_pretrained(base),
         peft_config=lora,
         callbacks=[Watch()],

@@ -237,7 +237,7 @@ NONSENSE = {
     ("accumulation", "keep", "log_steps"): [0, -1, 1.5, "2", True, None],
     ("tokens_per_step", "save_steps", "max_length"): [0, -1, 1.5, "2", True],
     ("overlong", "attention"): ["some", None, 1],
-    ("compile", "liger"): ["no", 1],
+    ("compile", "lean", "liger"): ["no", 1],
     ("lora_rank", "lora_alpha"): [0, -1, 1.5, None],
     ("max_steps",): [0, -2, 1.5, None],
     ("workers",): [-1, 0.5],

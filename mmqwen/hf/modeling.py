@@ -323,6 +323,7 @@ class MultimodalQwen3ForConditionalGeneration(GeneratesWithRows, PreTrainedModel
         text = self._text_model()
         if shift_labels is not None:
             kwargs |= {"inputs_embeds": inputs_embeds, "position_ids": position_ids}
+            kwargs["attention_mask"] = attention_mask
             mean = self._packed_loss(text, logits_to_keep, shift_labels, num_items, kwargs)
             return CausalLMOutputWithPast(loss=mean)
         outputs = text.forward(

@@ -71,19 +71,22 @@ def _no_varlen(text_config: Any, device: torch.device, *, bf16: bool) -> str | N
 
 
 _grouped = False
-"""Whether heads need not be repeated; found out when the attention is registered."""
+"""Whether heads need not be repeated; like the options, found out when the attention is registered,
+since a compiled layer cannot ask."""
+_plain_options: dict[str, Any] = {}
+_grouped_options: dict[str, Any] = {}
 
 
 @cache
 def register() -> None:
     """Make transformers know the attention; needs a CUDA GPU."""
-    global _grouped
+    global _grouped, _plain_options, _grouped_options
+    _plain_options, _grouped_options = _options(False), _options(True)
     _grouped = _groups_heads()
     AttentionInterface.register(VARLEN, _varlen)
     AttentionMaskInterface.register(VARLEN, lambda *_, **__: None)
 
 
-@cache
 def _options(grouped: bool) -> dict[str, Any]:
     """How this torch's `varlen_attn` is told of causality and of grouped heads."""
     from torch.nn.attention.varlen import varlen_attn
@@ -95,7 +98,6 @@ def _options(grouped: bool) -> dict[str, Any]:
     return options
 
 
-@cache
 def _groups_heads() -> bool:
     """Whether key and value may have fewer heads than the query, in both directions.
 
@@ -137,7 +139,7 @@ def _attend(
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    options = {**_options(query.shape[1] != key.shape[1])}
+    options = dict(_grouped_options if query.shape[1] != key.shape[1] else _plain_options)
     if "is_causal" not in options:
         options["window_size"] = (-1 if window is None else window - 1, 0)
     attend: Any = varlen_attn
@@ -160,6 +162,8 @@ def _varlen(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention of each sample: `[1, H, T, d]` in, `[1, T, H, d]` out, transformers' way."""
     query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
+    if query.dtype == torch.float32:  # of norms with float32 weights, under autocast
+        query, key, value = (t.to(torch.get_autocast_dtype("cuda")) for t in (query, key, value))
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and not _grouped:
         key, value = _repeat(key, groups), _repeat(value, groups)

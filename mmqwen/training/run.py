@@ -21,6 +21,7 @@ from mmqwen.shards import CheckpointError, check_output, read_weight_map, staged
 from mmqwen.stops import read_generation_config
 from mmqwen.tokens import add_placeholder_tokens
 from mmqwen.trained import UntrainedProjectorsWarning, read_trained, untrained
+from mmqwen.training.attention import VARLEN
 from mmqwen.training.collator import Collator
 from mmqwen.training.config import (
     PLAN_FILE,
@@ -167,7 +168,8 @@ def _train(
     steps = len(passes) * settings.epochs
     if settings.max_steps > 0:
         steps = settings.max_steps * settings.accumulation
-    fast = speed_up(model, settings, arguments.device, steps * plan.tokens)
+    every = steps * plan.tokens
+    fast = speed_up(model, settings, arguments.device, every, a_pass=plan.tokens)
     flops = flops_per_token(model, settings.stage) if settings.bf16 else None
     meter = Meter(arguments.device, world=world, flops=flops, peak=peak_flops(arguments.device))
     meter.watch(model.projectors)
@@ -190,13 +192,15 @@ def _train(
         eval_passes=eval_passes,
         meter=meter,
         workers=_workers(settings, arguments, len(passes)),
+        has_bounds=fast.attention == VARLEN,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     if settings.progress:
         trainer.add_callback(Bar(compiles=fast.compiled))
     checkpoint = last_checkpoint(settings.run_folder)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with fast.memory():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trained = trained_anywhere(model.projectors_trained)
     if settings.fsdp:  # the shards' whole weights, in a model of the first process alone
         weights = trainable_state(trainer.model)

@@ -147,6 +147,7 @@ class RowsTrainer(Trainer):
         eval_passes: those of evaluation.
         meter: what is measured beside the loss.
         workers: processes that read and encode ahead.
+        has_bounds: whether attention goes by the samples' bounds alone, and reads no mask.
         **kwargs: transformers' own.
     """
 
@@ -159,14 +160,11 @@ class RowsTrainer(Trainer):
         eval_passes: PackedSampler | None,
         meter: Meter,
         workers: int,
+        has_bounds: bool = False,
         **kwargs: Any,
     ) -> None:
-        self.passes, self.eval_passes, self.meter, self.workers = (
-            passes,
-            eval_passes,
-            meter,
-            workers,
-        )
+        self.passes, self.eval_passes = passes, eval_passes
+        self.meter, self.workers, self.has_bounds = meter, workers, has_bounds
         super().__init__(**kwargs)
         self.add_callback(NextEpoch(passes))
 
@@ -221,10 +219,18 @@ class RowsTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """This process's part of the loss, times the processes, whose gradients are averaged."""
-        given = {name: value for name, value in inputs.items() if name != "padding"}
-        outputs = model(**given, num_items_in_batch=num_items_in_batch)
+        outputs = model(**self._given(inputs), num_items_in_batch=num_items_in_batch)
         loss = outputs.loss * self.args.world_size
         return (loss, outputs) if return_outputs else loss
+
+    def _given(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What the model takes of a batch."""
+        given = {name: value for name, value in inputs.items() if name != "padding"}
+        if self.has_bounds:
+            # transformers would look in the positions for where samples begin, and wait for it; a
+            # mask of four dimensions is handed on as it is.
+            given["attention_mask"] = inputs["input_ids"].new_empty(1, 1, 1, 1)
+        return given
 
     def evaluation_loop(
         self,
@@ -241,8 +247,7 @@ class RowsTrainer(Trainer):
         total = torch.zeros((), device=self.args.device, dtype=torch.float32)
         with torch.no_grad():
             for batch in dataloader:
-                inputs = self._prepare_inputs(batch)
-                del inputs["padding"]
+                inputs = self._given(self._prepare_inputs(batch))
                 with self.compute_loss_context_manager():
                     total += self.model_wrapped(**inputs, num_items_in_batch=1).loss
                 sums[1] += len(batch["shift_labels"])
