@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from mmqwen.inputs import MessageError
+from mmqwen.inputs import MessageError, check_unicode
 from mmqwen.modalities import ModalityError, ModalitySpec, check_marker_count
 
 _FIELDS = {"refusal": "refusal", "thinking": "thinking", "tool_reference": "name"}
 """Fields that hold the text of a part, by its type; `text` elsewhere."""
 
 _PROBE = "probe5e1f"
+
+_TAKES: WeakKeyDictionary[Any, dict[tuple[str, str], tuple[bool, bool]]] = WeakKeyDictionary()
+"""What `_takes` found, by tokenizer, then template and role: a dataset asks at each sample."""
 
 
 def shape_messages(
@@ -37,19 +41,34 @@ def shape_messages(
 
     Raises:
         MessageError: a message without a role, or a part whose text is none.
-        ValueError: the tokenizer has no chat template.
+        ValueError: the tokenizer has no chat template; text that is no Unicode.
     """
     template = tokenizer.get_chat_template(chat_template, tools=tools)
-    takes: dict[str, tuple[bool, bool]] = {}
+    takes = _TAKES.setdefault(tokenizer, {})
     shaped = []
     for message in messages:
         role = message.get("role")
+        for text in _strings(message):
+            check_unicode(text)
         if not isinstance(role, str):
             raise MessageError(f"a message's role is a string, got {type(role).__name__}", "part")
-        if role not in takes:
-            takes[role] = _takes(tokenizer, template, role)
-        shaped.append(_shape(message, *takes[role]))
+        if (template, role) not in takes:
+            takes[template, role] = _takes(tokenizer, template, role)
+        shaped.append(_shape(message, *takes[template, role]))
     return shaped
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All text that a message holds, at whatever depth."""
+    pending = [value]
+    while pending:
+        inner = pending.pop()
+        if isinstance(inner, str):
+            yield inner
+        elif isinstance(inner, Mapping):
+            pending.extend(inner.values())
+        elif isinstance(inner, (list, tuple)):
+            pending.extend(inner)
 
 
 def render_chat(

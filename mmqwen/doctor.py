@@ -17,6 +17,7 @@ from mmqwen.checkpoint.index import read_header, read_weight_map, refuse_pointer
 from mmqwen.checkpoint.names import projector_tensor
 from mmqwen.checkpoint.trained import read_trained, untrained, untrained_message
 from mmqwen.modalities import parse_modalities
+from mmqwen.stops import read_generation_config
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -123,7 +124,7 @@ def _plugin() -> str:
 def _checkpoint(folder: Path) -> dict[str, Any]:
     """What a checkpoint is, from its files alone: neither torch nor transformers need to work."""
     found: dict[str, Any] = {"path": str(folder), "model": "", "projectors": {}, "problems": []}
-    for probe in (_describe, _check_weights):
+    for probe in (_describe, _check_weights, _check_generation):
         try:
             probe(folder, found)
         except Exception as error:
@@ -162,6 +163,10 @@ def _check_weights(folder: Path, found: dict[str, Any]) -> None:
             raise ValueError(f"{folder}: modality {name!r} has no projector in the weights")
     for adapter in sorted(folder.glob("**/adapter_model.safetensors")):
         read_header(adapter)
+
+
+def _check_generation(folder: Path, found: dict[str, Any]) -> None:
+    read_generation_config(folder)
 
 
 def _advice(found: dict[str, Any]) -> list[str]:

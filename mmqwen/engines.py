@@ -211,13 +211,24 @@ class TransformersEngine:
 
         from mmqwen.hf import MultimodalQwen3ForConditionalGeneration, MultimodalQwen3Processor
 
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        check_device(device)
         fields = dict(options)
         limit = fields.pop("max_model_len", None)
+        placed = fields.get("device_map")
+        if placed is not None and device != "auto":
+            raise ValueError(
+                f"device {device!r} beside device_map={placed!r}: the map says where each part of "
+                "the model lies; leave one of them out"
+            )
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if placed is None:
+            check_device(device)
         self.model = MultimodalQwen3ForConditionalGeneration.from_pretrained(checkpoint, **fields)
-        self.model.to(device).eval()
+        # Loading places what it quantises, too; accelerate refuses to move what it has placed.
+        if placed is None and not hasattr(self.model, "hf_device_map"):
+            self.model.to(device)
+        self.model.eval()
+        self._device = _input_device(self.model)
         self.processor = MultimodalQwen3Processor.from_pretrained(checkpoint)
         self.tokenizer = self.processor.tokenizer
         self.max_model_len = limit or self.model.config.text_config.max_position_embeddings
@@ -300,8 +311,15 @@ class TransformersEngine:
             pieces.queue.put(None)
 
     def _run(self, prompts: Sequence[Ready], options: Mapping[str, Any]) -> Any:
-        batch = self.processor.join([ready.prompt for ready in prompts]).to(self.model.device)
+        batch = self.processor.join([ready.prompt for ready in prompts]).to(self._device)
         return self.model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
+
+
+def _input_device(model: Any) -> Any:
+    """Where a model takes token ids: accelerate brings weights that it keeps elsewhere there."""
+    hook = getattr(model, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return model.device if device is None else device
 
 
 class _StreamClosed(Exception):

@@ -39,7 +39,7 @@ class MultimodalQwen3Pipeline:
         engine: `"vllm"` (default) or `"transformers"`.
         dtype: `"auto"`, `"float32"`, `"float16"` or `"bfloat16"`.
         **engine_options: passed on to `vllm.LLM` (`max_model_len`, `tensor_parallel_size`, ...) or
-            to `from_pretrained`.
+            to `from_pretrained` (`device_map`, in the place of `device`, ...).
 
     Raises:
         ValueError: an unknown engine, or a device that the engine cannot use.
@@ -78,7 +78,7 @@ class MultimodalQwen3Pipeline:
             self._start(self.model_name)
             warn_untrained(read_trained(self.model_name), self.specs, stacklevel=2)
         elif modalities is not None:
-            self._start(self._build(modalities))
+            self._start_built(modalities)
         elif projector is not None:
             raise ValueError("projector is given without modalities; name them and their widths")
 
@@ -174,12 +174,14 @@ class MultimodalQwen3Pipeline:
         return self._serve([messages], read, True, stream, on_error, {**limits, **options})
 
     def close(self) -> None:
-        """Free the engine and the temporary checkpoint; the pipeline cannot be used again."""
+        """Free the engine and the temporary checkpoint; the pipeline cannot be used again.
+
+        Waits for an engine that another thread is starting, which would outlive it otherwise.
+        """
         self._closed = True
-        self._engine = None
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
+        with self._reading:
+            self._engine = None
+            self._drop_folder()
 
     def __enter__(self) -> MultimodalQwen3Pipeline:
         return self
@@ -223,7 +225,7 @@ class MultimodalQwen3Pipeline:
                 widths: dict[str, int] = {}
                 results = attempt(lambda prompt: add_widths(prompt, widths), results)
                 if widths:
-                    self._start(self._build(widths))
+                    self._start_built(widths)
                     warnings.warn(
                         f"modalities {widths} were read off the first inputs; their projectors "
                         "are untrained",
@@ -278,6 +280,18 @@ class MultimodalQwen3Pipeline:
                 f"{engine.max_model_len} (max_model_len)"
             )
         return ready
+
+    def _start_built(self, modalities: Mapping[str, Any]) -> None:
+        try:
+            self._start(self._build(modalities))
+        except BaseException:
+            self._drop_folder()
+            raise
+
+    def _drop_folder(self) -> None:
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
 
     def _build(self, modalities: Mapping[str, Any]) -> str:
         from mmqwen.checkpoint import build_checkpoint

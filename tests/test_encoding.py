@@ -18,6 +18,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
+from mmqwen.chat import render_chat
 from mmqwen.data import DatasetError, DatasetWriter, Encoding, Sample, encode, validate
 from mmqwen.data.encoding import IGNORED, stop_ids
 from mmqwen.modalities import assign_token_ids, parse_modalities
@@ -170,6 +171,28 @@ def test_a_prompt_ends_where_it_is_served_though_the_text_would_merge(name):
     assert encoding.token_ids[: len(prompt)] == prompt
     assert tokenizer.decode(encoding.token_ids) == tokenizer.decode(whole)
     assert learnt(encoding, tokenizer) == ["\nhi" + ENDS[name]]
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-vl", "smolvlm"])
+@pytest.mark.parametrize("turns", [1, 2])
+def test_a_template_that_reads_parts_is_given_parts(name, turns):
+    """As serving does it: SmolVLM's prints nothing of a text that stands where it expects parts."""
+    template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+    tokenizer = load("qwen2.5", template=template)
+    end = {"qwen2.5-vl": "<|im_end|>", "smolvlm": "<end_of_utterance>"}[name]
+    tokenizer.add_special_tokens({"additional_special_tokens": [end]})
+    specs = with_m1(tokenizer)
+    asked = [("user", "think <|m1|> hi"), ("assistant", "hi"), ("user", "n"), ("assistant", "in")]
+    messages = talk(*asked[: 2 * turns])
+    encoding = encode(Sample(messages=messages, items={"m1": [0]}), {"m1": [1]}, tokenizer, specs)
+    text = render_chat(tokenizer, messages[:-1], add_generation_prompt=True)
+    prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert "think <|m1|> hi" in text
+    assert encoding.token_ids[: len(prompt)] == prompt
+    assert encoding.labels[len(prompt)] != IGNORED
+    written = [" hi", " in"] if name == "smolvlm" else ["hi", "in"]
+    assert learnt(encoding, tokenizer) == [answer + end for answer in written[:turns]]
+    assert stop_ids(tokenizer)[-1] == tokenizer.convert_tokens_to_ids(end)
 
 
 def test_the_empty_think_block_is_prompt_where_serving_writes_it():

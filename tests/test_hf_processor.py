@@ -202,6 +202,7 @@ def test_saved_alone_and_loaded(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     again = MultimodalQwen3Processor.from_pretrained(tmp_path)
     assert again.specs == processor.specs
+    assert again.vocab_size == processor.vocab_size == 467
     data = {"m1": [rows(2, 24)]}
     assert torch.equal(
         again("a <|m1|>", data)["input_ids"], processor("a <|m1|>", data)["input_ids"]
@@ -259,6 +260,10 @@ def test_ids_that_the_tokenizer_cannot_give_are_refused(fields, words):
         ("lone \ud800", None, ValueError, "character 5.*surrogate"),
         ([[5, None]], None, ValueError, "token id 1 .*None, expected an integer"),
         ([3.5], None, ValueError, "got float"),
+        ([5, 467], None, ValueError, "token id 1 of the prompt is 467, expected 0 to 466"),
+        ([5, -1], None, ValueError, "token id 1 of the prompt is -1, expected 0 to 466"),
+        ([[5], [2**40]], None, ValueError, "token id 0 of the prompt is 1099511627776"),
+        ({"prompt_token_ids": [467]}, None, ValueError, "token id 0 of the prompt is 467"),
         ({"multimodal_data": {}}, None, ValueError, "exactly one of .text."),
         ({"text": "x", "extra": 1}, None, ValueError, "extra"),
         ({"text": "x", "multi_modal_data": {"m1": [rows(24)]}}, {}, ValueError, "twice"),
@@ -267,6 +272,22 @@ def test_ids_that_the_tokenizer_cannot_give_are_refused(fields, words):
 def test_bad_input_is_refused(processor, text, data, error, words):
     with pytest.raises(error, match=words):
         processor(text, data)
+
+
+def test_ids_beyond_the_tokenizer_where_no_table_is_known():
+    alone = MultimodalQwen3Processor(make_tokenizer(), MODALITIES)
+    assert alone([M2 - 2])["input_ids"].tolist() == [[M2 - 2]]
+    with pytest.raises(ValueError, match=f"is {M2 + 1}, expected 0 to {M2}"):
+        alone([M2 + 1])
+
+
+@pytest.mark.parametrize("tokenize", [False, True])
+@pytest.mark.parametrize(
+    "content", ["lone \ud800", [{"type": "text", "text": "lone \ud800"}], ["lone \ud800"]]
+)
+def test_messages_that_are_no_unicode(processor, content, tokenize):
+    with pytest.raises(ValueError, match=r"character 5 .*surrogate"):
+        processor.apply_chat_template([{"role": "user", "content": content}], tokenize=tokenize)
 
 
 @pytest.mark.parametrize(

@@ -590,6 +590,87 @@ def test_modalities_are_read_off_the_whole_first_batch(tmp_path):
         lazy.generate("text")
 
 
+@pytest.fixture
+def late_start(tmp_path, monkeypatch):
+    """A pipeline in a thread that starts its engine; the event lets it go on."""
+    from mmqwen import pipeline as module
+
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Late(module.TransformersEngine):
+        def __init__(self, *args):
+            begun.set()
+            go_on.wait(60)
+            super().__init__(*args)
+
+    monkeypatch.setattr(module, "TransformersEngine", Late)
+    lazy = MultimodalQwen3Pipeline(
+        make_base(tmp_path / "base"), engine="transformers", dtype="float32"
+    )
+    results = []
+
+    def ask():
+        prompt = {"prompt": "read", "multi_modal_data": {"m1": [[0.5] * 12]}}
+        try:
+            results.append(lazy.generate(prompt, max_tokens=2))
+        except BaseException as error:
+            results.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    assert begun.wait(60)
+    yield lazy, go_on, thread, results
+    go_on.set()
+    thread.join()
+
+
+@pytest.mark.filterwarnings("ignore:modalities")
+def test_close_waits_for_an_engine_that_is_starting(late_start):
+    lazy, go_on, thread, results = late_start
+    folder = Path(lazy._folder.name)
+    closing = threading.Thread(target=lazy.close)
+    closing.start()
+    closing.join(0.2)
+    assert folder.is_dir()  # which the engine is about to read
+    go_on.set()
+    thread.join()
+    closing.join()
+    assert "closed" in str(results[0])
+    assert lazy._engine is None
+    assert not folder.exists()
+
+
+@pytest.mark.filterwarnings("ignore:modalities")
+def test_an_engine_that_does_not_start_leaves_no_folder(late_start, monkeypatch):
+    lazy, go_on, thread, results = late_start
+    folder = Path(lazy._folder.name)
+    (folder / "checkpoint" / "projectors.safetensors").unlink()
+    go_on.set()
+    thread.join()
+    assert isinstance(results[0], Exception)
+    assert not folder.exists()
+    assert lazy._folder is None
+
+
+def test_a_model_that_accelerate_places_is_left_where_it_is(checkpoint, by_transformers, tmp_path):
+    pytest.importorskip("accelerate")
+    places = {
+        "model.embed_tokens": "disk", "model.layers.0": "cpu", "model.layers.1": "disk",
+        "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu", "projectors": "disk",
+    }  # fmt: skip
+    options = {"engine": "transformers", "dtype": "float32", "max_model_len": 256}
+    options |= {"offload_folder": str(tmp_path)}
+    with MultimodalQwen3Pipeline(checkpoint, device_map=places, **options) as mapped:
+        model = mapped._engine.model
+        assert model.hf_device_map == places
+        assert model.get_input_embeddings().weight.is_meta
+        expected = by_transformers.generate(PLAIN, max_tokens=4)
+        assert mapped.generate(PLAIN, max_tokens=4) == expected
+        assert "".join(mapped.generate(PLAIN, max_tokens=4, stream=True)) == expected
+    with pytest.raises(ValueError, match=r"device 'cpu' beside device_map='auto'"):
+        MultimodalQwen3Pipeline(checkpoint, device="cpu", device_map="auto", **options)
+
+
 def test_mistakes_at_construction(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="engine"):
         MultimodalQwen3Pipeline(checkpoint, engine="tensorrt")

@@ -20,7 +20,7 @@ import torch
 from engines import TOLERANCE, reference, rows_of
 from malformed import CHAT, COMPLETIONS, chat, good_part, malformed, text
 from mmqwen.client import embeds_part
-from servers import STOCK, TINY_FLAGS, Server, launch, running
+from servers import ENGINE_FLAGS, STOCK, TINY_FLAGS, Server, launch, run_batch, running
 from tiny import make_composite
 
 vllm = pytest.importorskip("vllm")
@@ -799,6 +799,26 @@ def test_stock_server_takes_embeddings(checkpoint, tmp_path):
         closed = 403 if CLOSED_BY_VLLM else 400  # 400: open, and the body is not what it takes
         refuse(server, {}, path="/inference/v1/generate", status=closed)
         assert server.stop() == 0
+
+
+def test_rows_in_fields_of_a_batch(checkpoint, tmp_path):
+    """`vllm run-batch` hands lines to their handlers past every route, and so past the door."""
+    body = {"model": str(checkpoint), **TEXT_DOORS[CHAT]}
+    line = {"method": "POST", "url": CHAT, "body": body}
+    parts = {"messages": [{"role": "user", "content": [good_part(), text("?")]}]}
+    served = {"text": line, "parts": {**line, "body": {**body, **parts}}}
+    refused = {f: {**line, "body": {**body, f: value}} for f, value in MISPLACED.items()}
+    refused["mm_data beside the body"] = {**line, "mm_data": {"m1": [ROWS]}}
+    asked, answered = tmp_path / "asked.jsonl", tmp_path / "answered.jsonl"
+    lines = {**served, **refused}.items()
+    asked.write_text("".join(json.dumps({"custom_id": k, **v}) + "\n" for k, v in lines))
+    run_batch(["--model", str(checkpoint), "-i", str(asked), "-o", str(answered), *ENGINE_FLAGS])
+    found = {entry["custom_id"]: entry for entry in map(json.loads, answered.open())}
+    for name in served:
+        assert found[name]["response"]["body"]["choices"], found[name]
+    for name in refused:
+        assert found[name]["response"]["status_code"] == 400, found[name]
+        assert name.split()[0] in json.dumps(found[name]["error"])
 
 
 @pytest.mark.parametrize("begun", ["not begun", "stream", "json"])

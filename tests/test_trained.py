@@ -47,7 +47,7 @@ def data(tmp_path_factory):
 
 
 def settings(start: Path, data: Path, output: Path, **options) -> TrainSettings:
-    fields = {"max_steps": 2, "batch_size": 2, "cpu": True, "progress": False, "log_steps": 1}
+    fields = {"max_steps": 2, "tokens_per_step": 64, "cpu": True, "progress": False, "log_steps": 1}
     return TrainSettings(model=start, data=data, output=output, **fields | options)
 
 

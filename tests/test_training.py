@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, TrainerCallback
 
 from engines import TOLERANCE
 from mmqwen.checkpoint import CheckpointError, load_projectors, read_config
 from mmqwen.cli import main
-from mmqwen.data import DatasetError, RowsDataset
+from mmqwen.data import DatasetError
 from mmqwen.hf import MultimodalQwen3ForConditionalGeneration, MultimodalQwen3Processor
-from mmqwen.training import Collator, TrainingError, TrainSettings, export, train
+from mmqwen.training import TrainingError, TrainSettings, export, train
 from mmqwen.training import run as run_module
+from mmqwen.training.config import alone_in, claim_run_folder
+from mmqwen.training.trainer import last_checkpoint
 from tiny import make_composite
 from training_runs import SAME_CURVE, losses, settings_for, write_data
 
@@ -119,12 +121,17 @@ def test_full_stage_changes_everything(places):
     assert losses(output)[-1] < losses(output)[0]
 
 
-def test_checkpointing_and_accumulation_change_nothing(places):
+def test_checkpointing_changes_nothing(places):
     plain = losses(train(settings_for(places, "plain", stage="lora")))
     less = train(settings_for(places, "less", stage="lora", gradient_checkpointing=True))
     assert losses(less) == pytest.approx(plain, rel=SAME_CURVE)
-    parts = train(settings_for(places, "parts", stage="lora", batch_size=2, accumulation=2))
-    assert losses(parts) == pytest.approx(plain, rel=SAME_CURVE)
+
+
+def test_a_step_of_two_passes_learns_what_one_of_both_does(places):
+    """The mean is over the learnt tokens of the step, not over the passes, which differ in them."""
+    whole = settings_for(places, "one-pass", tokens_per_step=2048, max_steps=2)
+    parts = settings_for(places, "two-passes", tokens_per_step=512, accumulation=8, max_steps=2)
+    assert losses(train(parts)) == pytest.approx(losses(train(whole)), rel=SAME_CURVE)
 
 
 @pytest.mark.parametrize("stage", ["projector", "lora", "full"])
@@ -158,36 +165,6 @@ def test_a_saved_model_with_one_file_gets_new_projectors(places, tmp_path):
 
 
 # -- batches -----------------------------------------------------------------------------------
-
-
-def test_the_batch_gives_the_loss_of_the_whole_sequence(places):
-    """The tail of the logits, left padding and packed rows change nothing."""
-    model = MultimodalQwen3ForConditionalGeneration.from_pretrained(places[0]).train()
-    processor = MultimodalQwen3Processor.from_pretrained(places[0])
-    collator = Collator(processor.tokenizer, model.specs)
-    examples = [RowsDataset(places[1])[i] for i in (0, 1, 3, 23)]
-    batch = collator(examples)
-    assert batch["logits_to_keep"] < batch["input_ids"].shape[1]
-    loss = model(**batch).loss
-    total, count = 0.0, 0
-    for example in examples:
-        one = collator([example])
-        del one["logits_to_keep"]
-        learnt = int((one["labels"] != -100).sum())
-        total += model(**one).loss.item() * learnt
-        count += learnt
-    assert loss.item() == pytest.approx(total / count, rel=0, abs=TOLERANCE)
-
-
-def test_rows_are_packed_in_the_order_of_the_placeholders(places):
-    processor = MultimodalQwen3Processor.from_pretrained(places[0])
-    examples = [RowsDataset(places[1])[i] for i in range(6)]
-    batch = Collator(processor.tokenizer, processor.specs)(examples)
-    want = torch.cat([item for e in examples for item in e.rows["m1"]])
-    assert torch.equal(batch["embeddings"]["m1"], want)
-    assert batch["embeddings"]["m2"].shape == (2, 40)
-    text_only = Collator(processor.tokenizer, processor.specs)([RowsDataset(places[1])[23]])
-    assert text_only["embeddings"]["m1"].shape == (0, 24)
 
 
 # -- what is refused ---------------------------------------------------------------------------
@@ -232,8 +209,8 @@ def test_a_long_sample_is_named_before_training(places):
 def test_settings_that_do_not_fit(places):
     with pytest.raises(TrainingError, match="stage 'all'"):
         settings_for(places, "x", stage="all")
-    with pytest.raises(TrainingError, match="batch_size is 0"):
-        settings_for(places, "x", batch_size=0)
+    with pytest.raises(TrainingError, match="accumulation is 0"):
+        settings_for(places, "x", accumulation=0)
     with pytest.raises(TrainingError, match="not both"):
         settings_for(places, "x", eval_data="a", eval_share=0.1)
     with pytest.raises(TrainingError, match="one side empty"):
@@ -256,11 +233,13 @@ NONSENSE = {
     ("schedule",): [None, 1],
     ("fsdp",): [True, 1],
     ("lora_layers",): ["q_proj", (), ("",), (1,), None],
-    ("batch_size", "accumulation", "keep", "log_steps"): [0, -1, 1.5, "2", True, None],
-    ("save_steps", "max_length"): [0, -1, 1.5, "2", True],
+    ("accumulation", "keep", "log_steps"): [0, -1, 1.5, "2", True, None],
+    ("tokens_per_step", "save_steps", "max_length"): [0, -1, 1.5, "2", True],
+    ("overlong", "attention"): ["some", None, 1],
+    ("compile", "lean", "liger"): ["no", 1],
     ("lora_rank", "lora_alpha"): [0, -1, 1.5, None],
     ("max_steps",): [0, -2, 1.5, None],
-    ("workers",): [-1, 0.5, None],
+    ("workers",): [-1, 0.5],
     ("seed",): [-1, 2**32, 0.5, None],
     ("epochs", "lr"): [0, -1, NAN, INF, "1", True],
     ("eval_share", "warmup", "lora_dropout"): [-0.1, 1, 5, NAN, None],
@@ -284,8 +263,8 @@ def test_every_setting_is_tried_and_numpy_s_numbers_are_numbers():
 
     names = {field.name for field in fields(TrainSettings)}
     assert names - {name for name, _ in NONSENSE_OF_ONE} == set()
-    settings = TrainSettings("m", "d", "o", batch_size=np.int64(4), lr=np.float32(0.5), epochs=2)
-    assert settings.to_dict()["batch_size"] == 4
+    settings = TrainSettings("m", "d", "o", accumulation=np.int64(4), lr=np.float32(0.5), epochs=2)
+    assert settings.to_dict()["accumulation"] == 4
     assert settings.to_dict()["lr"] == 0.5
 
 
@@ -335,6 +314,53 @@ def test_a_refusal_leaves_nothing(places):
     with pytest.raises(DatasetError, match="no dataset"):
         train(settings)
     assert not settings.run_folder.exists()
+
+
+def test_what_the_output_could_not_be_written_with_is_refused_first(places, tmp_path):
+    model = make_composite(tmp_path / "model")
+    (model / "generation_config.json").write_text("{")
+    with pytest.raises(TrainingError, match=r"generation_config.json: cannot be read"):
+        train(settings_for((model, places[1], tmp_path), "malformed"))
+    assert not (tmp_path / "malformed.run").exists()
+
+
+def test_a_run_that_was_killed_before_a_checkpoint_does_not_block_another(places):
+    """It left a folder, as SIGKILL does, and nothing in it to go on from."""
+    old = settings_for(places, "killed-early")
+    assert claim_run_folder(old, has_checkpoint=False)
+    new = settings_for(places, "killed-early", tokens_per_step=128, max_steps=2)
+    assert losses(train(new))
+
+
+def test_two_runs_do_not_share_a_folder(places):
+    settings = settings_for(places, "shared")
+    with (
+        alone_in(settings.run_folder),
+        pytest.raises(TrainingError, match="another process trains into"),
+    ):
+        train(settings)
+    assert not settings.run_folder.exists()
+    assert train(settings).is_dir()
+
+
+def test_a_run_goes_on_with_the_passes_that_it_began_with(places, monkeypatch):
+    """Its default of tokens would be another where there is another GPU."""
+    from mmqwen.training import run as module
+
+    class Stop(TrainerCallback):
+        def on_save(self, args, state, control, **_):
+            raise KeyboardInterrupt
+
+    settings = settings_for(places, "moved", tokens_per_step=None)
+    whole = train(settings_for(places, "stayed", tokens_per_step=None))
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, callbacks=[Stop()])
+    assert last_checkpoint(settings.run_folder) is not None
+    monkeypatch.setattr(module, "default_tokens", lambda *_: 4096)
+    moved = train(settings)
+    assert losses(moved) == pytest.approx(losses(whole), rel=SAME_CURVE)
+    reports = [json.loads((f / "training.json").read_text()) for f in (whole, moved)]
+    assert reports[0]["tokens_per_step"] == reports[1]["tokens_per_step"] < 4096
 
 
 def test_a_run_that_fails_after_a_checkpoint_keeps_its_folder(places):
@@ -408,7 +434,6 @@ def test_one_of_two_gpus_is_used_and_it_is_said(places, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, logger="mmqwen"):
         arguments = run_module._arguments(settings)
     assert arguments.n_gpu == 1
-    assert arguments.train_batch_size == settings.batch_size
     # transformers has its own to say where another test has started a process group.
     (record,) = [record for record in caplog.records if record.name.startswith("mmqwen")]
     assert "one of 2 GPUs" in record.getMessage()

@@ -93,7 +93,8 @@ def settings(tmp_path_factory):
         stage="lora",
         lora_dropout=0.2,  # so that the random state must come back, too
         max_steps=9,  # one and a half epochs: the order of the second must come back
-        batch_size=4,
+        tokens_per_step=64,
+        accumulation=2,
         lr=1e-2,
         log_steps=1,
         save_steps=2,
@@ -120,7 +121,7 @@ def test_a_killed_run_goes_on_with_the_same_curve(settings, whole, code, left):
     result = run([sys.executable, "-c", code, json.dumps(own.to_dict())])
     assert result.returncode == -signal.SIGKILL, result.stderr[-2000:]
     found = sorted(p.name for p in own.run_folder.iterdir())
-    kept = ("runs", "settings.json", "datasets.json")
+    kept = ("runs", "settings.json", "datasets.json", "plan.safetensors", ".lock")
     assert [name for name in found if name not in kept] == left
     assert not Path(own.output).exists()
 
@@ -163,7 +164,7 @@ def free_port() -> int:
 
 @pytest.mark.parametrize("stage", ["projector", pytest.param("full", marks=pytest.mark.slow)])
 def test_two_processes_learn_what_one_does(settings, stage):
-    """Batches of 2 on two ranks, some without rows of a modality, equal batches of 4 on one."""
+    """A pass on each of two ranks, some without rows of a modality, equals two passes of one."""
     lr = {"projector": 1e-2, "full": 1e-3}[stage]
     alone = replace(settings, output=f"{settings.output}-one-{stage}", stage=stage, lr=lr)
     one = train(alone)
@@ -171,7 +172,7 @@ def test_two_processes_learn_what_one_does(settings, stage):
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
     launch += ["--master-port", str(free_port()), "-m", "mmqwen.cli", "train"]
     flags = ["--model", settings.model, "--data", settings.data, "-o", str(two), "--stage", stage]
-    flags += ["--max-steps", "9", "--batch-size", "2", "--lr", str(lr), "--log-steps", "1"]
+    flags += ["--max-steps", "9", "--tokens-per-step", "64", "--lr", str(lr), "--log-steps", "1"]
     flags += ["--save-steps", "2", "--cpu", "--no-progress", "--lora-dropout", "0.2"]
     result = run([sys.executable, *launch, *flags])
     assert result.returncode == 0, result.stderr[-3000:]
@@ -185,7 +186,7 @@ def test_shards_learn_what_one_process_does_and_go_on_after_a_kill(settings, tmp
     shared = {"stage": "full", "lr": 1e-3, "lora_dropout": 0.0}
     one = train_apart(replace(settings, output=f"{settings.output}-one-for-shards", **shared))
     two = replace(
-        settings, output=f"{settings.output}-shards", batch_size=2, fsdp="full_shard", **shared
+        settings, output=f"{settings.output}-shards", accumulation=1, fsdp="full_shard", **shared
     )
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)

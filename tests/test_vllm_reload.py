@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -250,6 +251,73 @@ def test_a_projector_file_is_not_read_over_what_an_update_gives(folders, tmp_pat
     shutil.copy(old / "projectors.safetensors", file)
     llm.collective_rpc("reload_weights", kwargs={"weights_path": str(new)})
     assert_answers_as(llm, new)
+
+
+@pytest.fixture
+def plain_loader():
+    """A loader of somebody's own, of no kin to vLLM's default one: its name."""
+    from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER as loaders
+    from vllm.model_executor.model_loader import BaseModelLoader, register_model_loader
+
+    @register_model_loader("plain")
+    class Plain(BaseModelLoader):
+        def download_model(self, model_config):
+            pass
+
+        def get_all_weights(self, model_config, model):
+            yield from weights_of(Path(model_config.model)).items()
+
+        def load_weights(self, model, model_config):
+            model.load_weights(self.get_all_weights(model_config, model))
+
+    yield "plain"
+    del loaders["plain"]
+
+
+def test_a_projector_file_under_another_loader(folders, tmp_path, plain_loader):
+    old, new = folders
+    file = tmp_path / "projectors.safetensors"
+    shutil.copy(new / "projectors.safetensors", file)
+    base = old.with_name("old-base")
+    llm = start(
+        base, hf_overrides=overrides(old, file), load_format=plain_loader,
+        enable_prefix_caching=False,
+    )  # fmt: skip
+    mixed = shutil.copytree(old, tmp_path / "mixed")
+    (mixed / "projectors.safetensors").unlink()
+    shutil.copy(file, mixed)
+    assert_answers_as(llm, mixed)
+    shutil.copy(old / "projectors.safetensors", file)
+    llm.collective_rpc("reload_weights")
+    assert_answers_as(llm, old)
+    # An update that comes as a stream is no checkpoint.
+    projectors = load_file(new / "projectors.safetensors")
+    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(projectors.items())})
+    assert_answers_as(llm, mixed)
+
+
+def test_a_projector_file_where_the_loader_fills_parameters_by_itself(folders, monkeypatch):
+    """It was left out without a word: `dummy` and `sharded_state` never call `load_weights`."""
+    from mmqwen.vllm_plugin import model as module
+
+    old = folders[0]
+    file = old / "projectors.safetensors"
+    llm = start(old.with_name("old-base"), hf_overrides=overrides(old, file), load_format="dummy")
+    fuse, used = module.fuse_embeddings, []
+
+    def noting(ids, table, rows, projectors, **options):
+        used.append([projector.w1.clone() for projector in projectors])
+        return fuse(ids, table, rows, projectors, **options)
+
+    monkeypatch.setattr(module, "fuse_embeddings", noting)
+    ask(llm)
+    tensors = load_file(file)
+    expected = [tensors[f"projectors.{name}.linear_1.weight"] for name in ("m1", "m2")]
+    assert any(len(weights) == 2 for weights in used)  # a step with rows
+    for weight in (weight for weights in used for weight in weights):
+        assert any(torch.equal(weight, one) for one in expected if one.shape == weight.shape)
+    found = model_of(llm).projectors.state_dict()
+    assert all(torch.equal(found[n.removeprefix("projectors.")], t) for n, t in tensors.items())
 
 
 def test_the_first_load_alone_must_be_complete(folders):

@@ -48,6 +48,6 @@ def losses(folder: Path) -> list[float]:
 
 def settings_for(places, name: str, **options) -> TrainSettings:
     model, data, folder = places
-    fields = {"max_steps": 6, "batch_size": 4, "lr": 1e-2, "log_steps": 1, "save_steps": 3}
+    fields = {"max_steps": 6, "tokens_per_step": 96, "lr": 1e-2, "log_steps": 1, "save_steps": 3}
     fields |= {"cpu": True, "progress": False, **options}
     return TrainSettings(model=model, data=data, output=folder / name, **fields)

@@ -17,8 +17,9 @@ from __future__ import annotations
 from mmqwen.data.convert import from_npy_folder
 from mmqwen.data.dataset import Example, RowsDataset
 from mmqwen.data.encoding import Encoding, encode
-from mmqwen.data.format import DatasetError, RowStore, Sample
-from mmqwen.data.validation import DatasetSummary, validate
+from mmqwen.data.errors import DatasetError
+from mmqwen.data.format import RowStore, Sample
+from mmqwen.data.validation import DatasetSummary, measure, validate
 from mmqwen.data.writer import DatasetWriter
 
 __all__ = [
@@ -32,5 +33,6 @@ __all__ = [
     "Sample",
     "encode",
     "from_npy_folder",
+    "measure",
     "validate",
 ]

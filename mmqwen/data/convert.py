@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmqwen.data.format import DatasetError, TextLines, read_sample
+from mmqwen.data.errors import DatasetError
+from mmqwen.data.format import TextLines, read_sample
 from mmqwen.data.writer import DatasetWriter
 
 SAMPLES_FILE = "samples.jsonl"

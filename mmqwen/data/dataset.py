@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
+from mmqwen.data.errors import DatasetError
 from mmqwen.data.format import (
-    DatasetError,
     RowStore,
     Sample,
     find_folder,
@@ -70,7 +70,7 @@ class RowsDataset(Dataset[Example]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         index %= len(self)
-        where = f"{self._lines.file}:{index + 1}"
+        where = self.where(index)
         try:
             sample = self.sample(index)
             rows = {
@@ -94,7 +94,11 @@ class RowsDataset(Dataset[Example]):
         except DatasetError:
             raise
         except ValueError as error:
-            raise DatasetError(f"{self._lines.file}:{index + 1}: {error}") from None
+            raise DatasetError(f"{self.where(index)}: {error}") from None
+
+    def where(self, index: int) -> str:
+        """File and line of a sample, for messages."""
+        return f"{self._lines.file}:{index + 1}"
 
     def store(self, name: str) -> RowStore:
         """The items of one modality."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mmqwen.chat import shape_messages
 from mmqwen.data.format import Sample, check_answers, check_text
 from mmqwen.modalities import ModalitySpec, expand_markers
 
@@ -78,6 +79,31 @@ def encode(
     return Encoding(expansion.token_ids, labels, expansion.items)
 
 
+def check_length(length: int, limit: int | None) -> None:
+    """Refuse a sample of more tokens, rows counted, than the limit.
+
+    Raises:
+        ValueError: it is longer.
+    """
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"{length} tokens with rows, expected at most {limit}; shorten it, raise max_length, "
+            "or let it be cut (overlong)"
+        )
+
+
+def cut(encoding: Encoding, limit: int) -> Encoding:
+    """The first `limit` tokens of a sample; rows whose placeholders go are left out.
+
+    Raises:
+        ValueError: nothing that is learnt is left.
+    """
+    labels = encoding.labels[:limit]
+    if all(label == IGNORED for label in labels):
+        raise ValueError(f"no answer begins in its first {limit} tokens, so that it cannot be cut")
+    return Encoding(encoding.token_ids[:limit], labels, encoding.items)
+
+
 def stop_ids(tokenizer: Any) -> list[int]:
     """The tokens that training teaches as ends: of a sequence, and of a turn of the chat template.
 
@@ -134,7 +160,8 @@ def _find_answers(
         raise ValueError(
             "the tokenizer has no chat template; write samples with 'prompt' and 'answer'"
         )
-    whole = render(messages, False)
+    shaped = shape_messages(tokenizer, messages)
+    whole = render(shaped, False)
     other = "answer0"  # letters that templates leave alone, and that stand nowhere else
     while other in whole:
         other += "0"
@@ -144,11 +171,11 @@ def _find_answers(
     for index in range(len(messages) - 1, -1, -1):
         if messages[index]["role"] != "assistant":
             continue
-        before = render(messages[:index], True)
+        before = render(shaped[:index], True)
         if not text.startswith(before):
             raise ValueError(_rewritten(index))
-        changed = [*messages[:upto]]
-        changed[index] = {**changed[index], "content": other}
+        changed = shaped[:upto]
+        (changed[index],) = shape_messages(tokenizer, [{**messages[index], "content": other}])
         _, *rest = render(changed, is_prompt)[len(before) :].split(other)
         begin, end = len(before), len(text) - len("".join(rest))
         if len(rest) != 1 or end <= begin or not text.endswith(rest[0]):
@@ -160,7 +187,7 @@ def _find_answers(
             ending = _turn_end(rest[0], tokenizer)
         elif not (
             text[begin:end].rstrip().endswith(messages[index]["content"].strip())
-            or render(messages[: index + 1], False).startswith(text[:end])
+            or render(shaped[: index + 1], False).startswith(text[:end])
         ):
             raise ValueError(_rewritten(index))  # a reasoning that is kept for the last turn only
         elif not rest[0].startswith(ending):

@@ -6,16 +6,15 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from mmqwen.data.errors import DatasetError
+from mmqwen.data.parquet import ParquetRows
 from mmqwen.modalities import ROW_DTYPES, ModalitySpec
-
-if TYPE_CHECKING:
-    from mmqwen.data.parquet import ParquetRows
 
 DATA_FILE = "data.jsonl"
 PARQUET_FILE = "data.parquet"
@@ -26,19 +25,6 @@ DTYPES = {code: getattr(torch, name) for name, (code, _) in ROW_DTYPES.items()}
 
 _BLOCK_BYTES = 16 * 2**20
 _ROLES = ("system", "user", "assistant", "tool")
-
-
-class DatasetError(ValueError):
-    """A dataset that cannot be read or written.
-
-    Attributes:
-        problems: each with its file, and its line where it has one.
-    """
-
-    def __init__(self, *problems: str) -> None:
-        self.problems = problems
-        lines = "\n  ".join(problems)
-        super().__init__(lines if len(problems) == 1 else f"{len(problems)} problems:\n  {lines}")
 
 
 def rows_file(folder: Path, name: str) -> Path:
@@ -252,8 +238,6 @@ def open_lines(folder: Path) -> TextLines | ParquetRows:
         DatasetError: the file cannot be read.
     """
     if (folder / PARQUET_FILE).is_file():
-        from mmqwen.data.parquet import ParquetRows
-
         return ParquetRows(folder / PARQUET_FILE)
     try:
         return TextLines(folder / DATA_FILE)

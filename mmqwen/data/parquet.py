@@ -14,7 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from mmqwen.data.format import DatasetError
+from mmqwen.data.errors import DatasetError
 
 _BATCH = 1024
 _GROUPS_KEPT = 4

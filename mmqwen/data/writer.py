@@ -14,12 +14,12 @@ import torch
 
 from mmqwen.checkpoint.names import CheckpointError
 from mmqwen.checkpoint.shards import check_output, staged
+from mmqwen.data.errors import DatasetError
 from mmqwen.data.format import (
     DATA_FILE,
     DTYPES,
     OFFSETS_TENSOR,
     ROWS_TENSOR,
-    DatasetError,
     check_answers,
     items_file,
     read_sample,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -18,6 +19,7 @@ from mmqwen.checkpoint.index import drop_replaced_files
 from mmqwen.checkpoint.trained import CONFIG_FIELD, read_trained
 from mmqwen.hf.configuration import MultimodalQwen3Config
 from mmqwen.hf.generation import NO_ROWS, GeneratesWithRows, Rows
+from mmqwen.hf.loss import is_plain_head, token_loss
 from mmqwen.modalities import ModalitySpec
 from mmqwen.text_models import refuse_text_model
 
@@ -99,6 +101,7 @@ class MultimodalQwen3ForConditionalGeneration(GeneratesWithRows, PreTrainedModel
         text = config.text_config
         self.specs: dict[str, ModalitySpec] = config.modality_specs
         self.projectors_trained: dict[str, bool] = {}
+        self.fused_loss: Any = None  # see `mmqwen.hf.loss.token_loss`
         for name, spec in self.specs.items():
             if spec.token_id is None:
                 raise ValueError(
@@ -165,7 +168,12 @@ class MultimodalQwen3ForConditionalGeneration(GeneratesWithRows, PreTrainedModel
         """The projector of one modality."""
         return cast(MultiModalProjector, self.projectors[name])
 
-    def fuse(self, input_ids: Tensor, embeddings: Mapping[str, Rows] | None) -> Tensor:
+    def fuse(
+        self,
+        input_ids: Tensor,
+        embeddings: Mapping[str, Rows] | None,
+        slots: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """Token embeddings with projected rows at the placeholders of their modality.
 
         Args:
@@ -173,6 +181,8 @@ class MultimodalQwen3ForConditionalGeneration(GeneratesWithRows, PreTrainedModel
             embeddings: for each modality, its `[R, d]` rows of the whole batch, or a list of items,
                 in the order of batch row, then position. Any floating dtype; computed in the
                 projector's, which is the model's unless it was cast for training.
+            slots: for each modality, the places `[R]` int64 of its placeholders in `input_ids`,
+                flattened. Looked for, which waits for the GPU, unless given.
 
         Returns:
             `[B, T, D]` in the token table's dtype. In training mode, every projector takes part in
@@ -191,23 +201,26 @@ class MultimodalQwen3ForConditionalGeneration(GeneratesWithRows, PreTrainedModel
             placeholders = torch.isin(input_ids, self._placeholders(input_ids.device))
             if not bool(placeholders.any()):
                 return self.get_input_embeddings()(input_ids)
-        slots, packed = [], []
+        places, packed = [], []
         for name, spec in self.specs.items():
             rows = self._read_rows(spec, embeddings.get(name), input_ids.device)
-            at = input_ids.reshape(-1).eq(spec.token_id or 0).nonzero().squeeze(1)
+            if slots is not None:
+                at = slots[name]
+            else:
+                at = input_ids.reshape(-1).eq(spec.token_id or 0).nonzero().squeeze(1)
             if at.numel() != rows.shape[0]:
                 raise ValueError(
                     f"modality {name!r}: got {rows.shape[0]} row(s), expected {at.numel()}, the "
                     f"number of {spec.token} placeholders (id {spec.token_id}) in input_ids"
                 )
-            slots.append(at)
+            places.append(at)
             packed.append(rows)
         learns = self.training and torch.is_grad_enabled()
         if learns:
-            self._note_training(slots)
+            self._note_training(places)
         inputs_embeds = self.get_input_embeddings()(input_ids)
         projected, kept = [], []
-        for name, at, rows in zip(self.specs, slots, packed, strict=True):
+        for name, at, rows in zip(self.specs, places, packed, strict=True):
             if at.numel() or learns:
                 kept.append(at)
                 projected.append(self.projector(name)(rows).to(inputs_embeds.dtype))
@@ -219,8 +232,8 @@ class MultimodalQwen3ForConditionalGeneration(GeneratesWithRows, PreTrainedModel
         fused = flat.index_put((at,), torch.cat(projected).to(flat.device))
         return fused.view_as(inputs_embeds)
 
-    def _note_training(self, slots: Sequence[Tensor]) -> None:
-        for name, at in zip(self.specs, slots, strict=True):
+    def _note_training(self, places: Sequence[Tensor]) -> None:
+        for name, at in zip(self.specs, places, strict=True):
             if at.numel() and self.projector(name).linear_1.weight.requires_grad:
                 self.projectors_trained[name] = True
 
@@ -257,6 +270,8 @@ class MultimodalQwen3ForConditionalGeneration(GeneratesWithRows, PreTrainedModel
         embeddings: Mapping[str, Rows] | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        slots: Mapping[str, Tensor] | None = None,
+        shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run the model on a batch.
@@ -274,6 +289,10 @@ class MultimodalQwen3ForConditionalGeneration(GeneratesWithRows, PreTrainedModel
             embeddings: rows for the placeholders; see `fuse`.
             use_cache: whether to return a cache.
             logits_to_keep: logits of the last so many positions only (0: all), or of these.
+            slots: where the rows go, if known; see `fuse`.
+            shift_labels: `[K]` int64, instead of `labels`: what the positions `logits_to_keep`
+                `[K]` of the one batch row predict. Only the loss is computed, without the logits
+                of all K in memory at once.
             **kwargs: passed on to the text model (`output_hidden_states`, ...) and to the loss
                 (`num_items_in_batch`).
 
@@ -292,7 +311,7 @@ class MultimodalQwen3ForConditionalGeneration(GeneratesWithRows, PreTrainedModel
             if embeddings is NO_ROWS:
                 inputs_embeds = self.get_input_embeddings()(input_ids)
             else:
-                inputs_embeds = self.fuse(input_ids, embeddings)
+                inputs_embeds = self.fuse(input_ids, embeddings, slots)
         elif embeddings:
             raise ValueError("embeddings need input_ids, whose placeholders say where they go")
         if position_ids is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
@@ -302,6 +321,11 @@ class MultimodalQwen3ForConditionalGeneration(GeneratesWithRows, PreTrainedModel
 
         num_items = kwargs.pop("num_items_in_batch", None)
         text = self._text_model()
+        if shift_labels is not None:
+            kwargs |= {"inputs_embeds": inputs_embeds, "position_ids": position_ids}
+            kwargs["attention_mask"] = attention_mask
+            mean = self._packed_loss(text, logits_to_keep, shift_labels, num_items, kwargs)
+            return CausalLMOutputWithPast(loss=mean)
         outputs = text.forward(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -329,6 +353,31 @@ class MultimodalQwen3ForConditionalGeneration(GeneratesWithRows, PreTrainedModel
         elif not self.training:
             logits = self._mask_placeholders(logits)
         return type(outputs)(**{**outputs, "loss": loss, "logits": logits})
+
+    def _packed_loss(
+        self,
+        text: Any,
+        keep: Any,
+        targets: Tensor,
+        num_items: int | Tensor | None,
+        inputs: Mapping[str, Any],
+    ) -> Tensor:
+        """Mean, or sum over `num_items`, of the cross-entropy of `targets` at the places `keep`."""
+        config = self.config.text_config
+        inputs = {**inputs, "use_cache": False}
+        balances = inputs.get("output_router_logits", getattr(config, "output_router_logits", None))
+        if is_plain_head(config) and not balances:
+            hidden = text.model(**inputs).last_hidden_state[0].index_select(0, keep)
+            total = token_loss(hidden, self.lm_head, targets, fused=self.fused_loss)
+            aux_loss: Any = None
+        else:
+            outputs = text.forward(logits_to_keep=keep, **inputs)
+            total = F.cross_entropy(outputs.logits[0].float(), targets, reduction="sum")
+            aux_loss = getattr(outputs, "aux_loss", None)
+        count = max(len(targets), 1) if num_items is None else num_items
+        if aux_loss is not None:  # each pass of a step weighs as much as its tokens
+            total = total + len(targets) * text.router_aux_loss_coef * aux_loss.to(total.device)
+        return total / count
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: Any, is_main_process: bool = True, **kwargs: Any

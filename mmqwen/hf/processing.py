@@ -13,7 +13,14 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from mmqwen.chat import check_parts_kept, shape_messages
 from mmqwen.checkpoint.names import MODEL_TYPE
 from mmqwen.hf.configuration import MultimodalQwen3Config
-from mmqwen.inputs import EMBEDDINGS_KEY, check_unicode, read_ids, read_messages, read_prompt
+from mmqwen.inputs import (
+    EMBEDDINGS_KEY,
+    check_ids,
+    check_unicode,
+    read_ids,
+    read_messages,
+    read_prompt,
+)
 from mmqwen.modalities import expand_markers, parse_modalities
 from mmqwen.tokens import add_placeholder_tokens
 from mmqwen.transport import check_items
@@ -40,9 +47,11 @@ class MultimodalQwen3Processor(ProcessorMixin):
         tokenizer: tokenizer of the text model. Placeholder tokens that it lacks are added to it.
         modalities: as in `MultimodalQwen3Config`, with `token_id`s assigned.
         chat_template: used by `apply_chat_template` instead of the tokenizer's.
+        vocab_size: rows of the model's token table; ids beyond it are refused. Left out, ids beyond
+            the tokenizer's are.
 
-    `from_pretrained` reads the modalities from a composite checkpoint's `config.json`; from
-    `processor_config.json` where the processor was saved alone.
+    `from_pretrained` reads the modalities and `vocab_size` from a composite checkpoint's
+    `config.json`; from `processor_config.json` where the processor was saved alone.
 
     Raises:
         ModalityError: a modality has no token id, or one that the tokenizer cannot give its token.
@@ -53,6 +62,7 @@ class MultimodalQwen3Processor(ProcessorMixin):
         tokenizer: PreTrainedTokenizerBase | None = None,
         modalities: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         if tokenizer is None:
             raise ValueError("a tokenizer is required")
@@ -60,12 +70,13 @@ class MultimodalQwen3Processor(ProcessorMixin):
         self.specs = parse_modalities(modalities or {})
         self.modalities = {name: spec.to_dict() for name, spec in self.specs.items()}
         add_placeholder_tokens(tokenizer, self.specs)
+        self.vocab_size = vocab_size or max(tokenizer.get_vocab().values()) + 1
 
     @classmethod
     def get_processor_dict(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Fields of `__init__`; a composite `config.json` is the authority on modalities."""
+        """Fields of `__init__`; a composite `config.json` is the authority on what it holds."""
         hub = ("cache_dir", "local_files_only", "revision", "token", "subfolder")
         fields, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         try:
@@ -75,7 +86,8 @@ class MultimodalQwen3Processor(ProcessorMixin):
         except OSError:  # a processor saved alone
             return fields, unused
         if raw.get("model_type") == MODEL_TYPE:
-            fields["modalities"] = MultimodalQwen3Config.from_dict(raw).modalities
+            config = MultimodalQwen3Config.from_dict(raw)
+            fields["modalities"], fields["vocab_size"] = config.modalities, config.vocab_size
         return fields, unused
 
     @property
@@ -118,8 +130,9 @@ class MultimodalQwen3Processor(ProcessorMixin):
         Raises:
             EmbeddingError: an item that cannot be used, or of an unknown modality.
             ModalityError: more or fewer markers than items, or markers without items.
-            ValueError: no text; as many data as prompts were not given; truncation was asked for;
-                prompts of different lengths without padding.
+            ValueError: no text, or text that is no Unicode; an id that is no integer, or for which
+                the model has no embedding; as many data as prompts were not given; truncation was
+                asked for; prompts of different lengths without padding.
         """
         if kwargs.pop("truncation", False):
             raise ValueError("truncation would cut items; shorten the text instead")
@@ -209,7 +222,9 @@ class MultimodalQwen3Processor(ProcessorMixin):
             check_unicode(prompt)
             return self.tokenizer(prompt, return_attention_mask=False, **kwargs)["input_ids"]
         if isinstance(prompt, (list, tuple)):
-            return read_ids(prompt)
+            ids = read_ids(prompt)
+            check_ids(ids, self.vocab_size)
+            return ids
         raise ValueError(
             f"prompt: expected a str or a list of token ids, got {type(prompt).__name__}"
         )
@@ -260,6 +275,7 @@ class MultimodalQwen3Processor(ProcessorMixin):
 
         Raises:
             MessageError: a part of another type, or messages that the template refuses.
+            ValueError: text that is no Unicode.
             EmbeddingError, ModalityError: with `tokenize=True`, as for `__call__`.
         """
         tokenize = kwargs.pop("tokenize", False)

@@ -6,9 +6,9 @@ import json
 import math
 import numbers
 import os
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,166 +18,230 @@ LEARNING_RATES = {"projector": 1e-3, "lora": 2e-4, "full": 2e-5}
 of its repository) for the projector alone, for LoRA and for all weights."""
 
 LORA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_WHOLE: dict[str, tuple[int, int | None]] = {
-    **dict.fromkeys(("batch_size", "accumulation", "keep", "log_steps", "save_steps"), (1, None)),
-    **dict.fromkeys(("max_length", "lora_rank", "lora_alpha"), (1, None)),
-    "max_steps": (-1, None),
-    "workers": (0, None),
-    "seed": (0, 2**32 - 1),  # numpy's limits
-}
-"""Whole numbers: the smallest, and the largest or None."""
-
-_REAL: dict[str, tuple[Callable[[float], bool], str]] = {
-    "epochs": (lambda x: x > 0, "more than 0"),
-    "lr": (lambda x: x > 0, "more than 0"),
-    "eval_share": (lambda x: 0 <= x < 1, "0 to less than 1"),
-    "warmup": (lambda x: 0 <= x < 1, "a share of the steps, 0 to less than 1"),
-    "weight_decay": (lambda x: x >= 0, "at least 0"),
-    "max_grad_norm": (lambda x: x >= 0, "at least 0, which does not clip"),
-    "lora_dropout": (lambda x: 0 <= x < 1, "0 to less than 1"),
-}
-_SWITCHES = ("bf16", "gradient_checkpointing", "merge", "validate", "cpu", "progress")
-_OPTIONAL = ("save_steps", "max_length", "lr")
-"""Numbers that may be None."""
+OVERLONG = ("refuse", "cut")
+ATTENTION = ("auto", "varlen", "sdpa", "eager", "flash_attention_2", "flash_attention_3")
 
 RUN_FILE = "settings.json"
 DATA_RECORD = "datasets.json"
+PLAN_FILE = "plan.safetensors"
+LOCK_FILE = ".lock"
 
 
 class TrainingError(ValueError):
     """Training cannot start or go on, with the reason and the remedy."""
 
 
-def _whole(name: str, value: Any) -> int:
-    """A setting as an int, numpy's among them."""
-    smallest, largest = _WHOLE[name]
+Check = Callable[[str, Any], Any]
+"""Reads one setting: its name and what was given in, its value out, or a TrainingError."""
+
+
+def _optional(check: Check) -> Check:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _whole(smallest: int, largest: int | None = None) -> Check:
+    """A whole number, numpy's among them, as an int."""
     expected = f"at least {smallest}" if largest is None else f"{smallest} to {largest}"
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TrainingError(f"{name} is {value!r}, expected a whole number, {expected}")
-    number = int(value)
-    if number < smallest or (largest is not None and number > largest):
-        raise TrainingError(f"{name} is {number}, expected {expected}")
-    return number
+
+    def check(name: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TrainingError(f"{name} is {value!r}, expected a whole number, {expected}")
+        number = int(value)
+        if number < smallest or (largest is not None and number > largest):
+            raise TrainingError(f"{name} is {number}, expected {expected}")
+        return number
+
+    return check
 
 
-def _real(name: str, value: Any) -> float:
-    """A setting as a float."""
-    fits, expected = _REAL[name]
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TrainingError(f"{name} is {value!r}, expected a number, {expected}")
-    number = float(value)
-    if not (math.isfinite(number) and fits(number)):
-        raise TrainingError(f"{name} is {value}, expected {expected}")
-    return number
+def _real(fits: Callable[[float], bool], expected: str) -> Check:
+    """A finite number as a float."""
+
+    def check(name: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TrainingError(f"{name} is {value!r}, expected a number, {expected}")
+        number = float(value)
+        if not (math.isfinite(number) and fits(number)):
+            raise TrainingError(f"{name} is {value}, expected {expected}")
+        return number
+
+    return check
+
+
+def _one_of(known: tuple[str, ...]) -> Check:
+    def check(name: str, value: Any) -> str:
+        if value not in known:
+            raise TrainingError(f"{name} {value!r}, expected one of {known}")
+        return value
+
+    return check
+
+
+def _switch(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TrainingError(f"{name} is {value!r}, expected True or False")
+    return value
+
+
+def _path(name: str, value: Any) -> str:
+    if not isinstance(value, (str, os.PathLike)) or not str(value):
+        raise TrainingError(f"{name} is {value!r}, expected a path")
+    return str(value)
+
+
+def _name(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise TrainingError(f"{name} is {value!r}, expected a name of transformers'")
+    return value
+
+
+def _names(name: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(n, str) for n in value):
+        raise TrainingError(f"{name} is {value!r}, expected a list of names")
+    if not all(value) or not value:
+        raise TrainingError(f"{name} is {value!r}, expected at least one name")
+    return tuple(value)
+
+
+_SHARE = _real(lambda x: 0 <= x < 1, "0 to less than 1")
+_POSITIVE = _real(lambda x: x > 0, "more than 0")
+_COUNT = _whole(1)
+
+
+def _setting(default: Any, help_: str, check: Check, *, flag: str | None = None) -> Any:
+    """A field: what the command line says of it, what it may be, and its flag if not `--name`."""
+    return field(default=default, metadata={"help": help_, "check": check, "flag": flag})
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """One training run.
+    """One training run. `mmqwen train` has these fields as its options.
 
-    Attributes:
-        model: composite checkpoint to start from (`mmqwen build` makes one).
-        data: dataset of `mmqwen.data`.
-        output: checkpoint to write. Beside it, `<output>.run` keeps checkpoints and logs.
-        stage: "projector" (the language model is frozen), "lora" (LoRA on the language model, and
-            the projectors) or "full" (everything).
-        eval_data: dataset for evaluation; the checkpoint with its lowest loss becomes the output.
-        eval_share: instead, this share of `data`, drawn by `seed`.
-        epochs: passes over the data.
-        max_steps: optimizer steps; overrides `epochs` if positive.
-        lr: peak learning rate; None is the stage's own (`LEARNING_RATES`).
-        batch_size: samples per device and forward pass.
-        accumulation: forward passes per optimizer step.
-        warmup: share of the steps that the learning rate takes to rise.
-        schedule: transformers' name of the learning-rate schedule.
-        weight_decay: of AdamW.
-        max_grad_norm: gradients are clipped to this norm; 0 does not clip.
-        seed: of the order of samples, the LoRA weights and dropout.
-        bf16: compute in bfloat16. Trained weights are kept in float32 until they are written.
-        gradient_checkpointing: recompute the language model's activations in backward.
-        save_steps: steps between checkpoints (and evaluations); None: once an epoch.
-        keep: checkpoints kept, besides the best.
-        log_steps: steps between log entries.
-        max_length: most tokens of a sample, rows counted; None is the model's own limit.
-        lora_rank, lora_alpha, lora_dropout: of LoRA.
-        lora_layers: names of the linear layers that LoRA adapts.
-        merge: add the LoRA weights to the base's. If False, the output keeps the base as it is,
-            and `<output>/adapter` holds the LoRA weights, as peft and vLLM read them.
-        workers: processes that read data.
-        fsdp: FSDP options of transformers ("full_shard auto_wrap"); None is DDP.
-        validate: read and check the whole dataset first.
-        cpu: train on the CPU even where there is a GPU.
-        progress: show a progress bar.
+    Raises:
+        TrainingError: a value that cannot be, by the setting's name.
     """
 
-    model: str
-    data: str
-    output: str
-    stage: str = "projector"
-    eval_data: str | None = None
-    eval_share: float = 0.0
-    epochs: float = 1.0
-    max_steps: int = -1
-    lr: float | None = None
-    batch_size: int = 8
-    accumulation: int = 1
-    warmup: float = 0.03
-    schedule: str = "cosine"
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    seed: int = 0
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    save_steps: int | None = None
-    keep: int = 2
-    log_steps: int = 10
-    max_length: int | None = None
-    lora_rank: int = 16
-    lora_alpha: int = 32
-    lora_dropout: float = 0.0
-    lora_layers: tuple[str, ...] = LORA_LAYERS
-    merge: bool = True
-    workers: int = 0
-    fsdp: str | None = None
-    validate: bool = True
-    cpu: bool = False
-    progress: bool = True
+    model: str = _setting(MISSING, "Composite checkpoint to start from (`mmqwen build`).", _path)
+    data: str = _setting(MISSING, "Dataset to learn from (see mmqwen.data).", _path)
+    output: str = _setting(
+        MISSING, "Checkpoint to write. Beside it, OUTPUT.run keeps checkpoints and logs.", _path
+    )
+    stage: str = _setting(
+        "projector",
+        "projector (the language model is frozen), lora (LoRA on it, and the projectors) or full.",
+        _one_of(STAGES),
+    )
+    eval_data: str | None = _setting(
+        None,
+        "Dataset for evaluation; the checkpoint with its lowest loss becomes the output.",
+        _optional(_path),
+    )
+    eval_share: float = _setting(0.0, "Or this share of --data, drawn by --seed.", _SHARE)
+    epochs: float = _setting(1.0, "Passes over the data.", _POSITIVE)
+    max_steps: int = _setting(-1, "Optimizer steps, instead of epochs.", _whole(-1))
+    lr: float | None = _setting(
+        None,
+        "Peak learning rate; by stage unless given: "
+        + ", ".join(f"{stage} {rate:g}" for stage, rate in LEARNING_RATES.items())
+        + ".",
+        _optional(_POSITIVE),
+    )
+    tokens_per_step: int | None = _setting(
+        None,
+        "Tokens of a forward pass on each device, rows counted: samples stand end to end in them. "
+        "Unless given, by the GPU's memory and the data's size.",
+        _optional(_COUNT),
+    )
+    accumulation: int = _setting(1, "Forward passes of each device in an optimizer step.", _COUNT)
+    overlong: str = _setting(
+        "refuse", "Samples of more than --max-length tokens: refuse or cut.", _one_of(OVERLONG)
+    )
+    max_length: int | None = _setting(
+        None,
+        "Most tokens of a sample, rows counted; what a pass or the model holds unless given.",
+        _optional(_COUNT),
+    )
+    warmup: float = _setting(
+        0.03,
+        "Share of the steps in which the learning rate rises.",
+        _real(lambda x: 0 <= x < 1, "a share of the steps, 0 to less than 1"),
+    )
+    schedule: str = _setting("cosine", "Learning-rate schedule, as transformers names it.", _name)
+    weight_decay: float = _setting(0.0, "Of AdamW.", _real(lambda x: x >= 0, "at least 0"))
+    max_grad_norm: float = _setting(
+        1.0,
+        "Clip gradients to this norm; 0 does not.",
+        _real(lambda x: x >= 0, "at least 0, which does not clip"),
+    )
+    seed: int = _setting(
+        0, "Of the order of samples, the LoRA weights and dropout.", _whole(0, 2**32 - 1)
+    )
+    bf16: bool = _setting(
+        False, "Compute in bfloat16; trained weights are float32 until they are written.", _switch
+    )
+    gradient_checkpointing: bool = _setting(False, "Less memory, a third more time.", _switch)
+    attention: str = _setting(
+        "auto",
+        "auto, varlen (torch's, CUDA in bfloat16), sdpa, or another of transformers' names.",
+        _one_of(ATTENTION),
+    )
+    compile: bool | None = _setting(
+        None, "Compile the decoder layers; unless told, where that pays.", _optional(_switch)
+    )
+    lean: bool | None = _setting(
+        None,
+        "Compute more again in compiled layers: some half of the memory, a tenth slower; unless "
+        "told, where memory is short.",
+        _optional(_switch),
+    )
+    liger: bool | None = _setting(
+        None, "Liger's kernels; unless told, on CUDA where installed.", _optional(_switch)
+    )
+    save_steps: int | None = _setting(
+        None,
+        "Steps between checkpoints and evaluations; once an epoch unless given.",
+        _optional(_COUNT),
+    )
+    keep: int = _setting(2, "Checkpoints kept, besides the best.", _COUNT)
+    log_steps: int = _setting(10, "Steps between log entries.", _COUNT)
+    lora_rank: int = _setting(16, "Rank of LoRA.", _COUNT)
+    lora_alpha: int = _setting(32, "Alpha of LoRA.", _COUNT)
+    lora_dropout: float = _setting(0.0, "Dropout of LoRA.", _SHARE)
+    lora_layers: tuple[str, ...] = _setting(
+        LORA_LAYERS, "Linear layer that LoRA adapts; repeat.", _names, flag="--lora-layer"
+    )
+    merge: bool = _setting(
+        True,
+        "Merge LoRA, or leave the base as it is and write OUTPUT/adapter for peft and vLLM.",
+        _switch,
+    )
+    workers: int | None = _setting(
+        None,
+        "Processes that read and encode ahead; by the CPU's cores unless given.",
+        _optional(_whole(0)),
+    )
+    fsdp: str | None = _setting(
+        None, "FSDP options of transformers ('full_shard'); without it, DDP.", _optional(_name)
+    )
+    validate: bool = _setting(True, "Check the whole dataset first.", _switch)
+    cpu: bool = _setting(False, "Train on the CPU even where there is a GPU.", _switch)
+    progress: bool = _setting(True, "Show a progress bar.", _switch)
 
     def __post_init__(self) -> None:
-        value: Any
-        for name in ("model", "data", "output", "eval_data"):
-            value = getattr(self, name)
-            if value is None and name == "eval_data":
-                continue
-            if not isinstance(value, (str, os.PathLike)) or not str(value):
-                raise TrainingError(f"{name} is {value!r}, expected a path")
-            object.__setattr__(self, name, str(value))
+        for own in fields(self):
+            value = own.metadata["check"](own.name, getattr(self, own.name))
+            object.__setattr__(self, own.name, value)
         if Path(self.output).name in ("", ".."):
             raise TrainingError(f"output is {self.output!r}, expected the name of a new directory")
-        layers: Any = self.lora_layers
-        if not isinstance(layers, (list, tuple)) or not all(isinstance(n, str) for n in layers):
-            raise TrainingError(f"lora_layers is {layers!r}, expected a list of names")
-        object.__setattr__(self, "lora_layers", tuple(layers))
-        if not all(layers) or not layers:
-            raise TrainingError(f"lora_layers is {layers!r}, expected at least one name")
-        if self.stage not in STAGES:
-            raise TrainingError(f"stage {self.stage!r}, expected one of {STAGES}")
-        for name in ("schedule", "fsdp"):
-            value = getattr(self, name)
-            if not isinstance(value, str) and (name, value) != ("fsdp", None):
-                raise TrainingError(f"{name} is {value!r}, expected a name of transformers'")
-        for name in (*_WHOLE, *_REAL):
-            value = getattr(self, name)
-            if value is not None or name not in _OPTIONAL:
-                read = _whole if name in _WHOLE else _real
-                object.__setattr__(self, name, read(name, value))
-        for name in _SWITCHES:
-            if not isinstance(getattr(self, name), bool):
-                raise TrainingError(f"{name} is {getattr(self, name)!r}, expected True or False")
         if self.max_steps == 0:
             raise TrainingError("max_steps is 0, expected at least 1, or -1 to go by epochs")
         if self.eval_data is not None and self.eval_share:
             raise TrainingError("give eval_data or eval_share, not both")
+        if self.tokens_per_step and (self.max_length or 0) > self.tokens_per_step:
+            raise TrainingError(
+                f"max_length is {self.max_length}, expected at most tokens_per_step, "
+                f"{self.tokens_per_step}: a sample stands in one pass"
+            )
 
     @property
     def learning_rate(self) -> float:
@@ -196,7 +260,9 @@ class TrainSettings:
 
 
 _FREE = {"output", "keep", "log_steps", "workers", "validate", "progress", "save_steps", "merge"}
-"""Settings that may differ when a run goes on: they do not change the loss curve."""
+_FREE |= {"attention", "compile", "lean", "liger"}
+"""Settings that may differ when a run goes on: they do not change the loss curve, but for the order
+in which sums are taken."""
 
 
 def read_settings(folder: Path) -> TrainSettings:
@@ -214,18 +280,20 @@ def read_settings(folder: Path) -> TrainSettings:
         raise TrainingError(f"{folder}: not the folder of a training run ({error})") from error
 
 
-def claim_run_folder(settings: TrainSettings) -> bool:
+def claim_run_folder(settings: TrainSettings, *, has_checkpoint: bool) -> bool:
     """Make the run's folder, or check that it is of a run with the same settings.
 
+    A run without a checkpoint left nothing to go on with, so that another may take its place.
+
     Returns:
-        Whether it was made, by `release_run_folder` to be given up if nothing comes of the run.
+        Whether the run begins here: if nothing comes of it, `release_run_folder` gives it up.
 
     Raises:
         TrainingError: it is of another run, or of one whose datasets have been changed since, or
             cannot be written.
     """
     folder = settings.run_folder
-    if (folder / RUN_FILE).exists():
+    if has_checkpoint and (folder / RUN_FILE).exists():
         old, new = read_settings(folder).to_dict(), settings.to_dict()
         changed = [k for k in new if k not in _FREE and old[k] != new[k]]
         if changed:
@@ -246,12 +314,39 @@ def claim_run_folder(settings: TrainSettings) -> bool:
     return True
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes from training into the same folder meanwhile.
+
+    Raises:
+        TrainingError: one does.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not a Unix
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_FILE).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrainingError(
+                f"another process trains into {folder}; wait for it, or name another output"
+            ) from None
+        try:
+            yield
+        finally:
+            if not (folder / RUN_FILE).exists():  # nothing came of it
+                release_run_folder(folder)
+
+
 def release_run_folder(folder: Path) -> None:
     """Give up a folder that was claimed for a run without a checkpoint: there is nothing to go on.
 
     So the same command may be given again with other settings. Logs are kept where there are any.
     """
-    for name in (RUN_FILE, DATA_RECORD):
+    for name in (RUN_FILE, DATA_RECORD, PLAN_FILE, LOCK_FILE):
         (folder / name).unlink(missing_ok=True)
     with suppress(OSError):  # it holds something
         folder.rmdir()

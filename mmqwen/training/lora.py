@@ -18,7 +18,14 @@ ADAPTER_FOLDER = "adapter"
 
 
 def add_lora(
-    model: Any, *, rank: int, alpha: int, dropout: float, layers: Sequence[str], seed: int
+    model: Any,
+    *,
+    rank: int,
+    alpha: int,
+    dropout: float,
+    layers: Sequence[str],
+    seed: int,
+    autocast: bool = False,
 ) -> Any:
     """Put LoRA layers in place of the language model's linear layers; only these stay trainable.
 
@@ -30,7 +37,7 @@ def add_lora(
     """
     try:
         from peft import LoraConfig
-        from peft.tuners.lora import LoraModel
+        from peft.tuners.lora import LoraLayer, LoraModel
     except ImportError as error:
         raise TrainingError(
             f"stage 'lora' needs peft: pip install 'mmqwen[train]' ({error})"
@@ -57,6 +64,11 @@ def add_lora(
             tuner = LoraModel(model, {ADAPTER: config}, ADAPTER)
         except ValueError as error:
             raise TrainingError(f"lora_layers {list(layers)}: {error}") from error
+    for module in tuner.modules():
+        if isinstance(module, LoraLayer):
+            # Under autocast the product takes its input in bfloat16: a copy in float32, which peft
+            # makes to suit the weights, would only be cast back.
+            module.cast_input_dtype_enabled = not autocast
     for name, parameter in model.named_parameters():
         if "lora_" in name:  # in float32 beside a bfloat16 base, or small steps are rounded away
             parameter.data = parameter.data.float()

@@ -20,8 +20,7 @@ from mmqwen.checkpoint.names import (
 )
 from mmqwen.checkpoint.projectors import cast_projectors, save_projectors
 from mmqwen.checkpoint.shards import copy_small_files, place_base_shard
-
-GENERATION_FILE = "generation_config.json"
+from mmqwen.stops import GENERATION_FILE, read_generation_config
 
 
 def write_linked(
@@ -88,7 +87,7 @@ def add_stops(stage: Path, config: Any, ids: Sequence[int]) -> None:
         ids: the tokens that must be among the stops.
     """
     file = stage / GENERATION_FILE
-    own: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    own = read_generation_config(stage)
     stops = own.get("eos_token_id", config.eos_token_id)
     known = [] if stops is None else stops if isinstance(stops, list) else [stops]
     missing = [token for token in ids if token not in known]

@@ -7,11 +7,11 @@ import logging
 import os
 import warnings
 from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, Subset
 
 from mmqwen._version import __version__
 from mmqwen.checkpoint import CheckpointError, UntrainedProjectorsWarning, read_config
@@ -19,23 +19,36 @@ from mmqwen.checkpoint.index import read_weight_map
 from mmqwen.checkpoint.names import only_projectors
 from mmqwen.checkpoint.shards import check_output, staged
 from mmqwen.checkpoint.trained import read_trained, untrained
-from mmqwen.data import DatasetError, Example, RowsDataset, validate
 from mmqwen.data.encoding import stop_ids
 from mmqwen.hf import MultimodalQwen3Config, MultimodalQwen3ForConditionalGeneration
+from mmqwen.stops import read_generation_config
 from mmqwen.tokens import add_placeholder_tokens
+from mmqwen.training.attention import VARLEN
 from mmqwen.training.collator import Collator
 from mmqwen.training.config import (
+    PLAN_FILE,
     RUN_FILE,
     TrainingError,
     TrainSettings,
+    alone_in,
     claim_run_folder,
     read_settings,
     release_run_folder,
 )
 from mmqwen.training.lora import ADAPTER_FOLDER, add_lora, merge_lora, save_adapter
 from mmqwen.training.output import add_stops, write_linked, write_whole
+from mmqwen.training.plan import RunPlan, make_plan, open_data
+from mmqwen.training.speed import (
+    default_tokens,
+    flops_per_token,
+    peak_flops,
+    speed_up,
+    token_bytes,
+    weight_bytes,
+)
 
 REPORT_FILE = "training.json"
+MOST_WORKERS = 8
 _LOG = logging.getLogger(__name__)
 
 
@@ -62,49 +75,135 @@ def train(settings: TrainSettings, *, callbacks: Sequence[Any] = ()) -> Path:
     Warns:
         UntrainedProjectorsWarning: the data has no rows of a modality that was never trained.
     """
+    from mmqwen.training.trainer import last_checkpoint
+
+    config = read_config(settings.model)
+    arguments = _arguments(settings)
+    tokenizer = _load_tokenizer(settings, config)
+    run = settings.run_folder
+    with ExitStack() as stack:
+        claimed = False
+        with arguments.main_process_first(local=False, desc="checking"):
+            if arguments.process_index == 0:
+                check_output(Path(settings.output))
+                read_weight_map(Path(settings.model))
+                _check_generation(Path(settings.model))
+                stack.enter_context(alone_in(run))
+                has_checkpoint = last_checkpoint(run) is not None
+                if not (has_checkpoint and (run / PLAN_FILE).is_file()):
+                    plan = _make_plan(settings, config, tokenizer, arguments)
+                claimed = claim_run_folder(settings, has_checkpoint=has_checkpoint)
+                if not (has_checkpoint and (run / PLAN_FILE).is_file()):
+                    plan.write(run)
+        try:
+            return _train(settings, config, arguments, tokenizer, callbacks)
+        except BaseException:
+            if claimed and last_checkpoint(run) is None:
+                release_run_folder(run)
+            raise
+
+
+def _check_generation(model: Path) -> None:
+    """See that the file which the output's stops go into can be read, before anything is trained.
+
+    Raises:
+        TrainingError: it cannot.
+    """
+    try:
+        read_generation_config(model)
+    except ValueError as error:
+        raise TrainingError(str(error)) from error
+
+
+def _make_plan(
+    settings: TrainSettings, config: MultimodalQwen3Config, tokenizer: Any, arguments: Any
+) -> RunPlan:
+    """Check the datasets, and choose how many tokens a pass holds."""
+    text = config.text_config
+    bounds = (
+        settings.max_length,
+        settings.tokens_per_step,
+        getattr(text, "max_position_embeddings", None),
+    )
+    limit = min((bound for bound in bounds if bound), default=None)
+    per_token = token_bytes(
+        text, gradient_checkpointing=settings.gradient_checkpointing, half=settings.bf16
+    )
+    weights = weight_bytes(Path(settings.model), stage=settings.stage, half=settings.bf16)
+    return make_plan(
+        settings,
+        config.modality_specs,
+        tokenizer,
+        limit,
+        lambda lengths: default_tokens(lengths, arguments.device, weights, per_token),
+    )
+
+
+def _train(
+    settings: TrainSettings,
+    config: MultimodalQwen3Config,
+    arguments: Any,
+    tokenizer: Any,
+    callbacks: Sequence[Any],
+) -> Path:
+    """Train by a plan that stands in the run's folder, and write the output."""
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    from mmqwen.training.meter import Bar, Meter
     from mmqwen.training.trainer import (
         RowsTrainer,
         StopOnNaN,
         last_checkpoint,
         set_trainable,
         trainable_state,
+        trained_anywhere,
     )
 
-    config = read_config(settings.model)
-    arguments = _arguments(settings)
-    main = arguments.process_index == 0
-    tokenizer = _load_tokenizer(settings, config)
-    limit = settings.max_length or getattr(config.text_config, "max_position_embeddings", None)
-    claimed = False
-    with arguments.main_process_first(local=False, desc="checking"):
-        if main:
-            check_output(Path(settings.output))
-            read_weight_map(Path(settings.model))
-            for path in (settings.data, settings.eval_data):
-                if path is not None and settings.validate:
-                    specs = config.modality_specs
-                    validate(path, specs, tokenizer=tokenizer, max_length=limit)
-            claimed = claim_run_folder(settings)
-    try:
-        train_set, eval_set = _open_data(settings)
-        learnt = _modalities_with_rows(train_set, config.modality_specs) if main else set()
-        if main:
-            _warn_without_rows(settings, config, learnt)
-        model, tuner = _load_model(settings, config)
-        trainer = RowsTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=train_set,
-            eval_dataset=eval_set,
-            data_collator=Collator(tokenizer, config.modality_specs, limit),
-            callbacks=[StopOnNaN(), *callbacks],
-        )
-        checkpoint = last_checkpoint(settings.run_folder)
+    main, world = arguments.process_index == 0, arguments.world_size
+    plan = RunPlan.read(settings.run_folder)
+    train_set, eval_set = open_data(settings)
+    if main:
+        _warn_without_rows(settings, config, plan.used)
+    passes = plan.passes(settings, arguments.process_index, world)
+    eval_passes = plan.eval_passes(arguments.process_index, world)
+    model, tuner = _load_model(settings, config)
+    steps = len(passes) * settings.epochs
+    if settings.max_steps > 0:
+        steps = settings.max_steps * settings.accumulation
+    every = steps * plan.tokens
+    fast = speed_up(model, settings, arguments.device, every, a_pass=plan.tokens)
+    flops = flops_per_token(model, settings.stage) if settings.bf16 else None
+    meter = Meter(arguments.device, world=world, flops=flops, peak=peak_flops(arguments.device))
+    meter.watch(model.projectors)
+    most = max(p.most_samples for p in (passes, eval_passes) if p is not None)
+    trainer = RowsTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        data_collator=Collator(
+            tokenizer,
+            config.modality_specs,
+            tokens=plan.tokens,
+            samples=most,
+            longest=plan.longest,
+            cut=settings.overlong == "cut",
+        ),
+        callbacks=[StopOnNaN(), meter, *callbacks],
+        passes=passes,
+        eval_passes=eval_passes,
+        meter=meter,
+        workers=_workers(settings, arguments, len(passes)),
+        has_bounds=fast.attention == VARLEN,
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    if settings.progress:
+        trainer.add_callback(Bar(compiles=fast.compiled))
+    checkpoint = last_checkpoint(settings.run_folder)
+    with fast.memory():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except BaseException:
-        if claimed and last_checkpoint(settings.run_folder) is None:
-            release_run_folder(settings.run_folder)
-        raise
+    trained = trained_anywhere(model.projectors_trained)
     if settings.fsdp:  # the shards' whole weights, in a model of the first process alone
         weights = trainable_state(trainer.model)
         if main:
@@ -116,12 +215,25 @@ def train(settings: TrainSettings, *, callbacks: Sequence[Any] = ()) -> Path:
             "steps": trainer.state.global_step,
             "best_step": trainer.state.best_global_step,
             "best_eval_loss": trainer.state.best_metric,
+            "tokens_per_step": plan.tokens,
+            "padding": passes.waste,
+            **fast.to_dict(),
             "log": trainer.state.log_history,
         }
-        model.projectors_trained.update(dict.fromkeys(learnt, True))
+        model.projectors_trained.update(trained)
         _write_output(settings, model, tuner, Path(settings.output), report)
     trainer.accelerator.wait_for_everyone()
     return Path(settings.output)
+
+
+def _workers(settings: TrainSettings, arguments: Any, passes: int) -> int:
+    """Processes that encode ahead: so many that a GPU does not wait, none where there is none."""
+    if settings.workers is not None:
+        return settings.workers
+    if arguments.device.type != "cuda":
+        return 0
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(MOST_WORKERS, max(1, (os.cpu_count() or 1) // local - 1), passes)
 
 
 def export(checkpoint: str | Path, output: str | Path) -> Path:
@@ -148,12 +260,6 @@ def export(checkpoint: str | Path, output: str | Path) -> Path:
     config = read_config(settings.model)
     model, tuner = _load_model(settings, config)
     load_trainable(model, checkpoint)
-    try:
-        learnt = _modalities_with_rows(_open_data(settings)[0], config.modality_specs)
-        model.projectors_trained.update(dict.fromkeys(learnt, True))
-    except (DatasetError, TrainingError):  # the data is gone: what this run trained is not known
-        for name in untrained(model.projectors_trained, config.modality_specs):
-            del model.projectors_trained[name]
     _write_output(settings, model, tuner, output, {"checkpoint": checkpoint.name})
     return output
 
@@ -187,8 +293,8 @@ def _arguments(settings: TrainSettings) -> Any:
         rhythm["eval_strategy"] = "no"
     fields: dict[str, Any] = dict(
         output_dir=str(settings.run_folder.resolve()),
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
+        per_device_train_batch_size=1,  # passes are batched by their sampler
+        per_device_eval_batch_size=1,
         gradient_accumulation_steps=settings.accumulation,
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps if settings.max_steps > 0 else -1,
@@ -209,14 +315,13 @@ def _arguments(settings: TrainSettings) -> Any:
         greater_is_better=False if evaluates else None,
         prediction_loss_only=True,
         report_to=["tensorboard"],
-        dataloader_num_workers=settings.workers,
         remove_unused_columns=False,  # a batch's embeddings are no column of the dataset
         label_names=["labels"],
         ddp_find_unused_parameters=False,  # a projector without rows has a gradient of zeros
         fsdp=settings.fsdp,
         fsdp_config={"version": 2} if settings.fsdp else None,
         use_cpu=settings.cpu,
-        disable_tqdm=not settings.progress,
+        disable_tqdm=True,  # the bar is our own
         **rhythm,
     )
     try:
@@ -258,41 +363,6 @@ def _load_tokenizer(settings: TrainSettings, config: MultimodalQwen3Config) -> A
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     add_placeholder_tokens(tokenizer, config.modality_specs)
     return tokenizer
-
-
-def _open_data(settings: TrainSettings) -> tuple[Dataset[Example], Dataset[Example] | None]:
-    whole = _open(settings.data)
-    if settings.eval_data is not None:
-        return whole, _open(settings.eval_data)
-    held_out = round(len(whole) * settings.eval_share)
-    if settings.eval_share and not 0 < held_out < len(whole):
-        raise TrainingError(
-            f"eval_share {settings.eval_share} of {len(whole)} samples leaves one side empty"
-        )
-    if not held_out:
-        return whole, None
-    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(settings.seed))
-    train_part, eval_part = sorted(order[held_out:].tolist()), sorted(order[:held_out].tolist())
-    return Subset(whole, train_part), Subset(whole, eval_part)
-
-
-def _open(path: str) -> RowsDataset:
-    dataset = RowsDataset(path)
-    if not len(dataset):
-        raise DatasetError(f"{path}: there is no sample")
-    return dataset
-
-
-def _modalities_with_rows(data: Dataset[Example], names: Collection[str]) -> set[str]:
-    """Those of the modalities `names` that some sample has an item of; stops once all are found."""
-    whole, indices = (data.dataset, data.indices) if isinstance(data, Subset) else (data, None)
-    assert isinstance(whole, RowsDataset)
-    found: set[str] = set()
-    for index in range(len(whole)) if indices is None else indices:
-        found |= {name for name, items in whole.sample(index).items.items() if items}
-        if found >= set(names):
-            break
-    return found & set(names)
 
 
 def _warn_without_rows(
@@ -346,6 +416,7 @@ def _load_model(settings: TrainSettings, config: MultimodalQwen3Config) -> tuple
             dropout=settings.lora_dropout,
             layers=settings.lora_layers,
             seed=settings.seed,
+            autocast=settings.bf16,
         )
     model.projectors.float().requires_grad_(True)
     return model, tuner

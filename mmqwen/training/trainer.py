@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -9,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from mmqwen.training.config import TrainingError
+from mmqwen.training.meter import Meter
+from mmqwen.training.packing import PackedSampler
 from mmqwen.training.sharding import (
     load_optimizer_state,
     optimizer_state,
@@ -28,6 +33,8 @@ TRAINABLE_FILE = "trainable.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
 SCHEDULE_FILE = "scheduler.pt"
 STATE_FILE = "trainer_state.json"
+TRAINED = "trained"
+"""In the metadata of the weights: which projectors were ever trained."""
 _STAGE = ".saving"
 
 
@@ -40,8 +47,8 @@ def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def load_trainable(model: nn.Module, checkpoint: Path) -> None:
-    """Put the weights of a checkpoint into the model.
+def load_trainable(model: Any, checkpoint: Path) -> None:
+    """Put the weights of a checkpoint into the model, and which projectors were trained.
 
     Raises:
         TrainingError: the checkpoint is of other weights, or cannot be read.
@@ -49,12 +56,15 @@ def load_trainable(model: nn.Module, checkpoint: Path) -> None:
     file = checkpoint / TRAINABLE_FILE
     try:
         tensors = load_file(file)
+        with safe_open(file, framework="pt") as opened:
+            trained = json.loads((opened.metadata() or {}).get(TRAINED, "{}"))
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"{file} cannot be read: {error}") from error
     try:
         set_trainable(model, tensors)
     except TrainingError as error:
         raise TrainingError(f"{file} is of another stage or model: {error}") from error
+    model.projectors_trained.update(trained)
 
 
 def set_trainable(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -69,6 +79,16 @@ def set_trainable(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None
         raise TrainingError(f"{odd} are in one of them only")
     for name, parameter in wanted.items():
         put(parameter, tensors[name])
+
+
+def trained_anywhere(own: Mapping[str, bool]) -> dict[str, bool]:
+    """Which projectors had rows in some process; every process calls it."""
+    if not torch.distributed.is_initialized():
+        return dict(own)
+    everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everywhere, dict(own))
+    names = {name for one in everywhere for name in one}
+    return {name: any(one.get(name, False) for one in everywhere) for name in names}
 
 
 def all_checkpoints(run: Path) -> list[Path]:
@@ -101,12 +121,153 @@ class StopOnNaN(TrainerCallback):
             )
 
 
-class RowsTrainer(Trainer):
-    """Writes checkpoints aside and renames them, so that a kill or a full disk leaves the last one.
+class NextEpoch(TrainerCallback):
+    """Has each epoch's order drawn, whichever way transformers would go about it."""
 
-    A checkpoint holds `trainable.safetensors` (in stage `projector`, the projectors alone), the
-    states of optimizer, schedule and random generators, and `trainer_state.json`.
+    def __init__(self, passes: PackedSampler) -> None:
+        self.passes = passes
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Look at how far the run is; where one goes on, in the middle of an epoch."""
+        self.passes.set_epoch(int((state.epoch or 0.0) + 1e-6))
+
+
+class RowsTrainer(Trainer):
+    """Trains on passes of samples that stand end to end, and keeps checkpoints safely.
+
+    The loss is the mean over the learnt tokens of a step, over all its passes and processes; that
+    of an evaluation is the mean over its learnt tokens. A step never waits for the GPU.
+
+    Checkpoints are written aside and renamed, so that a kill or a full disk leaves the last one.
+    Each holds `trainable.safetensors` (in stage `projector`, the projectors alone), the states of
+    optimizer, schedule and random generators, and `trainer_state.json`.
+
+    Args:
+        passes: the samples of each training pass of this process.
+        eval_passes: those of evaluation.
+        meter: what is measured beside the loss.
+        workers: processes that read and encode ahead.
+        has_bounds: whether attention goes by the samples' bounds alone, and reads no mask.
+        **kwargs: transformers' own.
     """
+
+    control: Any
+
+    def __init__(
+        self,
+        *,
+        passes: PackedSampler,
+        eval_passes: PackedSampler | None,
+        meter: Meter,
+        workers: int,
+        has_bounds: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.passes, self.eval_passes = passes, eval_passes
+        self.meter, self.workers, self.has_bounds = meter, workers, has_bounds
+        super().__init__(**kwargs)
+        self.add_callback(NextEpoch(passes))
+
+    # -- passes --------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """This process's passes. Not prepared by accelerate, which would share them out again."""
+        return self._loader(self.train_dataset, self.passes)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """This process's passes of the evaluation."""
+        assert self.eval_passes is not None
+        return self._loader(self.eval_dataset, self.eval_passes)
+
+    def _loader(self, dataset: Any, passes: PackedSampler) -> DataLoader:
+        own = torch.Generator()  # workers are seeded from it: no draw from the global one
+        own.manual_seed(self.args.seed)
+        return DataLoader(
+            dataset,
+            batch_sampler=passes,
+            collate_fn=self.data_collator,
+            num_workers=self.workers,
+            pin_memory=self.args.device.type == "cuda",
+            persistent_workers=self.workers > 0,
+            prefetch_factor=4 if self.workers else None,
+            generator=own,
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: Any
+    ) -> tuple[list[dict[str, Any]], Any]:
+        """The passes of a step, and the learnt tokens of all processes' passes in it."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        count: Any = sum(len(batch["shift_labels"]) for batch in batches)
+        self.meter.count(batches)
+        if self.args.world_size > 1:
+            count = torch.tensor(count, device=device)
+            torch.distributed.all_reduce(count)
+            return batches, count.clamp_(min=1)
+        return batches, max(count, 1)
+
+    def _prepare_input(self, data: Any) -> Any:
+        if isinstance(data, torch.Tensor):  # from pinned memory, without waiting for it
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """This process's part of the loss, times the processes, whose gradients are averaged."""
+        outputs = model(**self._given(inputs), num_items_in_batch=num_items_in_batch)
+        loss = outputs.loss * self.args.world_size
+        return (loss, outputs) if return_outputs else loss
+
+    def _given(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What the model takes of a batch."""
+        given = {name: value for name, value in inputs.items() if name != "padding"}
+        if self.has_bounds:
+            # transformers would look in the positions for where samples begin, and wait for it; a
+            # mask of four dimensions is handed on as it is.
+            given["attention_mask"] = inputs["input_ids"].new_empty(1, 1, 1, 1)
+        return given
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The mean loss of the learnt tokens of all processes' passes."""
+        self.model.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        sums = torch.zeros(2, dtype=torch.float64)
+        total = torch.zeros((), device=self.args.device, dtype=torch.float32)
+        with torch.no_grad():
+            for batch in dataloader:
+                inputs = self._given(self._prepare_inputs(batch))
+                with self.compute_loss_context_manager():
+                    total += self.model_wrapped(**inputs, num_items_in_batch=1).loss
+                sums[1] += len(batch["shift_labels"])
+                self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        sums[0] = total.item()
+        if self.args.world_size > 1:
+            sums = sums.to(self.args.device)
+            torch.distributed.all_reduce(sums)
+        loss = float(sums[0] / sums[1].clamp(min=1))
+        metrics = {f"{metric_key_prefix}_loss": loss}
+        samples = len(self.eval_dataset)  # type: ignore[arg-type]
+        return EvalLoopOutput(None, None, metrics, samples)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log what is measured beside the loss."""
+        if "loss" in logs:
+            logs = {**logs, **self.meter.read()}
+        super().log(logs, start_time)
+
+    # -- checkpoints ---------------------------------------------------------------------------
 
     def _get_output_dir(self, trial: Any) -> str:
         run = super()._get_output_dir(trial)
@@ -169,10 +330,12 @@ class RowsTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
+        model = self.accelerator.unwrap_model(self.model)
+        trained = trained_anywhere(model.projectors_trained)
         if not (self.args.should_save or self.is_fsdp_enabled):
             return
         # Shards are gathered by all processes together; nothing else needs the others.
-        tensors = trainable_state(self.accelerator.unwrap_model(self.model))
+        tensors = trainable_state(model)
         if not self.args.should_save:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -182,7 +345,8 @@ class RowsTrainer(Trainer):
                 f"{broken[0]} is not finite at step {self.state.global_step}, which is not saved; "
                 "lower lr"
             )
-        save_file(tensors, folder / TRAINABLE_FILE, metadata={"format": "pt"})
+        metadata = {"format": "pt", TRAINED: json.dumps(trained)}
+        save_file(tensors, folder / TRAINABLE_FILE, metadata=metadata)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:

@@ -30,4 +30,4 @@ def register() -> None:
         ModelRegistry.register_model(ARCHITECTURE, "mmqwen.vllm_plugin.model:MultimodalQwen3Model")
     compat.settle_engines(ARCHITECTURE, settle)
     compat.use_renderer("mmqwen.vllm_plugin.renderer", "MultimodalQwen3Renderer")
-    compat.guard_http()
+    compat.guard_http("mmqwen.vllm_plugin.door", "Door")

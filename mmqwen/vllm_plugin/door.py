@@ -1,17 +1,19 @@
 """A look at each request's fields: rows where nothing reads them are refused, not dropped.
 
-vLLM's request models accept fields that they do not know, and skip them.
+vLLM's request models accept fields that they do not know, and skip them. Over HTTP `Door` looks, in
+the file of a batch `look_at_line`.
 """
 
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
 from fastapi import FastAPI, HTTPException, Request
 from vllm.logger import init_logger
 
+from mmqwen.inputs import MessageError
 from mmqwen.misplaced import misplaced_rows
 from mmqwen.modalities import ModalitySpec
 from mmqwen.vllm_plugin import compat
@@ -41,7 +43,7 @@ class Door:
     def attach_router(self, app: FastAPI) -> None:
         """Run the check where vLLM checks that a request is JSON."""
         self._declared = {
-            path: frozenset(_fields_of(getattr(route, "body_field", None)))
+            path: frozenset(_fields_of(_body_of(route)))
             for route in app.routes
             if (path := getattr(route, "path", None)) is not None
         }
@@ -70,23 +72,55 @@ class Door:
         path = getattr(request.scope.get("route"), "path", request.url.path)
         # A route that takes any body (/invocations) hands it to one of the others.
         declared = self._declared.get(path) or frozenset().union(*self._declared.values())
-        found = misplaced_rows(body, self._specs, (declared | READ) - OPTIONS)
-        if found is None:
-            return
-        part = next(iter(self._specs)) + "_embeds"
-        message = (
-            f"{found!r:.60} in a request to {path}: nothing reads rows there, what it holds would "
-            f"be dropped; send each item to /v1/chat/completions as a part of a message's content, "
-            f"{{'type': {part!r}, {part!r}: {{'data': ..., 'dtype': ..., 'shape': ...}}}}"
-        )
-        count_refusal("misplaced")
-        logger.warning("Refused a request: %s", message)
-        raise HTTPException(400, message)
+        message = _misplaced(body, self._specs, declared, f"a request to {path}")
+        if message is not None:
+            raise HTTPException(400, message)
 
 
-def _fields_of(body_field: Any) -> Iterable[str]:
-    """Names of what a route's body may hold, for a union those of each of its models."""
-    pending = [getattr(getattr(body_field, "field_info", None), "annotation", None)]
+def look_at_line(line: Any, specs: Mapping[str, ModalitySpec]) -> MessageError | None:
+    """Why a line of `vllm run-batch` is refused; None where no rows are misplaced in it.
+
+    Args:
+        line: vLLM's model of it, with `url` and `body`.
+        specs: the modalities.
+    """
+    message = None
+    for model, where in ((line, "a line of a batch"), (line.body, f"a batch's {line.url}")):
+        fields = {**vars(model), **(getattr(model, "model_extra", None) or {})}
+        message = message or _misplaced(fields, specs, _fields_of(type(model)), where)
+    return None if message is None else MessageError(message, "misplaced")
+
+
+def _misplaced(
+    fields: Mapping[str, Any],
+    specs: Mapping[str, ModalitySpec],
+    declared: Iterable[str],
+    where: str,
+) -> str | None:
+    """What to answer to rows in a field that is not `declared`, counted and logged."""
+    found = misplaced_rows(fields, specs, READ.union(declared) - OPTIONS)
+    if found is None:
+        return None
+    part = next(iter(specs)) + "_embeds"
+    message = (
+        f"{found!r:.60} in {where}: nothing reads rows there, what it holds would be dropped; send "
+        "each item to /v1/chat/completions as a part of a message's content, "
+        f"{{'type': {part!r}, {part!r}: {{'data': ..., 'dtype': ..., 'shape': ...}}}}"
+    )
+    count_refusal("misplaced")
+    logger.warning("Refused a request: %s", message)
+    return message
+
+
+def _body_of(route: Any) -> Any:
+    """What a route's body is read as."""
+    field = getattr(route, "body_field", None)
+    return getattr(getattr(field, "field_info", None), "annotation", None)
+
+
+def _fields_of(body: Any) -> Iterable[str]:
+    """Names of what a body may hold, for a union those of each of its models."""
+    pending = [body]
     while pending:
         annotation = pending.pop()
         pending.extend(get_args(annotation))

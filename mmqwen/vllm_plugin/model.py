@@ -26,14 +26,7 @@ from mmqwen.checkpoint.trained import read_trained, untrained, untrained_message
 from mmqwen.packs import PackError, blank_directory, find_rows, open_pack
 from mmqwen.text_models import refuse_text_model, untested_warning
 from mmqwen.vllm_plugin import compat
-from mmqwen.vllm_plugin.compat.text_model import (
-    DiskMark,
-    build_text_model,
-    plain_table,
-    refuse_text_class,
-    text_architectures,
-    text_class,
-)
+from mmqwen.vllm_plugin.compat.text_model import build_text_model, plain_table
 from mmqwen.vllm_plugin.engine_config import refuse_drafter
 from mmqwen.vllm_plugin.modality_table import modality_table, text_config_of
 from mmqwen.vllm_plugin.processing import DummyInputs, PackingProcessor, ProcessingInfo
@@ -93,20 +86,17 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         self._loaded = False
         self._model_config = model_config
         self._started_from = model_config.model
-        self.secondary_weights = DiskMark()
         self._gathers: bool | None = None
         self._backend = os.environ.get(BACKEND_VARIABLE, DEFAULT_BACKEND)
         self._choice = choice = select_backend(
             compat.device_type(), cast(torch.dtype, model_config.dtype), self._backend
         )
         logger.info("Fusion backend: %s (%s)", choice.name, choice.reason)
-        architectures = text_architectures(text_config)
         refuse_text_model(text_config.model_type)
-        refuse_text_class(text_class(model_config, architectures))
         warning = untested_warning(text_config.model_type)
         if warning is not None:
             logger.warning("%s", warning)
-        build_text_model(self, vllm_config, text_config, architectures, prefix)
+        build_text_model(self, vllm_config, text_config, prefix)
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
         self.packed_modules_mapping = getattr(
             self.language_model, "packed_modules_mapping", type(self).packed_modules_mapping
@@ -195,6 +185,7 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         self._prepared = True
         if not self._place:
             return
+        self._complete()
         self._token_table()
         every = self.projectors.weights()
         weights = max(every, key=lambda projector: sum(projector.w1.shape))
@@ -230,6 +221,7 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         """
         if not multimodal_embeddings or is_multimodal is None:
             return self.language_model.embed_input_ids(input_ids)
+        self._complete()
         projectors = self.projectors.weights()
         with compat.single_threaded():
             plan = self._plan(
@@ -343,7 +335,8 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         The first load, before the engine's first pass, must bring every projector. Later ones
         (`reload_weights`, weight updates) change what they bring, in place, and nothing else.
         `projector: FILE` of `hf_overrides` is read at the first load, and again where vLLM reads
-        the checkpoint from disk again; not over what an update gives.
+        the checkpoint from disk again; not over what an update gives. Where a loader never comes
+        here (`load_format` dummy, sharded_state, ...), it is read before the first rows are placed.
 
         Returns:
             Names of the parameters that were loaded.
@@ -359,7 +352,6 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
                 if name.startswith(PROJECTOR_PREFIX):
                     self.projectors.check(name, tensor)
         loaded: set[str] = set()
-        self.secondary_weights.walked = False
 
         def without_projectors() -> Iterable[tuple[str, torch.Tensor]]:
             for name, tensor in weights:
@@ -372,7 +364,7 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         text_loaded = AutoWeightsLoader(self).load_weights(
             without_projectors(), mapper=self.hf_to_vllm_mapper
         )
-        if first or self.secondary_weights.walked:
+        if first or compat.are_of_a_loader(weights):
             for name, tensor in self._projector_file(keep=set() if first else loaded).items():
                 self.projectors.load(name, tensor)
                 loaded.add(name)
@@ -380,6 +372,13 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
             self.projectors.refuse_missing(loaded)
             self._loaded = True
         return set(text_loaded) | loaded
+
+    def _complete(self) -> None:
+        """Read `projector: FILE` where the loader has filled the parameters by itself."""
+        if not self._loaded:
+            self._loaded = True
+            for name, tensor in self._projector_file(keep=set()).items():
+                self.projectors.load(name, tensor)
 
     def _projector_file(self, keep: set[str]) -> dict[str, torch.Tensor]:
         """The weights of `projector: FILE`; {} without one.

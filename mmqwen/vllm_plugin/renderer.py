@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ class MultimodalQwen3Renderer(HookedRenderer):
             if tokenizer is not None:
                 add_placeholder_tokens(tokenizer, self._specs)
             prepare(self._specs)
+            compat.guard_batch(partial(_look_at_line, self._specs))
         super().__init__(config, tokenizer)
         if self._specs and self.mm_processor is not None:  # None: --language-model-only
             self.mm_processor.hash_content = reuses_rows(config)
@@ -164,6 +166,12 @@ class MultimodalQwen3Renderer(HookedRenderer):
         elif prompt.pop(_FROM_CHAT, False):
             counts = {name: len(members) for name, members in items.items()}
             check_parts_kept(token_ids, self._specs, counts)
+
+
+def _look_at_line(specs: Mapping[str, ModalitySpec], line: Any) -> MessageError | None:
+    from mmqwen.vllm_plugin.door import look_at_line  # with FastAPI, which batches load anyway
+
+    return look_at_line(line, specs)
 
 
 def check_prompt_fields(prompt: Mapping[str, Any], specs: Mapping[str, ModalitySpec]) -> None:

@@ -18,7 +18,7 @@ from can_compile import CUOBJDUMP
 from triton.backends.compiler import GPUTarget
 
 from mmqwen_kernels import triton_kernels
-from mmqwen_kernels.launcher import ast_source
+from mmqwen_kernels.launcher import ast_source, compiler_options
 from mmqwen_kernels.tiles import TileConfig, every_tile
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -113,9 +113,7 @@ def compile_variant(v: Variant) -> Built:
     if v.kernel == "down":
         constants |= {"HAS_SLOTS": True, "HAS_TEXT": True}
     source = ast_source(kernel, constants, v.dtype, aligned=v.align_bytes == 16)
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    if v.kernel == "down" and v.dependent:
-        options["launch_pdl"] = True
+    options = compiler_options(tile.num_warps, tile.num_stages, v.kernel == "down" and v.dependent)
     built = triton.compile(source, target=GPUTarget("cuda", v.capability, 32), options=options)
     return built_of(built)
 

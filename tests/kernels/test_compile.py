@@ -10,7 +10,7 @@ if WHY_NOT:
     pytest.skip(WHY_NOT, allow_module_level=True)
 
 import triton
-from compiled_kernels import Variant, compile_variant, full_list, short_list
+from compiled_kernels import Variant, compile_variant, full_list, short_list, tiles_of
 
 from mmqwen_kernels.tiles import shared_limit
 
@@ -67,6 +67,20 @@ def check(v: Variant) -> None:
 @pytest.mark.parametrize("v", short_list(), ids=lambda v: v.name)
 def test_compiles_without_spills(v: Variant) -> None:
     check(v)
+
+
+@pytest.mark.parametrize("kernel", ["up", "down"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_compiled_does_not_depend_on_triton_s_default(
+    monkeypatch: pytest.MonkeyPatch, kernel: str, dtype: torch.dtype
+) -> None:
+    """Products and sums may be fused, by default until Triton 3.10."""
+    tile = next(t for name, t in tiles_of(90, dtype) if name == kernel)
+    found = []
+    for default in (True, False):
+        monkeypatch.setattr(triton.knobs.language, "default_fp_fusion", default)
+        found.append(compile_variant(Variant(kernel, 90, tile, dtype)).ptx)
+    assert found[0] == found[1]
 
 
 @pytest.mark.slow

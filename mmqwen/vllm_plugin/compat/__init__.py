@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, wraps
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -112,6 +113,18 @@ def prompt_fields() -> frozenset[str]:
     )
 
 
+# -- weights -----------------------------------------------------------------------------------
+
+
+def are_of_a_loader(weights: Any) -> bool:
+    """Whether weights are a checkpoint that a loader of vLLM's reads from disk, not an update.
+
+    Loaders that can read again have a generator `get_all_weights`, which a first load and
+    `reload_weights` hand to the model as it is.
+    """
+    return getattr(getattr(weights, "gi_code", None), "co_name", None) == "get_all_weights"
+
+
 # -- the server --------------------------------------------------------------------------------
 
 
@@ -164,12 +177,15 @@ def _attribute(name: str, *modules: str) -> Any:
     raise ImportError(f"this vLLM has no {name} in any of {list(modules)}")
 
 
-def guard_http() -> None:
-    """Let `door.Door` look at each app of vLLM's server, `vllm serve`'s too.
+def guard_http(module: str, name: str) -> None:
+    """Let an endpoint plugin look at each app of vLLM's server, `vllm serve`'s too.
 
     vLLM attaches endpoint plugins to its app, but loads those alone that `VLLM_PLUGINS` names: it
     means to keep out routes that nobody asked for. The door adds none, and must not depend on a
     variable: without it rows in fields that vLLM skips would be dropped without a word.
+
+    Args:
+        module, name: of the plugin's class, which is imported where there is a server.
     """
     import vllm.plugins
 
@@ -179,12 +195,47 @@ def guard_http() -> None:
 
     @wraps(load)
     def load_endpoint_plugins(*args: Any, **kwargs: Any) -> list[Any]:
-        from mmqwen.vllm_plugin.door import Door
-
-        return [*load(*args, **kwargs), Door()]
+        return [*load(*args, **kwargs), _attribute(name, module)()]
 
     load_endpoint_plugins._mmqwen = True  # type: ignore[attr-defined]
     vllm.plugins.load_endpoint_plugins = load_endpoint_plugins
+
+
+BATCH_RUNNERS = (
+    "vllm.entrypoints.launchers.run_batch", "vllm.entrypoints.openai.run_batch", "__main__",
+)  # fmt: skip
+"""Where `vllm run-batch` is, from 0.29 on and before, and as `python -m` runs what was before."""
+
+
+def guard_batch(look: Callable[[Any], Exception | None]) -> None:
+    """Let `look` see each line of `vllm run-batch`, where this process runs one.
+
+    A line goes to its handler by none of the server's routes, so that nothing else sees the fields
+    that vLLM skips.
+
+    Args:
+        look: takes a line, with `url` and `body`, and gives why it is answered with an error.
+    """
+    for name in BATCH_RUNNERS:
+        module = sys.modules.get(name)
+        run = getattr(module, "run_request", None)
+        if module is None or run is None or not hasattr(module, "BatchRequestInput"):
+            continue
+        module.run_request = _looking(getattr(run, "_mmqwen", run), look)  # type: ignore[attr-defined]
+
+
+def _looking(run: Callable[..., Any], look: Callable[[Any], Exception | None]) -> Any:
+    @wraps(run)
+    async def run_request(handler: Any, request: Any, *rest: Any, **kwargs: Any) -> Any:
+        error = look(request)
+
+        async def refuse(*_: Any) -> None:
+            raise cast(Exception, error)
+
+        return await run(handler if error is None else refuse, request, *rest, **kwargs)
+
+    run_request._mmqwen = run  # type: ignore[attr-defined]
+    return run_request
 
 
 def json_request_check() -> Callable[[Any], Awaitable[None]]:

@@ -1,8 +1,7 @@
-"""vLLM's text models from inside: which can be served, how they are built and loaded."""
+"""vLLM's text models from inside: which can be served, and how they are built."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -60,16 +59,15 @@ def refuse_text_class(text_class: type) -> None:
             )
 
 
-def text_class(model_config: Any, architectures: list[str]) -> type:
-    """vLLM's class of a text model."""
-    found: type = model_config.registry.resolve_model_cls(architectures, model_config)[0]
-    return found
+def build_text_model(outer: Any, vllm_config: Any, text_config: Any, prefix: str) -> None:
+    """Make the text model the part `language_model` of `outer`, known to vLLM as such.
 
-
-def build_text_model(
-    outer: Any, vllm_config: Any, text_config: Any, architectures: list[str], prefix: str
-) -> None:
-    """Make the text model the part `language_model` of `outer`, known to vLLM as such."""
+    Raises:
+        ValueError: as `text_architectures` and `refuse_text_class`.
+    """
+    model_config = vllm_config.model_config
+    architectures = text_architectures(text_config)
+    refuse_text_class(model_config.registry.resolve_model_cls(architectures, model_config)[0])
     with outer._mark_language_model(vllm_config):
         outer.language_model = init_vllm_registered_model(
             vllm_config=vllm_config,
@@ -90,18 +88,3 @@ def plain_table(text_model: nn.Module) -> tuple[torch.Tensor, int] | None:
     if weight.ndim != 2 or weight.shape[1] != layer.embedding_dim:
         return None
     return weight, layer.shard_indices.org_vocab_start_index
-
-
-class DiskMark:
-    """The further sources of a checkpoint that vLLM's loader asks a model for: there are none.
-
-    The loader walks them after the checkpoint's own files, so `walked` tells a checkpoint that is
-    read from disk from weights that somebody hands over.
-    """
-
-    def __init__(self) -> None:
-        self.walked = False
-
-    def __iter__(self) -> Iterator[Any]:
-        self.walked = True
-        return iter(())
