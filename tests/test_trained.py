@@ -160,8 +160,28 @@ def test_a_run_that_goes_on_or_is_exported_records_the_same(start, data, tmp_pat
     assert read_trained(output) == {"m1": True, "site": False}
     checkpoint = asked.run_folder / "checkpoint-2"
     assert read_trained(export(checkpoint, tmp_path / "early")) == {"m1": True, "site": False}
-    shutil.rmtree(own)  # then nobody knows what m1 and site had
-    assert read_trained(export(checkpoint, tmp_path / "late")) == {}
+    shutil.rmtree(own)  # the checkpoint itself knows
+    assert read_trained(export(checkpoint, tmp_path / "late")) == {"m1": True, "site": False}
+
+
+def test_only_what_was_trained_is_recorded(start, data, tmp_path):
+    """Rows that the data has, and that no step came to, trained nothing."""
+    pytest.importorskip("accelerate")
+    with DatasetWriter(tmp_path / "late", MODALITIES) as writer:
+        for index in range(40):
+            writer.add("Describe <|m1|>", " train", {"m1": [torch.ones(1, MODALITIES["m1"])]})
+            if index == 20:
+                writer.add(
+                    "Where <|site|>", " train", {"site": [torch.ones(1, MODALITIES["site"])]}
+                )
+    options = {"max_steps": 1, "tokens_per_step": 32}
+    for seed in range(9):  # until the one sample is not in the first pass
+        output = train(
+            settings(start, tmp_path / "late", tmp_path / f"o{seed}", seed=seed, **options)
+        )
+        if read_trained(output) != {"m1": True, "site": True}:
+            break
+    assert read_trained(output) == {"m1": True, "site": False}
 
 
 def test_training_on_what_is_trained_says_what_stays(start, data, tmp_path):

@@ -137,13 +137,16 @@ def test_a_step_of_two_passes_learns_what_one_of_both_does(places):
 @pytest.mark.parametrize("stage", ["projector", "lora", "full"])
 def test_bf16_keeps_the_checkpoint_s_dtype(places, stage, tmp_path):
     model = make_composite(tmp_path / "model", dtype="bfloat16")
-    settings = settings_for((model, *places[1:]), f"bf16-{stage}", stage=stage, bf16=True)
-    output = train(settings)
+    options = {"stage": stage, "bf16": True, "max_steps": 12}
+    output = train(settings_for((model, *places[1:]), f"bf16-{stage}", **options))
     assert {t.dtype for t in tensors_of(output).values()} == {torch.bfloat16}
     assert str(read_config(output).dtype).endswith("bfloat16")
-    saved = load_file(output.with_name(output.name + ".run") / "checkpoint-6/trainable.safetensors")
+    saved = load_file(
+        output.with_name(output.name + ".run") / "checkpoint-12/trainable.safetensors"
+    )
     assert {t.dtype for t in saved.values()} == {torch.float32}
-    assert losses(output)[-1] < losses(output)[0]
+    curve = losses(output)
+    assert sum(curve[-3:]) < sum(curve[:3])
 
 
 def test_a_saved_model_with_one_file_gets_new_projectors(places, tmp_path):
