@@ -93,19 +93,18 @@ class Case:
 
 CASES = [
     Case("0.6B", "ours", 16_384),
+    Case("0.6B", "text", 16_384),
     Case("0.6B", "ours", 32_768),
     Case("0.6B", "ours", 32_768, {"lean": True}),
-    Case("0.6B", "ours", 16_384, {"stage": "lora"}),
     Case("0.6B", "padded", 16),
-    Case("0.6B", "text", 16_384),
+    Case("0.6B", "ours", 16_384, {"stage": "lora"}),
     Case("0.6B", "text", 16_384, {"stage": "lora"}),
-    Case("8B", "ours", 8_192, steps=10),
-    Case("8B", "ours", 16_384, {"gradient_checkpointing": True}, steps=8),
-    Case("8B", "ours", 8_192, {"stage": "lora"}, steps=8),
+    Case("8B", "ours", 8_192, steps=8),
     Case("8B", "text", 8_192, steps=8),
+    Case("8B", "ours", 16_384, {"gradient_checkpointing": True}, steps=8),
     Case("8B", "text", 16_384, {"gradient_checkpointing": True}, steps=6),
+    Case("8B", "ours", 8_192, {"stage": "lora"}, steps=8),
     Case("8B", "text", 8_192, {"stage": "lora"}, steps=8),
-    Case("0.6B", "text", 16_384, {"compile": True}, steps=12),
 ]
 
 
