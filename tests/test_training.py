@@ -19,7 +19,7 @@ from mmqwen.cli import main
 from mmqwen.data import DatasetError
 from mmqwen.hf import MultimodalQwen3ForConditionalGeneration, MultimodalQwen3Processor
 from mmqwen.training import TrainingError, TrainSettings, export, train
-from mmqwen.training import run as run_module
+from mmqwen.training.arguments import trainer_arguments
 from mmqwen.training.config import alone_in, claim_run_folder
 from mmqwen.training.trainer import last_checkpoint
 from tiny import make_composite
@@ -435,7 +435,7 @@ def test_one_of_two_gpus_is_used_and_it_is_said(places, monkeypatch, caplog):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     settings = settings_for(places, "two-devices", cpu=False)
     with caplog.at_level(logging.WARNING, logger="mmqwen"):
-        arguments = run_module._arguments(settings)
+        arguments = trainer_arguments(settings)
     assert arguments.n_gpu == 1
     # transformers has its own to say where another test has started a process group.
     (record,) = [record for record in caplog.records if record.name.startswith("mmqwen")]

@@ -55,9 +55,9 @@ class Collator:
             `input_ids` and `position_ids`, `[1, T]` int64; `cu_seq_lens_q` and `cu_seq_lens_k`,
             `[S + 1]` int32, where each sample begins and the last one ends; `max_length_q` and
             `max_length_k`; `padding`, tokens of no sample; `embeddings`, for each modality its rows
-            `[R, d]` float32 in the order of their places (R may be 0), and `slots`, `[R]` int64,
-            those places; `logits_to_keep`, `[K]` int64, the places that predict what is learnt, and
-            `shift_labels`, `[K]`, that.
+            `[R, d]` in the dataset's dtype in the order of their places (R may be 0), and `slots`,
+            `[R]` int64, those places; `logits_to_keep`, `[K]` int64, the places that predict what
+            is learnt, and `shift_labels`, `[K]`, that.
 
         Raises:
             DatasetError: with file and line, if a sample cannot be used.
@@ -126,8 +126,9 @@ class Collator:
     def _join(
         self, name: str, rows: list[torch.Tensor], examples: Sequence[Example]
     ) -> torch.Tensor:
+        dtype = rows[0].dtype if rows else torch.float32  # they travel as they are stored
         try:
-            return concat_items(rows, self.specs[name], torch.float32)[0]
+            return concat_items(rows, self.specs[name], dtype)[0]
         except EmbeddingError as error:
             lines = ", ".join(e.where for e in examples if e.rows.get(name))
             raise DatasetError(f"one of {lines}: {error}") from None
