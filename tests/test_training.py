@@ -60,6 +60,15 @@ def test_projector_stage_leaves_the_language_model_bit_for_bit(places):
     assert sum(curve[-3:]) < 0.7 * sum(curve[:3])
     report = json.loads((output / "training.json").read_text())
     assert report["settings"]["stage"] == "projector"
+    assert report["tokens_per_step"] == 96
+    assert 0 < report["padding"] < 1
+    entry = [e for e in report["log"] if "loss" in e][-1]
+    assert entry["tokens_per_second"] > entry["learnt_per_second"] > 0
+    assert 0 <= entry["padding"] < 1
+    assert entry["rows/m1/norm"] > 0
+    assert entry["rows/m1/norm_change"] != 0
+    assert report["log"][-1]["train_tokens_per_second"] > 0
+    assert not any(name.endswith("samples_per_second") for e in report["log"] for name in e)
     run = output.with_name("projector.run")
     assert list(run.glob("runs/**/events.out.tfevents.*"))
     checkpoints = sorted(p.name for p in run.glob("checkpoint-*"))

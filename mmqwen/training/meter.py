@@ -33,8 +33,7 @@ class Meter(TrainerCallback):
         self.begin: float | None = None
         self.tokens = self.real = self.learnt = 0
         self.rows: dict[str, _Rows] = {}
-        self.total = {"tokens": 0, "seconds": 0.0}
-        """Of what was measured so far."""
+        self._total = (0, 0.0)  # tokens and seconds of what was measured
 
     def count(self, batches: Sequence[Mapping[str, Any]]) -> None:
         """Passes that a step is about to take."""
@@ -68,14 +67,19 @@ class Meter(TrainerCallback):
             if self.flops and self.peak:
                 share = self.flops * self.real / seconds / self.peak
                 found["share_of_peak"] = round(share, 4)
-            self.total["tokens"] += self.world * self.real
-            self.total["seconds"] += seconds
+            tokens, before = self._total
+            self._total = (tokens + self.world * self.real, before + seconds)
         if self.device.type == "cuda":
             found["memory_gb"] = round(torch.cuda.max_memory_allocated(self.device) / 1e9, 2)
         for name, rows in self.rows.items():
             found |= {f"rows/{name}/{key}": value for key, value in rows.read().items()}
         self._restart()
         return found
+
+    def mean_speed(self) -> float | None:
+        """Tokens a second over all that was measured, or None where that is nothing."""
+        tokens, seconds = self._total
+        return round(tokens / seconds, 1) if seconds else None
 
     def _restart(self) -> None:
         self.begin = time.perf_counter()

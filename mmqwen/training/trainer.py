@@ -314,9 +314,13 @@ class RowsTrainer(Trainer):
         return EvalLoopOutput(None, None, metrics, samples)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log what is measured beside the loss."""
+        """Log what is measured beside the loss; not transformers' samples a second, of passes."""
+        wrong = ("samples_per_second", "total_flos")
+        logs = {name: value for name, value in logs.items() if not name.endswith(wrong)}
         if "loss" in logs:
-            logs = {**logs, **self.meter.read()}
+            logs |= self.meter.read()
+        if "train_runtime" in logs and (mean := self.meter.mean_speed()):
+            logs["train_tokens_per_second"] = mean
         super().log(logs, start_time)
 
     # -- checkpoints ---------------------------------------------------------------------------
