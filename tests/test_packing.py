@@ -14,10 +14,10 @@ from engines import TOLERANCE
 from mmqwen.data import DatasetError, RowsDataset
 from mmqwen.hf import MultimodalQwen3ForConditionalGeneration, MultimodalQwen3Processor
 from mmqwen.hf.loss import token_loss
-from mmqwen.training import Collator
+from mmqwen.training import Collator, TrainSettings, train
 from mmqwen.training.packing import PackedSampler, pack, split_to
 from tiny import make_composite
-from training_runs import write_data
+from training_runs import SAME_CURVE, losses, write_data
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=80)
 
@@ -192,6 +192,36 @@ def test_packed_samples_learn_what_padded_ones_do(family, attention, tmp_path, p
     for name, gradient in want_gradients.items():
         scale = gradient.abs().max().clamp(min=1e-3)
         torch.testing.assert_close(got[name] / scale, gradient / scale, rtol=0, atol=TOLERANCE)
+
+
+def test_a_packed_run_has_the_curve_of_a_padded_one(places, tmp_path):
+    """`train` over passes of all samples, against a loop over them as one padded batch."""
+    model_path, data = places
+    settings = TrainSettings(
+        *(str(p) for p in (model_path, data, tmp_path / "out")),
+        tokens_per_step=2_048,
+        max_steps=6,
+        lr=1e-2,
+        schedule="constant",
+        warmup=0.0,
+        max_grad_norm=0.0,
+        log_steps=1,
+        cpu=True,
+        progress=False,
+    )
+    packed = losses(train(settings))
+    model = MultimodalQwen3ForConditionalGeneration.from_pretrained(model_path).train()
+    model.requires_grad_(False)
+    model.projectors.requires_grad_(True)
+    alone = [collate(places, [example]) for example in RowsDataset(data)]
+    optimizer = torch.optim.AdamW(model.projectors.parameters(), lr=1e-2, weight_decay=0.0)
+    padded = []
+    for _ in packed:
+        loss, _ = padded_reference(model, alone)
+        optimizer.step()
+        padded.append(loss)
+    assert packed == pytest.approx(padded, rel=SAME_CURVE)
+    assert padded[-1] < padded[0]
 
 
 def test_a_neighbour_changes_nothing(places, examples):

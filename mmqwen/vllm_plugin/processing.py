@@ -366,19 +366,19 @@ def content_hash(pack: torch.Tensor, counts: Sequence[int], algorithm: str = "bl
     """Hash of a pack and its item boundaries, framed.
 
     The pack's own header and directory name each row's modality, the widths, the dtype and the
-    order; the boundaries of the items are added with their number. Two different inputs never hash
-    the same bytes. The client has no say in it.
+    order; behind it come the boundaries of the items, their number, and a tag, so that what was
+    hashed can be read from its end: two different inputs never hash the same bytes. The pack
+    stands first, where BLAKE3 takes it in whole chunks. The client has no say in it.
 
     Args:
         pack: 1-D int64.
         counts: rows of each item.
         algorithm: "blake3", or a name that hashlib knows.
     """
-    boundaries = np.asarray([len(counts), *counts], dtype="<i8")
+    boundaries = np.asarray([*counts, len(counts)], dtype="<i8")
     digest = _new_hash(algorithm)
-    digest.update(b"mmqwen-pack-2\0")
-    digest.update(boundaries.tobytes())
     digest.update(pack.numpy().view(np.uint8).data)
+    digest.update(boundaries.tobytes() + b"mmqwen-pack-3\0")
     return str(digest.hexdigest())
 
 
