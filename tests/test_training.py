@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -401,6 +402,28 @@ def test_a_run_goes_on_with_the_passes_that_it_began_with(places, monkeypatch):
     assert losses(moved) == pytest.approx(losses(whole), rel=SAME_CURVE)
     reports = [json.loads((f / "training.json").read_text()) for f in (whole, moved)]
     assert reports[0]["tokens_per_step"] == reports[1]["tokens_per_step"] < 4096
+
+
+def test_a_dataset_that_grew_does_not_go_on(places, tmp_path):
+    """Also where the record of its files was removed, as one may where only times differ."""
+    data = write_data(tmp_path / "data")
+    settings = settings_for((places[0], data, tmp_path), "grown")
+    shutil.rmtree(train(settings))
+    line = (data / "data.jsonl").read_bytes().splitlines(keepends=True)[0]
+    with (data / "data.jsonl").open("ab") as file:
+        file.write(line)
+    (settings.run_folder / "datasets.json").unlink()
+    with pytest.raises(TrainingError, match="began with 24 samples"):
+        train(settings)
+
+
+def test_a_run_of_padded_batches_does_not_go_on_with_passes(places):
+    settings = settings_for(places, "padded-run")
+    shutil.rmtree(train(settings))
+    (settings.run_folder / "plan.safetensors").unlink()
+    with pytest.raises(TrainingError, match=r"no plan.safetensors.*name another output"):
+        train(settings)
+    assert last_checkpoint(settings.run_folder) is not None
 
 
 def test_a_run_that_fails_after_a_checkpoint_keeps_its_folder(places):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
 from mmqwen.data import DatasetError, Example, RowsDataset, measure, validate
 from mmqwen.modalities import ModalitySpec
@@ -46,12 +46,19 @@ class RunPlan:
         return max(int(part.max()) for part in parts if part is not None)
 
     def write(self, folder: Path) -> None:
-        """Keep it in a run's folder."""
+        """Keep it in a run's folder.
+
+        Raises:
+            TrainingError: it cannot be written.
+        """
         tensors = {"train": self.lengths}
         if self.eval_lengths is not None:
             tensors["eval"] = self.eval_lengths
         about = {"tokens": str(self.tokens), "used": json.dumps(sorted(self.used))}
-        save_file(tensors, folder / PLAN_FILE, metadata=about)
+        try:
+            save_file(tensors, folder / PLAN_FILE, metadata=about)
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(f"cannot write {folder / PLAN_FILE}: {error}") from error
 
     @classmethod
     def read(cls, folder: Path) -> RunPlan:
@@ -69,6 +76,22 @@ class RunPlan:
             return cls(int(about["tokens"]), found["train"], found.get("eval"), used)
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise TrainingError(f"{file} cannot be read: {error}; remove {folder}") from error
+
+    def check(self, samples: int, eval_samples: int | None) -> None:
+        """See that the datasets have as many samples as when they were measured.
+
+        Raises:
+            TrainingError: they have not.
+        """
+        measured = (
+            len(self.lengths),
+            None if self.eval_lengths is None else len(self.eval_lengths),
+        )
+        if measured != (samples, eval_samples):
+            raise TrainingError(
+                f"this run began with {measured[0]} samples ({measured[1] or 0} for evaluation), got "
+                f"{samples} ({eval_samples or 0}); name another output to train anew"
+            )
 
     def passes(self, settings: TrainSettings, rank: int, world: int) -> PackedSampler:
         """The training passes of one process."""
@@ -93,7 +116,10 @@ class RunPlan:
         return PackedSampler(self.eval_lengths.tolist(), self.tokens, rank=rank, world=world)
 
 
-def open_data(settings: TrainSettings) -> tuple[Dataset[Example], Dataset[Example] | None]:
+Samples = RowsDataset | Subset[Example]
+
+
+def open_data(settings: TrainSettings) -> tuple[Samples, Samples | None]:
     """The samples to learn from, and those of the evaluation, if any.
 
     Raises:

@@ -89,11 +89,16 @@ def train(settings: TrainSettings, *, callbacks: Sequence[Any] = ()) -> Path:
                 read_weight_map(Path(settings.model))
                 _check_generation(Path(settings.model))
                 stack.enter_context(alone_in(run))
-                has_checkpoint = last_checkpoint(run) is not None
-                if not (has_checkpoint and (run / PLAN_FILE).is_file()):
-                    plan = _make_plan(settings, config, tokenizer, arguments)
-                claimed = claim_run_folder(settings, has_checkpoint=has_checkpoint)
-                if not (has_checkpoint and (run / PLAN_FILE).is_file()):
+                goes_on = last_checkpoint(run) is not None
+                if goes_on and not (run / PLAN_FILE).is_file():
+                    raise TrainingError(
+                        f"{run} has checkpoints but no {PLAN_FILE}: it was begun by a version that "
+                        "padded batches, and would go on with others; --export a checkpoint of it, "
+                        "or name another output"
+                    )
+                plan = None if goes_on else _make_plan(settings, config, tokenizer, arguments)
+                claimed = claim_run_folder(settings, has_checkpoint=goes_on)
+                if plan is not None:
                     plan.write(run)
         try:
             return _train(settings, config, arguments, tokenizer, callbacks)
@@ -162,6 +167,7 @@ def _train(
     main, world = arguments.process_index == 0, arguments.world_size
     plan = RunPlan.read(settings.run_folder)
     train_set, eval_set = open_data(settings)
+    plan.check(len(train_set), None if eval_set is None else len(eval_set))
     if main:
         _warn_without_rows(settings, config, plan.used)
     passes = plan.passes(settings, arguments.process_index, world)
@@ -232,6 +238,7 @@ def _workers(settings: TrainSettings, arguments: Any, passes: int) -> int:
         return settings.workers
     if arguments.device.type != "cuda":
         return 0
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # there is a process for each core
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(MOST_WORKERS, max(1, (os.cpu_count() or 1) // local - 1), passes)
 
