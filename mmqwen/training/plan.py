@@ -83,14 +83,11 @@ class RunPlan:
         Raises:
             TrainingError: they have not.
         """
-        measured = (
-            len(self.lengths),
-            None if self.eval_lengths is None else len(self.eval_lengths),
-        )
-        if measured != (samples, eval_samples):
+        begun = len(self.lengths), 0 if self.eval_lengths is None else len(self.eval_lengths)
+        if begun != (samples, eval_samples or 0):
             raise TrainingError(
-                f"this run began with {measured[0]} samples ({measured[1] or 0} for evaluation), got "
-                f"{samples} ({eval_samples or 0}); name another output to train anew"
+                f"this run began with {begun[0]} samples and {begun[1]} of evaluation, got {samples} "
+                f"and {eval_samples or 0}; name another output to train anew"
             )
 
     def passes(self, settings: TrainSettings, rank: int, world: int) -> PackedSampler:
