@@ -86,8 +86,8 @@ class RunPlan:
         begun = len(self.lengths), 0 if self.eval_lengths is None else len(self.eval_lengths)
         if begun != (samples, eval_samples or 0):
             raise TrainingError(
-                f"this run began with {begun[0]} samples and {begun[1]} of evaluation, got {samples} "
-                f"and {eval_samples or 0}; name another output to train anew"
+                f"this run began with {begun[0]} samples and {begun[1]} of evaluation, got "
+                f"{samples} and {eval_samples or 0}; name another output to train anew"
             )
 
     def passes(self, settings: TrainSettings, rank: int, world: int) -> PackedSampler:
