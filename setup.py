@@ -8,9 +8,9 @@ HERE = Path(__file__).parent
 VERSION: dict[str, str] = {}
 exec((HERE / "mmqwen" / "_version.py").read_text(), VERSION)
 
-DEMO = ["scikit-learn>=1.4", "matplotlib>=3.8"]
 BENCH = ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8"]
 TRAIN = ["accelerate>=1.1", "peft>=0.15", "tensorboard>=2.16"]
+DEMO = [*TRAIN, "scikit-learn>=1.4", "matplotlib>=3.8"]
 
 setup(
     name="mmqwen",
@@ -47,7 +47,6 @@ setup(
         "dev": [
             *BENCH,
             *DEMO,
-            *TRAIN,
             "pyarrow>=14",
             "hypothesis>=6.100",
             "pytest-timeout>=2.3",

@@ -13,10 +13,12 @@ pytest.importorskip("sklearn")
 pytest.importorskip("rich")
 
 from mmqwen.checkpoint import load_projectors, read_config
+from mmqwen.data import RowsDataset, encode
+from mmqwen.data.encoding import IGNORED
 from mmqwen.demo import digits
 from mmqwen.demo.run import Agreement, Served, compare, draw, judge, run
-from mmqwen.demo.train import Answers, Batcher, answer, make_model, train
-from mmqwen.modalities import parse_modalities
+from mmqwen.demo.train import Answers, answer, train, write_dataset
+from mmqwen.modalities import assign_token_ids, parse_modalities
 from mmqwen.transport import check_items
 
 
@@ -79,18 +81,26 @@ def test_tokenizer_round_trips_any_text_and_spells_answers_as_one_token():
     assert chat == f"<|im_start|>user\n{digits.QUESTION}<|im_end|>\n<|im_start|>assistant\n"
 
 
-@pytest.mark.parametrize("step", [0, 1, 3], ids=["prompt", "question", "conversation"])
-def test_batches_learn_answers_only(data, step):
+def test_samples_learn_answers_only_and_are_of_three_kinds(data, tmp_path):
+    write_dataset(tmp_path / "data", data[0][:40], 80, seed=0)
     tokenizer = digits.make_tokenizer()
-    model = make_model(tokenizer)
-    batch = Batcher(data[0], tokenizer, model.specs, seed=0).draw(step)
-    for name, spec in model.specs.items():
-        assert len(batch["embeddings"][name]) == (batch["input_ids"] == spec.token_id).sum()
-    learnt = batch["labels"] != -100
-    assert torch.equal(batch["labels"][learnt], batch["input_ids"][learnt])
-    words = tokenizer.batch_decode(batch["labels"][learnt].reshape(-1, 2))
-    assert len(words) == 32
-    assert all(w.strip()[0].isdigit() and w.endswith(digits.END_OF_TURN) for w in words)
+    specs = parse_modalities(digits.MODALITIES)
+    specs = assign_token_ids(specs, tokenizer.get_added_vocab(), len(tokenizer))
+    dataset = RowsDataset(tmp_path / "data")
+    kinds, answers, strokes = set(), "", []
+    for example in map(dataset.__getitem__, range(len(dataset))):
+        encoding = encode(example.sample, example.counts, tokenizer, specs)
+        learnt = [token for token in encoding.labels if token != IGNORED]
+        words = tokenizer.batch_decode([learnt[at : at + 2] for at in range(0, len(learnt), 2)])
+        assert all(w.strip()[0].isdigit() and w.endswith(digits.END_OF_TURN) for w in words)
+        assert len(words) == len(example.rows["strokes"]) == len(example.rows["profile"])
+        kinds.add((bool(example.sample.messages), len(words)))
+        answers += "".join(word.strip()[0] for word in words)
+        strokes += example.rows["strokes"]
+    assert kinds == {(False, 1), (True, 1), (True, 2)}
+    labels = "".join(str(sample.label) for sample in data[0][:40])
+    assert sorted(answers) == sorted(2 * labels)  # each digit once a round
+    assert len({rows.numpy().tobytes() for rows in strokes}) == 80  # with noise of its own
 
 
 # -- training ----------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig, TrainerCallback
+from transformers.utils import logging as transformers_logging
 
 from engines import TOLERANCE
 from mmqwen.checkpoint import CheckpointError, load_projectors, read_config
@@ -130,6 +131,18 @@ def test_full_stage_changes_everything(places):
     # Some rows of m2 saw no gradient, but every tensor moved somewhere.
     assert all(not torch.equal(after[n], before[n]) for n in after)
     assert losses(output)[-1] < losses(output)[0]
+
+
+def test_a_run_shows_one_bar_and_leaves_transformers_own_as_they_were(places, capfd, monkeypatch):
+    monkeypatch.setattr(transformers_logging, "_tqdm_active", True)
+    run = settings_for(places, "bar", stage="full", max_steps=2, progress=True)
+    train(run)
+    export(run.run_folder / "checkpoint-2", places[2] / "bar-early")
+    shown = capfd.readouterr()
+    assert "training: 100%" in shown.err
+    assert "Writing" not in shown.err + shown.out
+    assert "Loading" not in shown.err + shown.out
+    assert transformers_logging.is_progress_bar_enabled()
 
 
 def test_checkpointing_changes_nothing(places):

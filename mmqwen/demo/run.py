@@ -20,6 +20,7 @@ from rich.table import Table
 from mmqwen.demo import digits
 from mmqwen.demo.digits import Sample
 from mmqwen.demo.train import Answers, answer, train
+from mmqwen.training.meter import without_file_bars
 
 PICTURE_FILE = "digits.png"
 GRID = (4, 8)
@@ -178,11 +179,10 @@ def read_by_transformers(
 ) -> tuple[Answers, float, float]:
     """The reference's answers from the saved checkpoint, seconds to load it, and to read."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     begin = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
+    with without_file_bars():
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     loaded = time.perf_counter()
     answers = answer(model, tokenizer, samples)

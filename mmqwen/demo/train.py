@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
-import time
+import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from safetensors.torch import save_file
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from mmqwen.checkpoint import save_projectors
-from mmqwen.checkpoint.names import BASE_PREFIX, INDEX_FILE, PROJECTOR_FILE, SINGLE_FILE
+from mmqwen import training
+from mmqwen.checkpoint import UntrainedProjectorsWarning, build_checkpoint
+from mmqwen.data import DatasetWriter
 from mmqwen.demo import digits
 from mmqwen.demo.digits import Sample
-from mmqwen.hf import MultimodalQwen3Config, MultimodalQwen3ForConditionalGeneration
-from mmqwen.modalities import ModalitySpec, assign_token_ids, expand_markers, parse_modalities
+from mmqwen.hf import MultimodalQwen3ForConditionalGeneration, MultimodalQwen3Processor
+from mmqwen.training import TrainSettings
+from mmqwen.training.meter import without_file_bars
 
-TEXT_FILE = BASE_PREFIX + SINGLE_FILE
-
-BATCH_SIZE = 32
-PEAK_LEARNING_RATE = 2e-3
-WARMUP_STEPS = 20
+KINDS = (0, 1, 0, 2, 0, 1, 0)
+"""Turns of the samples that follow one another; 0 is a prompt."""
+COPIES = 2
+"""How often each digit is written, each time with other noise and words."""
+TOKENS_PER_STEP = 512
+LEARNING_RATE = 2e-3
 MAX_THREADS = 4
 """The matrices are small: more threads wait for one another longer than they compute."""
 INITIALIZER_RANGE = 0.15
@@ -78,13 +81,11 @@ class Answers:
         return self.correct.float().mean().item()
 
 
-def make_model(
-    tokenizer: PreTrainedTokenizerFast, seed: int = 0
-) -> MultimodalQwen3ForConditionalGeneration:
-    """A fresh model for `tokenizer`: 3 layers of width 128, and two projectors."""
-    vocab_size = math.ceil(len(tokenizer) / 64) * 64
-    text = Qwen3Config(
-        vocab_size=vocab_size,
+def make_base(folder: Path, seed: int = 0) -> None:
+    """Write a fresh text model of 3 layers of width 128, and its tokenizer."""
+    tokenizer = digits.make_tokenizer()
+    config = Qwen3Config(
+        vocab_size=math.ceil(len(tokenizer) / 64) * 64,
         hidden_size=128,
         intermediate_size=384,
         num_hidden_layers=3,
@@ -99,102 +100,59 @@ def make_model(
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
     )
-    specs = assign_token_ids(
-        parse_modalities(digits.MODALITIES), tokenizer.get_added_vocab(), len(tokenizer)
-    )
-    config = MultimodalQwen3Config(text, {name: spec.to_dict() for name, spec in specs.items()})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = MultimodalQwen3ForConditionalGeneration(config)
+        model = Qwen3ForCausalLM(config)
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
     )
-    return model
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
-class Batcher:
-    """Writes digits as training batches of three kinds: prompts, questions, conversations."""
+def write_dataset(folder: Path, samples: Sequence[Sample], count: int, seed: int = 0) -> None:
+    """Write digits, with noise, as samples of three kinds: prompts, questions, conversations.
 
-    def __init__(
-        self,
-        samples: Sequence[Sample],
-        tokenizer: PreTrainedTokenizerFast,
-        specs: dict[str, ModalitySpec],
-        seed: int,
-    ) -> None:
-        self.samples = samples
-        self.tokenizer = tokenizer
-        self.specs = specs
-        self.rng = np.random.default_rng(seed)
-        self.order: list[int] = []
+    Args:
+        folder: directory to create.
+        samples: the digits; when all have come, they come again, with other noise.
+        count: digits to write.
+        seed: of the order, the noise and the wording.
+    """
+    rng = np.random.default_rng(seed)
+    order = itertools.chain.from_iterable(
+        rng.permutation(len(samples)).tolist() for _ in itertools.count()
+    )
 
-    def draw(self, step: int) -> dict[str, Any]:
-        """The batch of one step, as keyword arguments of the model's `forward`."""
-        kind = ("prompt", "question", "prompt", "conversation")[step % 4]
-        turns = 2 if kind == "conversation" else 1
-        texts: list[str] = []
-        groups: list[list[Sample]] = []
-        for _ in range(BATCH_SIZE // turns):
-            group = [self._next() for _ in range(turns)]
-            groups.append(group)
-            if kind == "prompt":
-                texts.append(f"{digits.PROMPT} {group[0].label}{digits.END_OF_TURN}")
+    def noisy(rows: torch.Tensor) -> torch.Tensor:
+        return rows + NOISE * torch.from_numpy(rng.standard_normal(rows.shape, dtype=np.float32))
+
+    with DatasetWriter(folder, digits.MODALITIES) as writer:
+        markers = [spec.token for spec in writer.specs.values()]
+        for turns in itertools.cycle(KINDS):
+            group = [samples[next(order)] for _ in range(turns or 1)]
+            items = {name: [noisy(s.items[name]) for s in group] for name in writer.specs}
+            if turns == 0:
+                writer.add(digits.PROMPT, f" {group[0].label}", items)
             else:
-                texts.append(self._conversation(group))
-        return self._collate(texts, groups)
+                writer.add_messages(_conversation(group, markers, rng), items)
+            count -= len(group)
+            if count <= 0:
+                return
 
-    def _next(self) -> Sample:
-        if not self.order:
-            self.order = self.rng.permutation(len(self.samples)).tolist()
-        return self.samples[self.order.pop()]
 
-    def _conversation(self, group: Sequence[Sample]) -> str:
-        messages = []
-        for sample in group:
-            # Servers and clients join the parts of a message in different ways.
-            parts = [self.specs[name].token for name in self.rng.permutation(list(self.specs))]
-            parts.insert(2 * self.rng.integers(2), str(self.rng.choice(digits.QUESTIONS)))
-            content = str(self.rng.choice(["", " ", "\n"])).join(parts)
-            messages.append({"role": "user", "content": content})
-            messages.append({"role": "assistant", "content": str(sample.label)})
-        return self.tokenizer.apply_chat_template(messages, tokenize=False)
-
-    def _collate(self, texts: list[str], groups: list[list[Sample]]) -> dict[str, Any]:
-        rows: dict[str, list[torch.Tensor]] = {name: [] for name in self.specs}
-        sequences: list[torch.Tensor] = []
-        for text, group in zip(texts, groups, strict=True):
-            ids = self.tokenizer(text)["input_ids"]
-            counts = {name: [len(s.items[name]) for s in group] for name in self.specs}
-            sequences.append(torch.tensor(expand_markers(ids, self.specs, counts).token_ids))
-            for name in self.specs:
-                rows[name] += [s.items[name] for s in group]
-        pad = self.tokenizer.pad_token_id
-        input_ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=pad)
-        embeddings = {name: torch.cat(parts) for name, parts in rows.items()}
-        for name, packed in embeddings.items():
-            noise = self.rng.standard_normal(packed.shape, dtype=np.float32)
-            embeddings[name] = packed + NOISE * torch.from_numpy(noise)
-        return {
-            "input_ids": input_ids,
-            "attention_mask": (input_ids != pad).long(),
-            "labels": self._labels(input_ids),
-            "embeddings": embeddings,
-        }
-
-    def _labels(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Only answers are learnt: each end of turn that follows a digit, and the digit."""
-        end = self.tokenizer.convert_tokens_to_ids(digits.END_OF_TURN)
-        is_answer = torch.zeros_like(input_ids, dtype=torch.bool)
-        is_answer[:, :-1] = torch.isin(input_ids[:, :-1], self.answer_ids) & (
-            input_ids[:, 1:] == end
-        )
-        learnt = is_answer | torch.roll(is_answer, 1, dims=1)
-        return torch.where(learnt, input_ids, -100)
-
-    @property
-    def answer_ids(self) -> torch.Tensor:
-        words = [f"{space}{n}" for space in ("", " ") for n in range(10)]
-        return torch.tensor([self.tokenizer(word)["input_ids"][0] for word in words])
+def _conversation(
+    group: Sequence[Sample], markers: Sequence[str], rng: np.random.Generator
+) -> list[dict[str, str]]:
+    messages = []
+    for sample in group:
+        # Servers and clients join the parts of a message in different ways.
+        parts = rng.permutation(markers).tolist()
+        parts.insert(2 * rng.integers(2), str(rng.choice(digits.QUESTIONS)))
+        content = str(rng.choice(["", " ", "\n"])).join(parts)
+        messages.append({"role": "user", "content": content})
+        messages.append({"role": "assistant", "content": str(sample.label)})
+    return messages
 
 
 def train(
@@ -210,9 +168,9 @@ def train(
 
     Args:
         output: folder to write; made if it is not there.
-        steps: batches of 32 digits.
+        steps: of some 22 digits each.
         seed: of the weights, the split and the order.
-        console: where the progress bar goes; none is shown without one.
+        console: a progress bar is shown if there is one.
 
     Raises:
         OSError: the folder cannot be written.
@@ -220,41 +178,40 @@ def train(
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     train_samples, test_samples = digits.load(seed)
-    tokenizer = digits.make_tokenizer()
-    model = make_model(tokenizer, seed)
-    batcher = Batcher(train_samples, tokenizer, model.specs, seed)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: _learning_rate(at, steps))
-
-    losses: list[float] = []
-    model.train()
     threads = torch.get_num_threads()
     torch.set_num_threads(min(threads, MAX_THREADS))
-    begin = time.perf_counter()
     try:
-        with _progress(console) as progress:
-            task = progress.add_task("training", total=steps, loss=float("nan"), accuracy=0.0)
-            for step in range(steps):
-                batch = batcher.draw(step)
-                outputs = model(**batch, use_cache=False)
-                outputs.loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                schedule.step()
-                losses.append(outputs.loss.item())
-                accuracy = _token_accuracy(outputs.logits.detach(), batch["labels"])
-                progress.update(task, advance=1, loss=losses[-1], accuracy=accuracy)
+        with TemporaryDirectory() as scratch, without_file_bars():
+            folder = Path(scratch)
+            make_base(folder / "base", seed)
+            write_dataset(folder / "data", train_samples, COPIES * len(train_samples), seed)
+            with warnings.catch_warnings(action="ignore", category=UntrainedProjectorsWarning):
+                build_checkpoint(folder / "base", digits.MODALITIES, folder / "start", seed=seed)
+            settings = TrainSettings(
+                model=str(folder / "start"),
+                data=str(folder / "data"),
+                output=str(folder / "trained"),
+                stage="full",
+                max_steps=steps,
+                lr=LEARNING_RATE,
+                tokens_per_step=TOKENS_PER_STEP,
+                warmup=0.07,
+                weight_decay=0.05,
+                seed=seed,
+                save_steps=steps,
+                log_steps=1,
+                cpu=True,
+                progress=console is not None,
+            )
+            shutil.copytree(training.train(settings), output, dirs_exist_ok=True)
+            model = MultimodalQwen3ForConditionalGeneration.from_pretrained(output).eval()
+        accuracy = answer(model, digits.make_tokenizer(), test_samples).accuracy
     finally:
         torch.set_num_threads(threads)
-    seconds = time.perf_counter() - begin
-    model.eval()
-    accuracy = answer(model, tokenizer, test_samples).accuracy
-    save(model, tokenizer, output)
-    parameters = sum(p.numel() for p in model.parameters())
-    return TrainResult(output, accuracy, seconds, steps, losses, parameters)
+    report = json.loads((output / "training.json").read_text(encoding="utf-8"))
+    losses = [entry["loss"] for entry in report["log"] if "loss" in entry]
+    seconds = report["log"][-1]["train_runtime"]
+    return TrainResult(output, accuracy, seconds, report["steps"], losses, model.num_parameters())
 
 
 @torch.inference_mode()
@@ -264,8 +221,6 @@ def answer(
     samples: Sequence[Sample],
 ) -> Answers:
     """Read digits with the transformers model, in one padded batch."""
-    from mmqwen.hf import MultimodalQwen3Processor
-
     processor = MultimodalQwen3Processor(tokenizer, model.config.modalities)
     batch = processor([sample.prompt for sample in samples]).to(model.device)
     logits = model(**batch, logits_to_keep=1, use_cache=False).logits[:, -1]
@@ -273,59 +228,3 @@ def answer(
     token_ids = logprobs.argmax(-1)
     expected = torch.tensor([tokenizer(f" {s.label}")["input_ids"][0] for s in samples])
     return Answers(token_ids, logprobs, token_ids == expected)
-
-
-def save(
-    model: MultimodalQwen3ForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerFast,
-    output: Path,
-) -> None:
-    """Write everything that `LLM(model=output)` and `from_pretrained(output)` read.
-
-    The layout is that of `mmqwen build`: the text model's weights, the projectors in a file of
-    their own, and an index that joins the two.
-    """
-    model.config.save_pretrained(output)
-    model.generation_config.save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    text = {
-        name: parameter.detach().contiguous()
-        for name, parameter in model.named_parameters()
-        if not name.startswith("projectors.")
-    }
-    save_file(text, output / TEXT_FILE, metadata={"format": "pt"})
-    save_projectors(model, output / PROJECTOR_FILE)
-    weight_map = {
-        name: PROJECTOR_FILE if name.startswith("projectors.") else TEXT_FILE
-        for name, _ in model.named_parameters()
-    }
-    size = sum((output / file).stat().st_size for file in (TEXT_FILE, PROJECTOR_FILE))
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    (output / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _learning_rate(step: int, steps: int) -> float:
-    """Share of the peak: linear up over the first steps, then half a cosine down to 1%."""
-    if step < WARMUP_STEPS:
-        return (step + 1) / WARMUP_STEPS
-    done = min(1.0, (step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS))
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def _token_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """Share of the learnt tokens that are the most probable ones."""
-    learnt = labels[:, 1:] != -100
-    guessed = logits[:, :-1][learnt].argmax(-1)
-    return (guessed == labels[:, 1:][learnt]).float().mean().item()
-
-
-def _progress(console: Console | None) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  accuracy {task.fields[accuracy]:.0%}"),
-        TimeElapsedColumn(),
-        console=console,
-        disable=console is None,
-    )

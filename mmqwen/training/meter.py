@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
+from transformers.utils import logging
 
 
 class Meter(TrainerCallback):
@@ -136,6 +138,18 @@ class _Rows:
             "norm_change": round(change, 5),
             "mean_shift": round(1 - cosine, 5),
         }
+
+
+@contextmanager
+def without_file_bars() -> Iterator[None]:
+    """Keep transformers from showing bars of its own for the files that it reads and writes."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 class Bar(ProgressCallback):

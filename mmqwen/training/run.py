@@ -75,6 +75,7 @@ def train(settings: TrainSettings, *, callbacks: Sequence[Any] = ()) -> Path:
     Warns:
         UntrainedProjectorsWarning: the data has no rows of a modality that was never trained.
     """
+    from mmqwen.training.meter import without_file_bars
     from mmqwen.training.trainer import last_checkpoint
 
     config = read_config(settings.model)
@@ -82,6 +83,7 @@ def train(settings: TrainSettings, *, callbacks: Sequence[Any] = ()) -> Path:
     tokenizer = _load_tokenizer(settings, config)
     run = settings.run_folder
     with ExitStack() as stack:
+        stack.enter_context(without_file_bars())
         claimed = False
         with arguments.main_process_first(local=False, desc="checking"):
             if arguments.process_index == 0:
@@ -255,6 +257,7 @@ def export(checkpoint: str | Path, output: str | Path) -> Path:
             checkpoints that it has.
         CheckpointError: the output exists or cannot be written.
     """
+    from mmqwen.training.meter import without_file_bars
     from mmqwen.training.trainer import all_checkpoints, load_trainable
 
     checkpoint, output = Path(checkpoint), Path(output)
@@ -265,9 +268,10 @@ def export(checkpoint: str | Path, output: str | Path) -> Path:
         names = ", ".join(str(path) for path in found) or "none yet"
         raise TrainingError(f"{checkpoint} is no checkpoint of a run; the run has: {names}")
     config = read_config(settings.model)
-    model, tuner = _load_model(settings, config)
-    load_trainable(model, checkpoint)
-    _write_output(settings, model, tuner, output, {"checkpoint": checkpoint.name})
+    with without_file_bars():
+        model, tuner = _load_model(settings, config)
+        load_trainable(model, checkpoint)
+        _write_output(settings, model, tuner, output, {"checkpoint": checkpoint.name})
     return output
 
 
