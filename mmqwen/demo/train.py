@@ -164,7 +164,7 @@ def train(
 ) -> TrainResult:
     """Train on 1437 digits, read the 360 others, and save a composite checkpoint.
 
-    Takes 22 s on one idle core, 36 to 64 s where other processes keep two cores busy.
+    Takes some 50 s where other processes keep two cores busy.
 
     Args:
         output: folder to write; made if it is not there.
