@@ -82,7 +82,7 @@ def test_tokenizer_round_trips_any_text_and_spells_answers_as_one_token():
 
 
 def test_samples_learn_answers_only_and_are_of_three_kinds(data, tmp_path):
-    write_dataset(tmp_path / "data", data[0][:40], 80, seed=0)
+    write_dataset(tmp_path / "data", data[0][:45], 90, seed=0)
     tokenizer = digits.make_tokenizer()
     specs = parse_modalities(digits.MODALITIES)
     specs = assign_token_ids(specs, tokenizer.get_added_vocab(), len(tokenizer))
@@ -98,9 +98,9 @@ def test_samples_learn_answers_only_and_are_of_three_kinds(data, tmp_path):
         answers += "".join(word.strip()[0] for word in words)
         strokes += example.rows["strokes"]
     assert kinds == {(False, 1), (True, 1), (True, 2)}
-    labels = "".join(str(sample.label) for sample in data[0][:40])
+    labels = "".join(str(sample.label) for sample in data[0][:45])
     assert sorted(answers) == sorted(2 * labels)  # each digit once a round
-    assert len({rows.numpy().tobytes() for rows in strokes}) == 80  # with noise of its own
+    assert len({rows.numpy().tobytes() for rows in strokes}) == 90  # with noise of its own
 
 
 # -- training ----------------------------------------------------------------------------------

@@ -27,9 +27,9 @@ from mmqwen.hf import MultimodalQwen3ForConditionalGeneration, MultimodalQwen3Pr
 from mmqwen.training import TrainSettings
 from mmqwen.training.meter import without_file_bars
 
-KINDS = (0, 1, 0, 2, 0, 1, 0)
+KINDS = (0, 0, 1, 0, 0, 2, 0, 0)
 """Turns of the samples that follow one another; 0 is a prompt."""
-COPIES = 2
+COPIES = 3
 """How often each digit is written, each time with other noise and words."""
 TOKENS_PER_STEP = 512
 LEARNING_RATE = 2e-3
@@ -164,7 +164,7 @@ def train(
 ) -> TrainResult:
     """Train on 1437 digits, read the 360 others, and save a composite checkpoint.
 
-    Takes 22 s on one idle core, 36 to 64 s where other processes keep two cores busy.
+    Takes some 50 s where other processes keep two cores busy.
 
     Args:
         output: folder to write; made if it is not there.
