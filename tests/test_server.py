@@ -265,7 +265,7 @@ def test_tool_call(client):
     answer = client.chat.completions.create(
         **conversation.request(
             logprobs=False,
-            max_tokens=80,
+            max_tokens=300,
             tools=[{"type": "function", "function": {"name": "switch", "parameters": parameters}}],
             tool_choice={"type": "function", "function": {"name": "switch"}},
         )
@@ -796,8 +796,9 @@ def test_stock_server_takes_embeddings(checkpoint, tmp_path):
             refuse(server, body, "multi_modal_data", "m1_embeds", path=path)
         assert server.metric('mmqwen_refusals_total{reason="misplaced"}') == 2
         assert server.metric("mmqwen_requests_total") == 1
-        closed = 403 if CLOSED_BY_VLLM else 400  # 400: open, and the body is not what it takes
-        refuse(server, {}, path="/inference/v1/generate", status=closed)
+        answer = httpx.post(f"{server.url}/inference/v1/generate", json={}, timeout=60)
+        # 400: open, and the body is not what it takes; 404: not opened by this command.
+        assert answer.status_code in ((403, 404) if CLOSED_BY_VLLM else (400, 404)), answer.text
         assert server.stop() == 0
 
 

@@ -646,10 +646,12 @@ def test_a_dataset_changed_in_place_does_not_go_on(places, tmp_path):
     save_file({"rows": rows["rows"] * 2}, evaluation / "rows-m1.safetensors")  # the same size
     with pytest.raises(TrainingError, match=r"eval has changed .*\(rows-m1.safetensors\)"):
         train(settings)
+    lines = (data / "data.jsonl").read_bytes()
     with (data / "data.jsonl").open("a") as stream:
         stream.write('{"prompt": "more", "answer": " and more"}\n')
     with pytest.raises(TrainingError, match=r"data has changed .*\(data.jsonl\).*remove"):
         train(settings)
+    (data / "data.jsonl").write_bytes(lines)  # the same again, at another time
     (tmp_path / "out.run" / "datasets.json").unlink()  # as the message says
     assert (train(settings) / "projectors.safetensors").is_file()
 

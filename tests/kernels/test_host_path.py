@@ -366,8 +366,9 @@ class TestLaunches:
     def test_options_reach_the_compiler(self, stubbed: Stubbed) -> None:
         run(stubbed, bf16_case([5]))
         up, down = stubbed.variants
-        assert up.options == {"num_warps": 4, "num_stages": 6}
-        assert down.options == {"num_warps": 4, "num_stages": 8, "launch_pdl": True}
+        pinned = {"enable_fp_fusion": True}
+        assert up.options == {"num_warps": 4, "num_stages": 6, **pinned}
+        assert down.options == {"num_warps": 4, "num_stages": 8, "launch_pdl": True, **pinned}
         assert up.constants["ALIGN"] == 8
         assert up.constants["SWAP"]
         assert up.constants["DEPENDENT"]
