@@ -12,6 +12,8 @@ STAMP := .venv/installed
 
 .PHONY: demo test test-gpu test-versions lint bench fuzz clean install
 .DEFAULT_GOAL := test
+# Test processes: two engines beside each other fit into a host's memory, not into every GPU's.
+JOBS ?= $(if $(GPU),0,2)
 
 install: $(STAMP)
 
@@ -33,8 +35,9 @@ endif
 demo: $(STAMP)
 	$(BIN)/mmqwen demo
 
+# Files, not tests, are shared out: engines and checkpoints are made once a file.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
