@@ -31,37 +31,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench_vllm_prefill import text_fields
 from timing import about
 
-QWEN3 = {"head_dim": 128, "num_key_value_heads": 8, "vocab_size": 151936}
-SHAPES: dict[str, dict[str, Any]] = {
-    "0.6B": {
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "tie_word_embeddings": True,
-        **QWEN3,
-    },
-    "8B": {
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "tie_word_embeddings": False,
-        **QWEN3,
-    },
-    "tiny": {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "head_dim": 16,
-        "num_key_value_heads": 2,
-        "vocab_size": 2048,
-        "tie_word_embeddings": True,
-    },
-}
 WIDTH = 768
 LONGEST = 900
 SAMPLES = 6_000
@@ -131,7 +103,7 @@ def write_base(folder: Path, shape: str, device: str) -> Path:
     from mmqwen.checkpoint import build_checkpoint
 
     base = folder / f"{shape}-base"
-    fields = SHAPES[shape]
+    fields = text_fields(shape)
     config = Qwen3Config(**fields, max_position_embeddings=40_960, dtype="bfloat16")
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
@@ -288,7 +260,7 @@ def run_text(case: Case, folder: Path) -> dict[str, Any]:
     from mmqwen.training.packing import pack
 
     register()
-    vocab = SHAPES[case.shape]["vocab_size"]
+    vocab = text_fields(case.shape)["vocab_size"]
     draw = np.random.default_rng(3)
     lengths = draw_lengths(SAMPLES)
     rows = []
@@ -398,7 +370,7 @@ def main() -> None:
     if rank == 0:
         folder.mkdir(exist_ok=True)
         if not (folder / "data").exists():
-            write_data(folder, args.samples, SHAPES[cases[0].shape]["vocab_size"] - 300)
+            write_data(folder, args.samples, text_fields(cases[0].shape)["vocab_size"] - 300)
         for shape in {case.shape for case in cases}:
             if not (folder / shape).exists():
                 write_base(folder, shape, device)

@@ -77,6 +77,11 @@ KINDS = ("text", "ours-torch", "ours-kernels", "llava", "prompt_embeds", "ours")
 PARTS = ("ours", "plain", "prompt_embeds", "multiturn", "profile")
 
 
+def text_fields(shape: str) -> dict[str, Any]:
+    """The fields of the text model's config that make its shape."""
+    return {"vocab_size": 151936, "head_dim": 128, **SHAPES[shape]}
+
+
 def write_checkpoint(folder: Path, shape: str) -> Path:
     """A config and a small tokenizer, no weights: engines start with `load_format="dummy"`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -84,7 +89,7 @@ def write_checkpoint(folder: Path, shape: str) -> Path:
 
     from mmqwen import MultimodalQwen3Config
 
-    fields = {"vocab_size": 151936, "head_dim": 128, **SHAPES[shape]}
+    fields = text_fields(shape)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -79,25 +79,26 @@ def encode(
     return Encoding(expansion.token_ids, labels, expansion.items)
 
 
-def check_length(length: int, limit: int | None) -> None:
-    """Refuse a sample of more tokens, rows counted, than the limit.
+def fit(encoding: Encoding, limit: int | None, *, may_cut: bool) -> Encoding:
+    """A sample within `limit` tokens, rows counted.
+
+    Args:
+        encoding: of the sample.
+        limit: most tokens, or None.
+        may_cut: take the first `limit` tokens of a longer one; rows whose placeholders go are left
+            out.
 
     Raises:
-        ValueError: it is longer.
+        ValueError: it is longer, or, cut, nothing that is learnt is left.
     """
-    if limit is not None and length > limit:
+    length = len(encoding.token_ids)
+    if limit is None or length <= limit:
+        return encoding
+    if not may_cut:
         raise ValueError(
             f"{length} tokens with rows, expected at most {limit}; shorten it, raise max_length, "
             "or let it be cut (overlong)"
         )
-
-
-def cut(encoding: Encoding, limit: int) -> Encoding:
-    """The first `limit` tokens of a sample; rows whose placeholders go are left out.
-
-    Raises:
-        ValueError: nothing that is learnt is left.
-    """
     labels = encoding.labels[:limit]
     if all(label == IGNORED for label in labels):
         raise ValueError(f"no answer begins in its first {limit} tokens, so that it cannot be cut")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmqwen.data.dataset import RowsDataset
-from mmqwen.data.encoding import check_length, cut, encode
+from mmqwen.data.encoding import encode, fit
 from mmqwen.data.errors import DatasetError
 from mmqwen.data.format import (
     RowStore,
@@ -99,10 +99,7 @@ def measure(
                 for name, numbers in sample.items.items()
                 if numbers
             }
-            encoding = encode(sample, counts, tokenizer, specs)
-            if may_cut and max_length is not None:
-                encoding = cut(encoding, max_length)
-            check_length(len(encoding.token_ids), max_length)
+            encoding = fit(encode(sample, counts, tokenizer, specs), max_length, may_cut=may_cut)
         except (ValueError, IndexError) as error:
             raise DatasetError(f"{dataset.where(index)}: {error}") from None
         lengths.append(len(encoding.token_ids))
@@ -239,9 +236,7 @@ class _Validator:
     def _check_tokens(self, sample: Sample, counts: dict[str, list[int]], where: str) -> None:
         try:
             encoding = encode(sample, counts, self.tokenizer, self.specs)
-            if self.may_cut and self.max_length is not None:
-                encoding = cut(encoding, self.max_length)
-            check_length(len(encoding.token_ids), self.max_length)
+            encoding = fit(encoding, self.max_length, may_cut=self.may_cut)
         except ValueError as error:
             self._report(f"{where}: {error}")
             return

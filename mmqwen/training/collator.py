@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mmqwen.data.dataset import Example
-from mmqwen.data.encoding import IGNORED, Encoding, check_length, cut, encode
+from mmqwen.data.encoding import IGNORED, Encoding, encode, fit
 from mmqwen.data.errors import DatasetError
 from mmqwen.modalities import ModalitySpec
 from mmqwen.transport import EmbeddingError, concat_items
@@ -115,11 +115,7 @@ class Collator:
     def _encode(self, example: Example) -> Encoding:
         try:
             encoding = encode(example.sample, example.counts, self.tokenizer, self.specs)
-            limit = self.longest or self.tokens
-            if self.cut and limit is not None:
-                return cut(encoding, limit)
-            check_length(len(encoding.token_ids), limit)
-            return encoding
+            return fit(encoding, self.longest or self.tokens, may_cut=self.cut)
         except ValueError as error:
             raise DatasetError(f"{example.where}: {error}") from None
 

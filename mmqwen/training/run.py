@@ -178,8 +178,8 @@ def _train(
     steps = len(passes) * settings.epochs
     if settings.max_steps > 0:
         steps = settings.max_steps * settings.accumulation
-    every = steps * plan.tokens
-    fast = speed_up(model, settings, arguments.device, every, a_pass=plan.tokens)
+    of_the_run = steps * plan.tokens
+    fast = speed_up(model, settings, arguments.device, of_the_run, a_pass=plan.tokens)
     flops = flops_per_token(model, settings.stage) if settings.bf16 else None
     meter = Meter(arguments.device, world=world, flops=flops, peak=peak_flops(arguments.device))
     meter.watch(model.projectors)
