@@ -41,8 +41,8 @@ def run(arguments, folder, timeout=400):
     return done
 
 
-def test_both_snippets_are_found():
-    assert set(SNIPPETS) == {"pipeline", "offline"}
+def test_all_snippets_are_found():
+    assert set(SNIPPETS) == {"pipeline", "offline", "data"}
 
 
 def test_pipeline_snippet(folder):
@@ -51,16 +51,32 @@ def test_pipeline_snippet(folder):
     assert done.stdout.strip()
 
 
-def test_build_command_and_offline_snippet(folder):
+@pytest.fixture(scope="module")
+def built(folder):
+    """The folder, with what the printed build command made."""
     command = re.search(r"^mmqwen build .*$", README, flags=re.MULTILINE)
     assert command is not None
     run([sys.executable, "-m", "mmqwen.cli", *shlex.split(command[0])[1:]], folder)
+    return folder
+
+
+def test_build_command_and_offline_snippet(built):
+    folder = built
     # In a file: vLLM starts its engine in another process, which imports the main module.
     script = folder / "offline.py"
     body = "\n".join("    " + line for line in SNIPPETS["offline"].splitlines())
     script.write_text(f"if __name__ == '__main__':\n{body}\n")
     done = run([sys.executable, str(script)], folder)
     assert done.stdout.strip()
+
+
+def test_data_snippet_and_train_command(built):
+    folder = built
+    run([sys.executable, "-c", SNIPPETS["data"]], folder)
+    command = re.search(r"^mmqwen train ([^#\n]*)", README, flags=re.MULTILINE)
+    assert command is not None
+    run([sys.executable, "-m", "mmqwen.cli", "train", *shlex.split(command[1])], folder)
+    assert (folder / "trained" / "projectors.safetensors").is_file()
 
 
 def test_basic_usage_example(folder):

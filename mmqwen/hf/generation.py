@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -60,9 +60,11 @@ class GeneratesWithRows(GenerationMixin):
         GenerationMode.ASSISTED_GENERATION,
     )
 
-    def _read_rows(self, spec: ModalitySpec, rows: Rows | None, device: torch.device) -> Tensor:
-        """The model's own, which this class is mixed into."""
-        raise NotImplementedError
+    if TYPE_CHECKING:  # the model's own, which this class is mixed into
+
+        def _read_rows(
+            self, spec: ModalitySpec, rows: Rows | None, device: torch.device
+        ) -> Tensor: ...
 
     # transformers reads this signature to know what `generate` may be given.
     def prepare_inputs_for_generation(  # type: ignore[override]
