@@ -18,8 +18,8 @@ Takes 2 to 3 minutes on two CPU cores.
 
 takes a real model in the place of step 1's, and a harder question: which word is the note about?
 Answers are free text, through the model's own chat template, and count where they are that word.
-Half of those asked for stand in the training data, in other sentences; half do not. What it gave with
-one model is in docs/training.md, "Measured".
+Half of those asked for stand in the training data, in other sentences; half do not. What it gave
+with one model is in docs/training.md, "Measured".
 """
 
 from __future__ import annotations
@@ -120,7 +120,8 @@ def encode(sentences: list[str]) -> torch.Tensor:
     model = AutoModel.from_pretrained(get_model_path()).to(device).eval()
     parts = []
     for begin in range(0, len(sentences), 64):
-        batch = tokenizer(sentences[begin : begin + 64], padding=True, return_tensors="pt").to(device)
+        batch = tokenizer(sentences[begin : begin + 64], padding=True, return_tensors="pt")
+        batch = batch.to(device)
         with torch.inference_mode():
             hidden = model(**batch).last_hidden_state
         mask = batch["attention_mask"].unsqueeze(-1)
