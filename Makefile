@@ -37,7 +37,7 @@ demo: $(STAMP)
 
 # Files, not tests, are shared out: engines and checkpoints are made once a file.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu

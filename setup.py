@@ -50,7 +50,7 @@ setup(
             "pyarrow>=14",
             "hypothesis>=6.100",
             "pytest-timeout>=2.3",
-            "pytest-xdist>=3.5",
+            "pytest-xdist>=3.8",
             "openai>=1.50",
             "ruff>=0.9",
             "mypy>=1.13",
