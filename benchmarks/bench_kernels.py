@@ -166,7 +166,7 @@ def sweep(work: Workload, clock: Clock, roofs: dict[str, float], samples: int) -
     counts = [len(at) for at in step.slots(work.modalities)]
     base = choose_config(
         counts,
-        [p.w1.shape[1] for p in work.projectors],
+        [p.width for p in work.projectors],
         [work.size] * work.modalities,
         work.size,
         work.dtype,

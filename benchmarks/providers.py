@@ -90,7 +90,7 @@ class Workload:
 
     def bytes_moved(self) -> int:
         """The least that a step must move: weights, x, text rows, out, and the runner's copy."""
-        weights = sum(w.numel() for p in self.projectors for w in p if w is not None)
+        weights = sum(w.numel() for p in self.projectors for w in p.tensors())
         x = sum(rows.numel() for _, rows in self.steps[0].items)
         placed = self.text * self.size + 3 * self.tokens * self.size
         return (weights + x + placed) * self.dtype.itemsize

@@ -188,9 +188,9 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         self._complete()
         self._token_table()
         every = self.projectors.weights()
-        weights = max(every, key=lambda projector: sum(projector.w1.shape))
+        weights = max(every, key=lambda projector: projector.width + projector.w2.shape[1])
         table = weights.w2.new_zeros(1, weights.w2.shape[0])
-        rows = torch.zeros(self._max_tokens, weights.w1.shape[1], dtype=weights.w1.dtype)
+        rows = torch.zeros(self._max_tokens, weights.width, dtype=weights.w2.dtype)
         fuse_embeddings(
             torch.zeros(self._max_tokens, dtype=torch.int64, device=table.device),
             table,
@@ -225,7 +225,7 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         projectors = self.projectors.weights()
         with compat.single_threaded():
             plan = self._plan(
-                multimodal_embeddings, is_multimodal.cpu(), input_ids, projectors[0].w1.dtype
+                multimodal_embeddings, is_multimodal.cpu(), input_ids, projectors[0].w2.dtype
             )
         table = self._token_table()
         if table is not None:

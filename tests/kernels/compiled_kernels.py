@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import triton
 from can_compile import CUOBJDUMP
 from triton.backends.compiler import GPUTarget
 
-from mmqwen_kernels import triton_kernels
+from mmqwen_kernels import ACTIVATIONS, triton_kernels
 from mmqwen_kernels.launcher import ast_source, compiler_options
 from mmqwen_kernels.tiles import TileConfig, every_tile
 
@@ -42,6 +42,9 @@ class Variant:
     even_k: bool = False
     entries: int = 4
     by_address: bool = True
+    activation: str = "relu"  # or "mixed"
+    norms: bool = False
+    direct: bool = False
 
     @property
     def name(self) -> str:
@@ -52,6 +55,9 @@ class Variant:
             parts += [f"{self.entries}e", "even" if self.even_k else "masked"]
         if self.by_address and self.kernel == "up":
             parts.append("address")
+        parts += [self.activation] if self.activation != "relu" else []
+        parts += ["norms"] if self.norms else []
+        parts += ["direct"] if self.direct else []
         if self.align_bytes != 16:
             parts.append(f"align{self.align_bytes}")
         return "-".join(parts)
@@ -108,6 +114,9 @@ def compile_variant(v: Variant) -> Built:
         }
     if v.kernel == "up":
         constants["BY_ADDRESS"] = v.by_address
+        places = triton_kernels.ACTIVATION_PLACES
+        constants["ACTIVATION"] = places.get(v.activation, triton_kernels.MIXED)
+        constants["NORMS"], constants["DIRECT"] = v.norms, v.direct
     else:
         constants |= {"BLOCK_T": 8, "BLOCK_D": 1024}
     if v.kernel == "down":
@@ -175,7 +184,20 @@ def short_list() -> list[Variant]:
         Variant("up", 90, unaligned, align_bytes=4),
         Variant("text", 90),
     ]
-    return found
+    return found + other_kinds(list(tiles_of(90))[3:4], 90)
+
+
+def other_kinds(tiles: Iterable[tuple[str, TileConfig]], capability: int) -> list[Variant]:
+    """K1 for projectors other than two layers with ReLU between them."""
+    ups = [tile for kernel, tile in tiles if kernel == "up"]
+    kinds: list[dict[str, Any]] = [
+        {"activation": name, "entries": 1, "by_address": False}
+        for name in ACTIVATIONS
+        if name != "relu"
+    ]
+    kinds += [{"norms": True, "entries": 1, "by_address": False}, {"direct": True}]
+    kinds += [{"activation": "mixed", "norms": True, "direct": True}]
+    return [Variant("up", capability, tile, **kind) for tile in ups for kind in kinds]
 
 
 def full_list() -> list[Variant]:
@@ -195,6 +217,7 @@ def full_list() -> list[Variant]:
                 found.append(Variant(kernel, capability, tile, torch.bfloat16, align_bytes))
         for align_bytes in (16, 2):
             found.append(Variant("text", capability, align_bytes=align_bytes))
+        found += other_kinds(tiles_of(capability), capability)
     return found
 
 
