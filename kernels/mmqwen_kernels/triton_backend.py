@@ -141,7 +141,7 @@ class TritonBackend:
             weights = self._weights.of(projectors, dtype)
             align = max(weights.align_bytes // dtype.itemsize, 1)
             aligned = weights.align_bytes == ALIGN_BYTES
-            ups, downs = every_tile(dtype, self.capability, aligned)
+            ups, downs = every_tile(dtype, self.capability, aligned, weights.norms)
             text_tile = (LaunchConfig.block_t, text_columns(weights.columns))
             dependent = self.kernels.depends(launches_dependently(self.capability))
             before = len(self.kernels)
@@ -255,6 +255,7 @@ class TritonBackend:
             self.capability,
             self.num_sms,
             aligned=align * dtype.itemsize == ALIGN_BYTES,
+            norms=weights.norms,
         )
         active = [m for m, count in enumerate(counts) if count]
         some = [counts[m] for m in active]

@@ -22,7 +22,14 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from mmqwen.checkpoint.names import PROJECTOR_PREFIX
-from mmqwen.checkpoint.trained import read_trained, untrained, untrained_message
+from mmqwen.checkpoint.projector_files import check_recorded, complete_specs
+from mmqwen.checkpoint.trained import (
+    projector_file,
+    read_trained,
+    untrained,
+    untrained_message,
+)
+from mmqwen.modalities import ModalitySpec
 from mmqwen.packs import PackError, blank_directory, find_rows, open_pack
 from mmqwen.text_models import refuse_text_model, untested_warning
 from mmqwen.vllm_plugin import compat
@@ -77,7 +84,7 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         refuse_drafter(vllm_config)
         self.config = model_config.hf_config
         text_config = text_config_of(self.config)
-        self.specs = modality_table(model_config)
+        self.specs = self._checked_specs(vllm_config)
         self._spec_list = list(self.specs.values())
         self._widths = [spec.dim for spec in self._spec_list]
         self._max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
@@ -118,6 +125,25 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         self.register_buffer(
             "_placeholder_ids", torch.tensor(placeholder_ids, dtype=torch.int64), persistent=False
         )
+
+    def _checked_specs(self, vllm_config: VllmConfig) -> dict[str, ModalitySpec]:
+        """The modalities, with what `projector: FILE` tells of them.
+
+        Raises:
+            ValueError: the config and the file of projectors, the checkpoint's or that one, differ.
+        """
+        model_config = vllm_config.model_config
+        specs = modality_table(model_config)
+        given = getattr(self.config, "projector", None)
+        if given is not None:
+            hidden_size = text_config_of(self.config).hidden_size
+            told = modality_table(model_config, settle=False)
+            return {n: s.settled(hidden_size) for n, s in complete_specs(given, told).items()}
+        cache = vllm_config.load_config.download_dir
+        check_recorded(
+            projector_file(model_config.model, revision=model_config.revision, cache=cache), specs
+        )
+        return specs
 
     def _warn_untrained(self, vllm_config: VllmConfig) -> None:
         model_config = vllm_config.model_config

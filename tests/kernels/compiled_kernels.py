@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,10 +162,13 @@ def _read_cubin(cubin: bytes) -> tuple[int, int, bool]:
 
 
 def tiles_of(
-    capability: int, dtype: torch.dtype = torch.bfloat16, aligned: bool = True
+    capability: int,
+    dtype: torch.dtype = torch.bfloat16,
+    aligned: bool = True,
+    norms: bool = False,
 ) -> Iterator[tuple[str, TileConfig]]:
     """(kernel, tile) that `choose_config` can give."""
-    ups, downs = every_tile(dtype, (capability // 10, capability % 10), aligned)
+    ups, downs = every_tile(dtype, (capability // 10, capability % 10), aligned, norms)
     yield from (("up", tile) for tile in ups)
     yield from (("down", tile) for tile in downs)
 
@@ -184,20 +187,28 @@ def short_list() -> list[Variant]:
         Variant("up", 90, unaligned, align_bytes=4),
         Variant("text", 90),
     ]
-    return found + other_kinds(list(tiles_of(90))[3:4], 90)
+    return found + other_kinds(90)[-2:]
 
 
-def other_kinds(tiles: Iterable[tuple[str, TileConfig]], capability: int) -> list[Variant]:
+def other_kinds(capability: int) -> list[Variant]:
     """K1 for projectors other than two layers with ReLU between them."""
-    ups = [tile for kernel, tile in tiles if kernel == "up"]
-    kinds: list[dict[str, Any]] = [
+    plain: list[dict[str, Any]] = [
         {"activation": name, "entries": 1, "by_address": False}
         for name in ACTIVATIONS
         if name != "relu"
     ]
-    kinds += [{"norms": True, "entries": 1, "by_address": False}, {"direct": True}]
-    kinds += [{"activation": "mixed", "norms": True, "direct": True}]
-    return [Variant("up", capability, tile, **kind) for tile in ups for kind in kinds]
+    plain.append({"direct": True})
+    normed: list[dict[str, Any]] = [
+        {"norms": True, "entries": 1, "by_address": False},
+        {"activation": "mixed", "norms": True, "direct": True},
+    ]
+    return [
+        Variant("up", capability, tile, **kind)
+        for kinds, norms in ((plain, False), (normed, True))
+        for kernel, tile in tiles_of(capability, norms=norms)
+        if kernel == "up"
+        for kind in kinds
+    ]
 
 
 def full_list() -> list[Variant]:
@@ -217,7 +228,7 @@ def full_list() -> list[Variant]:
                 found.append(Variant(kernel, capability, tile, torch.bfloat16, align_bytes))
         for align_bytes in (16, 2):
             found.append(Variant("text", capability, align_bytes=align_bytes))
-        found += other_kinds(tiles_of(capability), capability)
+        found += other_kinds(capability)
     return found
 
 
