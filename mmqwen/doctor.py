@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mmqwen._version import __version__
 from mmqwen.checkpoint.index import read_header, read_weight_map, refuse_pointers
 from mmqwen.checkpoint.names import projector_tensor
-from mmqwen.checkpoint.projector_files import check_recorded
+from mmqwen.checkpoint.projector_record import check_recorded
 from mmqwen.checkpoint.trained import (
     projector_file,
     read_trained,

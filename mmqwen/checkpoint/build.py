@@ -30,7 +30,7 @@ from mmqwen.checkpoint.projectors import cast_projectors, read_tensors, save_pro
 from mmqwen.checkpoint.shards import check_output, copy_with_rows, place_file, staged
 from mmqwen.checkpoint.trained import read_trained, warn_untrained
 from mmqwen.hf.configuration import MultimodalQwen3Config
-from mmqwen.hf.modeling import MultiModalProjector
+from mmqwen.hf.projector import MultiModalProjector
 from mmqwen.modalities import ModalitySpec, assign_token_ids, parse_modalities, spec_fields
 from mmqwen.text_models import UntestedTextModelWarning, refuse_text_model, untested_warning
 from mmqwen.tokens import add_placeholder_tokens, next_token_id

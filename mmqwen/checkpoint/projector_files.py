@@ -33,19 +33,21 @@ from mmqwen.checkpoint.names import (
     CheckpointError,
     only_projectors,
 )
+from mmqwen.checkpoint.projector_record import (
+    METADATA_KEY,
+    kind_fields,
+    read_recorded,
+    recorded_fields,
+)
 from mmqwen.checkpoint.trained import METADATA_KEY as TRAINED_KEY
 from mmqwen.modalities import (
     NAME_PATTERN,
     PROJECTOR_FIELDS,
-    ModalityError,
     ModalitySpec,
     ProjectorSpec,
     parse_modalities,
     read_field,
 )
-
-METADATA_KEY = "mmqwen.projectors"
-"""In the metadata of a file of projectors: what each is, as in `config.json`, nothing left out."""
 
 _COMPARED = ("dim", "hidden_dim", *PROJECTOR_FIELDS)
 _LAYERS = tuple(dict.fromkeys(part.partition(".")[0] for part in PROJECTOR_PARTS))
@@ -226,7 +228,7 @@ def _told_beside(
         old = TRAINED_KEY in metadata and METADATA_KEY not in metadata
         if fields is None and old and name is not None:
             # Written before there was a choice.
-            fields = _complete_fields(ProjectorSpec())
+            fields = kind_fields(ProjectorSpec())
         if fields is None:
             given = {key: metadata[key] for key in _COMPARED if key in metadata}
             fields = {key: read_field(key, text) for key, text in given.items()}
@@ -419,65 +421,3 @@ def read_source(source: str | Path) -> tuple[str | None, Path, str | None]:
     if os.path.lexists(rest) or not colon or not NAME_PATTERN.fullmatch(old):
         return name, Path(rest), None
     return name, Path(file), old
-
-
-# -- the record -----------------------------------------------------------------------------------
-
-
-def recorded_fields(spec: ModalitySpec) -> dict[str, Any]:
-    """What is recorded of a modality's projector: its sizes where settled, and all that it is."""
-    sizes = {"dim": spec.dim}
-    if spec.hidden_dim is not None:
-        sizes["hidden_dim"] = spec.hidden_dim
-    return sizes | _complete_fields(spec.projector)
-
-
-def _complete_fields(kind: ProjectorSpec) -> dict[str, Any]:
-    fields = {key: getattr(kind, key) for key in PROJECTOR_FIELDS}
-    return {key: value for key, value in fields.items() if value is not None}
-
-
-def spec_metadata(specs: Mapping[str, ModalitySpec]) -> dict[str, str]:
-    """The record of some projectors as metadata of a safetensors file.
-
-    An empty one, too, tells a file apart from those that were written before there was a choice.
-    """
-    record = {name: recorded_fields(spec) for name, spec in sorted(specs.items())}
-    return {METADATA_KEY: json.dumps(record)}
-
-
-def read_recorded(file: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """What a file's metadata records of its projectors, by modality.
-
-    Raises:
-        CheckpointError: the record is not what `spec_metadata` writes.
-    """
-    try:
-        record = json.loads(metadata.get(METADATA_KEY, "{}"))
-        specs = parse_modalities(record)
-    except (ValueError, AttributeError, ModalityError) as error:
-        raise CheckpointError(f"{file}: its metadata {METADATA_KEY} is wrong: {error}") from error
-    return {name: recorded_fields(spec) for name, spec in specs.items()}
-
-
-def check_recorded(file: Path | None, specs: Mapping[str, ModalitySpec]) -> None:
-    """See that a checkpoint's projectors are what its config says.
-
-    Args:
-        file: its file of projectors; None, or one without a record: nothing is known.
-        specs: by the config, hidden widths settled.
-
-    Raises:
-        CheckpointError: they differ: the names of the tensors would not show it.
-    """
-    if file is None or not file.is_file():
-        return
-    recorded = read_recorded(file, read_metadata(file))
-    for name, spec in specs.items():
-        wanted = recorded_fields(spec)
-        for key, value in recorded.get(name, {}).items():
-            if wanted.get(key) != value:
-                raise CheckpointError(
-                    f"modality {name!r}: {key} is {wanted.get(key)!r} by config.json, but "
-                    f"{value!r} by the metadata of {file}; they must agree"
-                )

@@ -23,8 +23,8 @@ from mmqwen.checkpoint.projector_files import (
     assign,
     complete_fields,
     find_projectors,
-    spec_metadata,
 )
+from mmqwen.checkpoint.projector_record import spec_metadata
 from mmqwen.checkpoint.trained import trained_metadata
 from mmqwen.modalities import ModalitySpec, parse_modalities
 

@@ -22,7 +22,8 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from mmqwen.checkpoint.names import PROJECTOR_PREFIX
-from mmqwen.checkpoint.projector_files import check_recorded, complete_specs
+from mmqwen.checkpoint.projector_files import complete_specs
+from mmqwen.checkpoint.projector_record import check_recorded
 from mmqwen.checkpoint.trained import (
     projector_file,
     read_trained,

@@ -187,7 +187,8 @@ def short_list() -> list[Variant]:
         Variant("up", 90, unaligned, align_bytes=4),
         Variant("text", 90),
     ]
-    return found + other_kinds(90)[-2:]
+    kinds = other_kinds(90)
+    return found + [kinds[0], *kinds[-2:]]
 
 
 def other_kinds(capability: int) -> list[Variant]:
