@@ -188,7 +188,7 @@ def short_list() -> list[Variant]:
         Variant("text", 90),
     ]
     kinds = other_kinds(90)
-    return found + [kinds[0], *kinds[-2:]]
+    return [*found, kinds[0], *kinds[-2:]]
 
 
 def other_kinds(capability: int) -> list[Variant]:

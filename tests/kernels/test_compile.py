@@ -37,7 +37,7 @@ KNOWN_SPILLS |= {
     },
 }.get(".".join(triton.__version__.split(".")[:2]), {})
 EPILOGUE_SPILLS = 256
-"""Bytes of stack, at most, of K1 for other kinds of projectors than linear, ReLU, linear: erf, or all
+"""Bytes of stack, at most, of K1 for projectors other than linear, ReLU, linear: erf, or all
 activations, of an accumulator that fills the registers; once a program, behind the loop."""
 MULTIPLIER = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
 
