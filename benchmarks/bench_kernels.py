@@ -3,6 +3,7 @@
     python benchmarks/bench_kernels.py                     the grid of docs/kernels.md
     python benchmarks/bench_kernels.py --quick             a few points, a minute
     python benchmarks/bench_kernels.py --sweep             launch configurations, for ours alone
+    python benchmarks/bench_kernels.py --kinds             kinds of projectors, for ours alone
     python benchmarks/bench_kernels.py --device cpu --quick --size 64   a smoke test
 
 `providers.py` says what a step is and by what means it is made; `timing.py`, what device, host and
@@ -42,7 +43,15 @@ from providers import (  # noqa: E402
 )
 from timing import Call, Clock, about, measure_roofs  # noqa: E402
 
-from mmqwen_kernels import LaunchConfig, TileConfig, choose_config  # noqa: E402
+from mmqwen_kernels import (  # noqa: E402
+    ACTIVATIONS,
+    NORM_EPS,
+    LaunchConfig,
+    Norm,
+    Projector,
+    TileConfig,
+    choose_config,
+)
 
 SIZES = (1024, 4096)
 MODALITIES = (1, 2, 4)
@@ -166,7 +175,7 @@ def sweep(work: Workload, clock: Clock, roofs: dict[str, float], samples: int) -
     counts = [len(at) for at in step.slots(work.modalities)]
     base = choose_config(
         counts,
-        [p.w1.shape[1] for p in work.projectors],
+        [p.width for p in work.projectors],
         [work.size] * work.modalities,
         work.size,
         work.dtype,
@@ -201,11 +210,82 @@ def sweep(work: Workload, clock: Clock, roofs: dict[str, float], samples: int) -
     }
 
 
+# -- kinds of projectors -------------------------------------------------------------------------
+
+KINDS_OF_PROJECTORS: dict[str, dict[str, Any]] = {
+    "relu": {},
+    **{name: {"activation": name} for name in ACTIVATIONS if name != "relu"},
+    "layer norm": {"norm": "layer"},
+    "rms norm": {"norm": "rms"},
+    "no bias": {"bias": False},
+    "one layer": {"layers": 1},
+    "one layer, layer norm": {"layers": 1, "norm": "layer"},
+}
+
+
+def of_kind(projector: Projector, kind: dict[str, Any]) -> Projector:
+    """A projector of the same sizes and weights, of another kind."""
+    w1, b1, w2, b2 = projector[:4]
+    if not kind.get("bias", True):
+        b1 = b2 = None
+    norm = None
+    if "norm" in kind:
+        scale = torch.ones(projector.width, dtype=w2.dtype, device=w2.device)
+        shift = torch.zeros_like(scale) if kind["norm"] == "layer" else None
+        norm = Norm(kind["norm"], scale, shift, NORM_EPS[kind["norm"]])
+    if kind.get("layers") == 1:
+        columns = w2.shape[0]
+        w2 = torch.randn(columns, projector.width, device=w2.device).to(w2.dtype) / columns**0.5
+        return Projector(None, None, w2, b2, "none", norm)
+    return Projector(w1, b1, w2, b2, kind.get("activation", "relu"), norm)
+
+
+def compare_kinds(
+    work: Workload, clock: Clock, roofs: dict[str, float], samples: int
+) -> dict[str, Any]:
+    """Device time of the kernels alone, and of plan and torch, on one step, by kind of projector.
+
+    "mixed" has another activation in each modality. By turns, relu first and last.
+    """
+    plain, step = work.projectors, work.steps[0]
+    kinds = {name: [of_kind(p, kind) for p in plain] for name, kind in KINDS_OF_PROJECTORS.items()}
+    if work.modalities > 1:
+        kinds["mixed"] = [
+            p._replace(activation=name) for p, name in zip(plain, ACTIVATIONS, strict=False)
+        ]
+    found: list[dict[str, Any]] = []
+    for name, projectors in [*kinds.items(), ("relu again", plain)]:
+        work.projectors = projectors
+        want = exact(work, step)
+        row: dict[str, Any] = {"kind": name}
+        for provider in ("kernels", "plan_torch"):
+            run = PROVIDERS[provider](work)
+            row[f"{provider}_error"] = ((run(step).double() - want).norm() / want.norm()).item()
+            if not row[f"{provider}_error"] < 0.02:
+                raise ValueError(f"{name}: {provider} is wrong: {row}")
+            for _ in range(WARM_UP):
+                run(step)
+            row[f"{provider}_us"] = clock.device(calls(run, [step] * samples), 600.0)
+        found.append(row)
+        us, peer = (row[f"{of}_us"]["p50"] for of in ("kernels", "plan_torch"))
+        print(f"    {us:7.1f}  plan and torch {peer:7.1f}  {name}", flush=True)
+    work.projectors = plain
+    return {
+        "size": work.size,
+        "modalities": work.modalities,
+        "rows": work.rows,
+        "text": work.text,
+        "floor_us": floor_us(work, roofs),
+        "kinds": found,
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="few points, few samples")
     parser.add_argument("--sweep", action="store_true", help="launch configurations of ours")
+    parser.add_argument("--kinds", action="store_true", help="kinds of projectors, for ours alone")
     parser.add_argument("--size", type=int, action="append", help="D = H; may be repeated")
     parser.add_argument("--modalities", type=int, action="append", choices=MODALITIES)
     parser.add_argument("--rows", type=int, action="append")
@@ -237,10 +317,10 @@ def main() -> int:
     )
     print("    D  M     R     T  (medians, us; of the best peer's)", flush=True)
     points: list[dict[str, Any]] = []
-    report["sweeps" if args.sweep else "points"] = points
+    report["sweeps" if args.sweep else "kinds" if args.kinds else "points"] = points
     clock = Clock(args.device)
     slug = (report["gpu"] if cuda else "cpu").lower().replace(" ", "-")
-    kind = "sweep" if args.sweep else "kernels"
+    kind = "sweep" if args.sweep else "kinds" if args.kinds else "kernels"
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / (args.name or f"{kind}-{slug}-{report['date'][:10]}.json")
     grid = [
@@ -257,15 +337,16 @@ def main() -> int:
         if args.seconds and time.monotonic() - begin > args.seconds:
             print(f"stopped after {args.seconds:.0f} s: later points were not measured")
             return 1
-        count = 1 if args.sweep else WARM_UP + 3 * samples
+        count = 1 if args.sweep or args.kinds else WARM_UP + 3 * samples
         work = make_workload(
             size, modalities, rows, text, steps=count, dtype=dtype, device=args.device
         )
-        if args.sweep:
+        if args.sweep or args.kinds:
             if not at:
                 continue
             print(f"{size:5d} {modalities:2d} {rows:5d} {text:5d}", flush=True)
-            points.append(sweep(work, clock, roofs, samples))
+            measure = sweep if args.sweep else compare_kinds
+            points.append(measure(work, clock, roofs, samples))
         else:
             point = measure_point(work, names, clock, roofs)
             if not at:

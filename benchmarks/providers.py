@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from mmqwen.packs import directory, find_rows, pack_rows
-from mmqwen_kernels import LaunchConfig, Projector, fuse_embeddings, plan_rows
+from mmqwen_kernels import LaunchConfig, Projector, fuse_embeddings, plan_rows, project_rows
 
 WIDTHS = (1024, 768, 512, 1280)
 """d of modalities 0 to 3."""
@@ -90,7 +90,7 @@ class Workload:
 
     def bytes_moved(self) -> int:
         """The least that a step must move: weights, x, text rows, out, and the runner's copy."""
-        weights = sum(w.numel() for p in self.projectors for w in p if w is not None)
+        weights = sum(w.numel() for p in self.projectors for w in p.tensors())
         x = sum(rows.numel() for _, rows in self.steps[0].items)
         placed = self.text * self.size + 3 * self.tokens * self.size
         return (weights + x + placed) * self.dtype.itemsize
@@ -197,7 +197,7 @@ def _as_vllm(
 ) -> torch.Tensor:
     out = F.embedding(input_ids, table)
     pieces: list[Sequence[torch.Tensor]] = []
-    for (w1, b1, w2, b2), x, of in zip(projectors, rows, sizes, strict=True):
+    for (w1, b1, w2, b2, *_), x, of in zip(projectors, rows, sizes, strict=True):
         pieces.append(() if x is None else F.linear(F.relu(F.linear(x, w1, b1)), w2, b2).split(of))
     flat = torch.cat([pieces[m][at] for m, at in order])
     return out.masked_scatter_(mask.unsqueeze(-1), flat)
@@ -224,7 +224,7 @@ def _vllm(work: Workload, compiled: bool = False) -> Run:
 
 
 def _project(x: torch.Tensor, projector: Projector) -> torch.Tensor:
-    w1, b1, w2, b2 = projector
+    w1, b1, w2, b2, *_ = projector
     if not x.is_cuda:
         return F.linear(F.relu(F.linear(x, w1, b1)), w2, b2)
     # ReLU in the product's epilogue
@@ -415,12 +415,10 @@ def exact(work: Workload, step: Step) -> torch.Tensor:
     everything = zip(
         step.parts(work.modalities), step.slots(work.modalities), work.projectors, strict=True
     )
-    for parts, at, (w1, b1, w2, b2) in everything:
+    for parts, at, projector in everything:
         if parts:
             x = torch.cat(parts).to(work.device).double()
-            hidden = F.relu(x @ w1.double().t() + b1.double())
-            assert b2 is not None
-            out[at.to(work.device)] = hidden @ w2.double().t() + b2.double()
+            out[at.to(work.device)] = project_rows(x, projector.map(torch.Tensor.double))
     return out
 
 

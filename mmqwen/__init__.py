@@ -14,8 +14,9 @@ from mmqwen._version import __version__
 if TYPE_CHECKING:
     from mmqwen.checkpoint import build_checkpoint
     from mmqwen.hf.configuration import MultimodalQwen3Config
-    from mmqwen.hf.modeling import MultiModalProjector, MultimodalQwen3ForConditionalGeneration
+    from mmqwen.hf.modeling import MultimodalQwen3ForConditionalGeneration
     from mmqwen.hf.processing import MultimodalQwen3Processor
+    from mmqwen.hf.projector import MultiModalProjector
     from mmqwen.modalities import ModalityError
     from mmqwen.pipeline import MultimodalQwen3Pipeline
     from mmqwen.transport import EmbeddingError

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from mmqwen._version import __version__
-from mmqwen.modalities import ModalityError
+from mmqwen.modalities import NAME_PATTERN, PROJECTOR_FIELDS, ModalityError, read_field
 from mmqwen.training.cli import command as train_command
 
 app = typer.Typer(
@@ -24,7 +24,8 @@ app = typer.Typer(
     help="Serve a Qwen3-family LLM on prompts that mix text with arbitrary embeddings.",
 )
 EXTRAS = "pip install 'mmqwen[vllm]' (or [cpu], [train], [demo])"
-_FLAG_FIELDS = ("hidden", "max_rows", "token")
+_FLAG_FIELDS = {"hidden": "hidden_dim"} | dict.fromkeys(("max_rows", "token", *PROJECTOR_FIELDS))
+"""What `--modality` takes beside the width, by the field's own name where it has another."""
 PASS_THROUGH = {
     "allow_extra_args": True,
     "ignore_unknown_options": True,
@@ -33,29 +34,32 @@ PASS_THROUGH = {
 
 
 def parse_modality_flag(text: str) -> tuple[str, dict[str, Any]]:
-    """`m1=768` or `m2=512:hidden=1024:max_rows=64:token=<|x|>` -> name and fields.
+    """`m1=768`, `m1` or `m2=512:hidden=1024:activation=gelu:token=<|x|>` -> name and fields.
 
     Raises:
         ModalityError: the flag cannot be read.
     """
-    name, separator, rest = text.partition("=")
-    width, *options = rest.split(":")
-    if not separator or not _is_number(width):
+    head, *options = text.split(":")
+    name, separator, width = head.partition("=")
+    if not NAME_PATTERN.fullmatch(name) or (separator and not _is_number(width)):
         raise ModalityError(
-            f"--modality {text!r}: expected NAME=WIDTH, optionally followed by "
-            + "".join(f"[:{field}=...]" for field in _FLAG_FIELDS)
+            f"--modality {text!r}: expected NAME=WIDTH (NAME alone where a projector's file "
+            "tells), optionally followed by " + "".join(f"[:{field}=...]" for field in _FLAG_FIELDS)
         )
-    fields: dict[str, Any] = {"dim": int(width)}
+    fields: dict[str, Any] = {"dim": int(width)} if separator else {}
     for option in options:
         key, _, value = option.partition("=")
         if key not in _FLAG_FIELDS or not value:
-            raise ModalityError(f"--modality {text!r}: {option!r}, expected one of {_FLAG_FIELDS}")
-        if key == "token":
-            fields["token"] = value
-        elif _is_number(value):
-            fields["hidden_dim" if key == "hidden" else key] = int(value)
-        else:
-            raise ModalityError(f"--modality {text!r}: {key} is {value!r}, expected an integer")
+            raise ModalityError(
+                f"--modality {text!r}: {option!r}, expected one of {list(_FLAG_FIELDS)}"
+            )
+        field = _FLAG_FIELDS[key] or key
+        try:
+            fields[field] = read_field(field, value)
+        except ModalityError:
+            kind = {"norm_eps": "a number", "bias": "true or false"}.get(key, "an integer")
+            message = f"--modality {text!r}: {key} is {value!r}, expected {kind}"
+            raise ModalityError(message) from None
     return name, fields
 
 
@@ -82,11 +86,19 @@ def build(
     base: Annotated[str, typer.Option(help="Text model: a folder or a hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     modality: Annotated[
-        list[str],
-        typer.Option(help="NAME=WIDTH[:hidden=N][:max_rows=N][:token=TEXT]; repeat for more."),
-    ],
+        list[str] | None,
+        typer.Option(
+            help="NAME=WIDTH[:hidden=N][:max_rows=N][:token=TEXT][:activation=relu|gelu|gelu_tanh|"
+            "silu|none][:norm=none|layer|rms][:norm_eps=X][:bias=true|false][:layers=1|2]; repeat "
+            "for more."
+        ),
+    ] = None,
     projector: Annotated[
-        list[Path] | None, typer.Option(help="Trained projectors (safetensors); repeat for more.")
+        list[str] | None,
+        typer.Option(
+            help="Trained projectors: FILE, NAME=FILE or NAME=FILE:OLD (safetensors, or a "
+            "checkpoint's or a LLaVA model's folder); repeat for more."
+        ),
     ] = None,
     copy: Annotated[bool, typer.Option("--copy", help="Copy the base's shards.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of fresh projectors.")] = 0,
@@ -94,6 +106,7 @@ def build(
     """Join a text model and projectors into a checkpoint that vLLM serves."""
     from mmqwen.checkpoint import build_checkpoint
 
+    modality = modality or []
     modalities = dict(parse_modality_flag(flag) for flag in modality)
     if len(modalities) != len(modality):
         raise ModalityError("--modality names the same modality twice")

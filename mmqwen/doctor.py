@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 from mmqwen._version import __version__
 from mmqwen.checkpoint.index import read_header, read_weight_map, refuse_pointers
 from mmqwen.checkpoint.names import projector_tensor
-from mmqwen.checkpoint.trained import read_trained, untrained, untrained_message
+from mmqwen.checkpoint.projector_record import check_recorded
+from mmqwen.checkpoint.trained import (
+    projector_file,
+    read_trained,
+    untrained,
+    untrained_message,
+)
 from mmqwen.modalities import parse_modalities
 from mmqwen.stops import read_generation_config
 
@@ -161,6 +167,11 @@ def _check_weights(folder: Path, found: dict[str, Any]) -> None:
     for name in found["projectors"]:
         if projector_tensor(name) not in weight_map:
             raise ValueError(f"{folder}: modality {name!r} has no projector in the weights")
+    config = json.loads((folder / "config.json").read_bytes())
+    hidden_size = (config.get("text_config") or {}).get("hidden_size") or 0
+    specs = parse_modalities(config.get("modalities") or {})
+    settled = {n: spec.settled(hidden_size) if hidden_size else spec for n, spec in specs.items()}
+    check_recorded(projector_file(folder), settled)
     for adapter in sorted(folder.glob("**/adapter_model.safetensors")):
         read_header(adapter)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate
 from typing import Any
 
@@ -26,13 +26,39 @@ ROW_DTYPES = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16",
 numpy's and torch's name, safetensors' name, bytes of an element."""
 
 
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "none")
+NORMS = ("none", "layer", "rms")
+"""What a projector may be made of; `mmqwen_kernels` says what each means."""
+
+
 class ModalityError(ValueError):
     """A modality's description is wrong, or a prompt's markers do not match its items."""
 
 
 @dataclass(frozen=True)
+class ProjectorSpec:
+    """What a projector is, beside its sizes: `linear_2(activation(linear_1(norm(x))))`.
+
+    Attributes:
+        activation: one of `ACTIVATIONS`, between the layers.
+        norm: one of `NORMS`, over each row, before the first layer.
+        norm_eps: added under the norm's root; None: 1e-5 for layer, 1e-6 for rms.
+        bias: whether the linear layers have one.
+        layers: 2, or 1: `linear_1(norm(x))`.
+    """
+
+    activation: str = "relu"
+    norm: str = "none"
+    norm_eps: float | None = None
+    bias: bool = True
+    layers: int = 2
+
+
+@dataclass(frozen=True)
 class ModalitySpec:
     """One modality: its row width, its projector's hidden width and its placeholder token.
+
+    What is None was not told: it is absent from `config.json`, and `projector` has the defaults.
 
     Attributes:
         name: identifier, at most 64 characters.
@@ -41,6 +67,7 @@ class ModalitySpec:
         token: spelling of the placeholder, `<|name|>` unless told.
         token_id: id of the placeholder; None until it is assigned.
         max_rows: most rows that one item may have.
+        activation, norm, norm_eps, bias, layers: see `ProjectorSpec`.
     """
 
     name: str
@@ -49,6 +76,11 @@ class ModalitySpec:
     token: str = ""
     token_id: int | None = None
     max_rows: int = DEFAULT_MAX_ROWS
+    activation: str | None = None
+    norm: str | None = None
+    norm_eps: float | None = None
+    bias: bool | None = None
+    layers: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not NAME_PATTERN.fullmatch(self.name):
@@ -70,10 +102,52 @@ class ModalitySpec:
                     f"modality {self.name!r}: {field} is {value!r}, expected an integer >= "
                     f"{smallest}"
                 )
+        self._check_projector()
+
+    def _check_projector(self) -> None:
+        def refuse(what: str) -> ModalityError:
+            return ModalityError(f"modality {self.name!r}: {what}")
+
+        choices: dict[str, tuple[Any, ...]] = {"activation": ACTIVATIONS, "norm": NORMS}
+        choices |= {"bias": (True, False), "layers": (1, 2)}
+        for field, allowed in choices.items():
+            value = getattr(self, field)
+            known = any(value == one and type(value) is type(one) for one in allowed)
+            if value is not None and not known:
+                raise refuse(f"{field} is {value!r}, expected one of {list(allowed)}")
+        eps = self.norm_eps
+        if eps is not None:
+            number = isinstance(eps, (int, float)) and not isinstance(eps, bool)
+            if not number or not 0 < eps < 1:
+                raise refuse(f"norm_eps is {eps!r}, expected a number between 0 and 1")
+            if self.norm == "none":
+                raise refuse(f"norm_eps is {eps!r}, but norm is none")
+        if self.layers == 1 and self.hidden_dim is not None:
+            raise refuse(f"hidden_dim is {self.hidden_dim}, but one layer has no hidden units")
+        if self.layers == 1 and self.activation not in (None, "none"):
+            raise refuse(f"activation is {self.activation!r}, but one layer has none")
+
+    @property
+    def projector(self) -> ProjectorSpec:
+        """What its projector is, with defaults for what was not told."""
+        told = {f: getattr(self, f) for f in PROJECTOR_FIELDS if getattr(self, f) is not None}
+        if self.layers == 1:
+            told["activation"] = "none"
+        return ProjectorSpec(**told)
+
+    def settled(self, hidden_size: int) -> ModalitySpec:
+        """The same with its hidden width settled; `hidden_size` is the language model's."""
+        if self.hidden_dim is not None or self.layers == 1:
+            return self
+        return replace(self, hidden_dim=hidden_size)
 
     def to_dict(self) -> dict[str, Any]:
         """The `config.json` form, without the name and without unset fields."""
         return {k: v for k, v in asdict(self).items() if k != "name" and v is not None}
+
+
+PROJECTOR_FIELDS = tuple(field.name for field in fields(ProjectorSpec))
+_FIELDS = tuple(field.name for field in fields(ModalitySpec) if field.name != "name")
 
 
 def parse_modalities(raw: Mapping[str, Any]) -> dict[str, ModalitySpec]:
@@ -84,25 +158,62 @@ def parse_modalities(raw: Mapping[str, Any]) -> dict[str, ModalitySpec]:
             token or a token id.
     """
     specs: dict[str, ModalitySpec] = {}
-    for name, fields in raw.items():
-        if isinstance(fields, ModalitySpec):
-            fields = fields.to_dict()
-        elif isinstance(fields, int) and not isinstance(fields, bool):
-            fields = {"dim": fields}
-        if not isinstance(fields, Mapping):
-            raise ModalityError(f"modality {name!r}: expected a width or a dict, got {fields!r}")
-        unknown = set(fields) - {"dim", "hidden_dim", "token", "token_id", "max_rows"}
-        if unknown:
-            raise ModalityError(f"modality {name!r}: unknown fields {sorted(unknown)}")
-        if "dim" not in fields:
+    for name, given in raw.items():
+        told = spec_fields(name, given)
+        if "dim" not in told:
             raise ModalityError(f"modality {name!r}: 'dim' (the width of a row) is missing")
-        specs[name] = ModalitySpec(name=name, **fields)
+        specs[name] = ModalitySpec(name=name, **told)
     for field in ("token", "token_id"):
         values = [getattr(spec, field) for spec in specs.values()]
         given = [value for value in values if value is not None]
         if len(set(given)) != len(given):
             raise ModalityError(f"two modalities share a {field}: {values}")
     return specs
+
+
+def spec_fields(name: str, given: Any) -> dict[str, Any]:
+    """What is told of one modality, `dim` or not: by a spec, a width, or a dict.
+
+    Raises:
+        ModalityError: it is none of these, or a field is unknown.
+    """
+    if isinstance(given, ModalitySpec):
+        return given.to_dict()
+    if isinstance(given, int) and not isinstance(given, bool):
+        return {"dim": given}
+    if not isinstance(given, Mapping):
+        raise ModalityError(f"modality {name!r}: expected a width or a dict, got {given!r}")
+    unknown = set(given) - set(_FIELDS)
+    if unknown:
+        raise ModalityError(
+            f"modality {name!r}: unknown fields {sorted(unknown)}, expected some of {list(_FIELDS)}"
+        )
+    return dict(given)
+
+
+_INTEGERS = ("dim", "hidden_dim", "max_rows", "token_id", "layers")
+
+
+def read_field(key: str, text: str) -> Any:
+    """A field of a `ModalitySpec` from how it is written on a command line or in metadata.
+
+    Raises:
+        ModalityError: it cannot be read as what the field is; whether it is allowed is not asked.
+    """
+    if key in _INTEGERS:
+        if text.isascii() and text.isdigit():  # str.isdigit alone also takes superscripts
+            return int(text)
+        raise ModalityError(f"{key} is {text!r}, expected an integer")
+    if key == "norm_eps":
+        try:
+            return float(text)
+        except ValueError:
+            raise ModalityError(f"{key} is {text!r}, expected a number") from None
+    if key == "bias":
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise ModalityError(f"{key} is {text!r}, expected true or false")
+    return text
 
 
 def assign_token_ids(

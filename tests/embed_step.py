@@ -18,7 +18,7 @@ def make_step(model: Any, requests: int = 8) -> dict[str, Any]:
     from mmqwen.packs import directory, pack_rows
 
     device = next(model.parameters()).device
-    dtype = next(iter(model.projectors.values())).weights().w1.dtype
+    dtype = next(iter(model.projectors.values())).weights().w2.dtype
     packs, length = [], 24
     mask = torch.zeros(requests * length, dtype=torch.bool)
     for at in range(requests):

@@ -40,6 +40,10 @@ def sharded(tmp_path_factory):
     return make_base(tmp_path_factory.mktemp("bases") / "sharded", max_shard_size="100KB")
 
 
+RELU = {"activation": "relu"}
+"""Metadata: whose activation is nowhere told, that projector is refused."""
+
+
 def projector(dim=24, hidden=64, out=64, value=0.5):
     return {
         "linear_1.weight": torch.full((hidden, dim), value),
@@ -184,7 +188,7 @@ def test_fresh_projectors_warn_and_depend_on_the_seed_and_their_name_alone(base,
 @pytest.mark.parametrize("form", ["projectors.m1.", "m1.", ""])
 def test_projector_files_in_each_spelling(base, tmp_path, form, recwarn):
     file = tmp_path / "p.safetensors"
-    save_file({form + k: v for k, v in projector(hidden=7).items()}, file)
+    save_file({form + k: v for k, v in projector(hidden=7).items()}, file, RELU)
     out = build_checkpoint(base, {"m1": 24}, tmp_path / "out", projector=file)
     assert not [w for w in recwarn if w.category is UntrainedProjectorsWarning]
     assert read_config(out).modality_specs["m1"].hidden_dim == 7
@@ -193,7 +197,7 @@ def test_projector_files_in_each_spelling(base, tmp_path, form, recwarn):
 
 def test_several_files_and_one_modality_left_fresh(base, tmp_path):
     for name, dim in (("m1", 24), ("m2", 40)):
-        save_file({f"{name}.{k}": v for k, v in projector(dim).items()}, tmp_path / name)
+        save_file({f"{name}.{k}": v for k, v in projector(dim).items()}, tmp_path / name, RELU)
     with pytest.warns(UntrainedProjectorsWarning, match="of m3 are"):
         out = build_checkpoint(
             base,
@@ -232,7 +236,6 @@ def test_projectors_of_a_trained_model_drop_in(base, tmp_path):
         ),
         ({"m1.linear_2.weight": torch.zeros(32, 64)}, r"has shape \[32, 64\], expected \[64, 64\]"),
         ({"m1.linear_1.bias": None}, "tensor projectors.m1.linear_1.bias is missing"),
-        ({"m9.linear_1.bias": torch.zeros(64)}, "'m9.linear_1.bias' belongs to none"),
         ({"m1.linear_3.bias": torch.zeros(64)}, "'m1.linear_3.bias' belongs to none"),
         ({"projectors.m1.linear_1.bias": torch.zeros(64)}, "appears twice"),
         ({"m1.linear_1.bias": torch.full((64,), torch.nan)}, "not floating-point and finite"),
@@ -241,14 +244,15 @@ def test_projectors_of_a_trained_model_drop_in(base, tmp_path):
 )
 def test_bad_projector_files_are_refused(base, tmp_path, change, words):
     tensors = {f"m1.{k}": v for k, v in projector().items()} | change
-    save_file({k: v for k, v in tensors.items() if v is not None}, tmp_path / "p.safetensors")
+    kept = {k: v for k, v in tensors.items() if v is not None}
+    save_file(kept, tmp_path / "p.safetensors", RELU)
     with pytest.raises(CheckpointError, match=words):
         build_checkpoint(base, MODALITIES, tmp_path / "out", projector=tmp_path / "p.safetensors")
     assert sorted(os.listdir(tmp_path)) == ["p.safetensors"]
 
 
 def test_a_missing_modality_or_file_is_refused(base, tmp_path):
-    save_file({f"m1.{k}": v for k, v in projector().items()}, tmp_path / "p.safetensors")
+    save_file({f"m1.{k}": v for k, v in projector().items()}, tmp_path / "p.safetensors", RELU)
     with pytest.raises(CheckpointError, match=r"projectors.m2.linear_1.weight is missing"):
         load_projectors(tmp_path / "p.safetensors", parse_modalities(MODALITIES), 64)
     with pytest.raises(CheckpointError, match="not found"):

@@ -17,10 +17,28 @@ def test_modality_flags():
         "m2",
         {"dim": 512, "hidden_dim": 1024, "max_rows": 64, "token": "<|x|>"},
     )
+    assert parse_modality_flag("m1") == ("m1", {}), "a projector's file may tell the width"
+    assert parse_modality_flag(
+        "m=8:activation=gelu:norm=rms:norm_eps=1e-6:bias=False:layers=2"
+    ) == (
+        "m",
+        {
+            "dim": 8,
+            "activation": "gelu",
+            "norm": "rms",
+            "norm_eps": 1e-6,
+            "bias": False,
+            "layers": 2,
+        },
+    )
 
 
 @pytest.mark.parametrize(
-    "flag", ["m1", "m1=\u00b2", "m1=", "m1=x", "m1=-3", "m1=8:hidden", "m1=8:depth=2"]
+    "flag",
+    [
+        *("8", "m1=\u00b2", "m1=", "m1=x", "m1=-3", "m1=8:hidden", "m1=8:depth=2"),
+        *("m1=8:bias=1", "m1=8:layers=two", "m1=8:norm_eps=small", "m1=8:activation="),
+    ],
 )
 def test_bad_modality_flags(flag):
     with pytest.raises(ModalityError, match="--modality"):

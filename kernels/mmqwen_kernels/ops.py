@@ -71,9 +71,9 @@ def fuse_embeddings(
     """Gather text rows, project raw rows and write both once into the token-embedding buffer.
 
     `out[t] = token_table[input_ids[t] - vocab_start]` for text slots (zero outside the table) and
-    `out[t] = W2_m relu(W1_m x + b1_m) + b2_m` for slots of modality m. Accumulation is fp32;
-    hidden activations are rounded to the table's dtype. Under `torch.compile` the call is a graph
-    break.
+    `out[t] = W2_m act_m(W1_m norm_m(x) + b1_m) + b2_m` for slots of modality m, as its `Projector`
+    says. Accumulation is fp32; hidden activations are rounded to the table's dtype. Under
+    `torch.compile` the call is a graph break.
 
     Args:
         input_ids: `[T]` int32 or int64 on the table's device.
@@ -114,7 +114,7 @@ def fuse_embeddings(
             "slots along that, and give the result its shape back by view()"
         )
     _check_kind(projectors)
-    chosen = _pick(backend, token_table, (w for p in projectors for w in p))
+    chosen = _pick(backend, token_table, (w for p in projectors for w in p.tensors()))
     if not isinstance(rows, RowPlan):
         if slots is None:
             raise ValueError("slots are needed where rows are not a RowPlan")
@@ -122,7 +122,7 @@ def fuse_embeddings(
             rows,
             slots,
             input_ids.shape[0],
-            [projector.w1.shape[1] for projector in projectors],
+            [projector.width for projector in projectors],
             dtype=token_table.dtype,
             device=token_table.device,
         )
@@ -133,8 +133,8 @@ def fuse_embeddings(
     if len(projectors) != len(rows.counts):
         raise ValueError(f"{len(projectors)} projectors for {len(rows.counts)} modalities")
     for projector, width in zip(projectors, rows.widths, strict=True):
-        if projector.w1.shape[1] != width:
-            raise ValueError(f"a projector takes rows {projector.w1.shape[1]} wide, got {width}")
+        if projector.width != width:
+            raise ValueError(f"a projector takes rows {projector.width} wide, got {width}")
     if rows.dtype != token_table.dtype:
         raise ValueError(f"rows are {rows.dtype}, the token table is {token_table.dtype}")
     if chosen == "torch":
@@ -164,7 +164,7 @@ def project_rows(
     backend: str = "auto",
     launch: LaunchConfig | None = None,
 ) -> torch.Tensor:
-    """`W2 relu(W1 x + b1) + b2`: rows `[R, d]` -> `[R, D]`, in the rows' dtype.
+    """`W2 act(W1 norm(x) + b1) + b2`: rows `[R, d]` -> `[R, D]`, in the rows' dtype.
 
     Under `torch.compile` the call is a graph break.
 
@@ -174,7 +174,7 @@ def project_rows(
     if torch.compiler.is_compiling():
         return _outside_the_graph(project_rows, rows, projector, backend=backend, launch=launch)
     _check_kind([projector])
-    if _pick(backend, rows, projector) == "torch":
+    if _pick(backend, rows, projector.tensors()) == "torch":
         try:
             return project_rows_torch(rows, projector)
         except RuntimeError:
@@ -202,7 +202,7 @@ def warm_up(projectors: Sequence[Projector], *, backend: str = "auto") -> int:
         ValueError: the backend cannot run, or a projector is a module.
     """
     _check_kind(projectors)
-    weight = projectors[0].w1
+    weight = projectors[0].w2
     if select_backend(weight.device, weight.dtype, backend).name == "torch":
         return 0
     return _backend_of(weight.device).warm_up(projectors)

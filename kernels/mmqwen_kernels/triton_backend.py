@@ -115,8 +115,8 @@ class TritonBackend:
         Raises:
             ValueError: rows and projector differ in dtype, device or width.
         """
-        if rows.ndim != 2 or rows.shape[1] != projector.w1.shape[1]:
-            raise ValueError(f"rows are {tuple(rows.shape)}, expected [R, {projector.w1.shape[1]}]")
+        if rows.ndim != 2 or rows.shape[1] != projector.width:
+            raise ValueError(f"rows are {tuple(rows.shape)}, expected [R, {projector.width}]")
         count, columns = rows.shape[0], projector.w2.shape[0]
         out = torch.empty(count, columns, dtype=rows.dtype, device=self._device)
         if count:
@@ -137,11 +137,11 @@ class TritonBackend:
             How many variants there are.
         """
         with self._on_device():
-            weights = self._weights.of(projectors, projectors[0].w1.dtype)
-            dtype = projectors[0].w1.dtype
+            dtype = projectors[0].w2.dtype
+            weights = self._weights.of(projectors, dtype)
             align = max(weights.align_bytes // dtype.itemsize, 1)
             aligned = weights.align_bytes == ALIGN_BYTES
-            ups, downs = every_tile(dtype, self.capability, aligned)
+            ups, downs = every_tile(dtype, self.capability, aligned, weights.norms)
             text_tile = (LaunchConfig.block_t, text_columns(weights.columns))
             dependent = self.kernels.depends(launches_dependently(self.capability))
             before = len(self.kernels)
@@ -255,6 +255,7 @@ class TritonBackend:
             self.capability,
             self.num_sms,
             aligned=align * dtype.itemsize == ALIGN_BYTES,
+            norms=weights.norms,
         )
         active = [m for m, count in enumerate(counts) if count]
         some = [counts[m] for m in active]
@@ -286,6 +287,8 @@ class TritonBackend:
     ) -> Any:
         constants = _tile_constants(tile, weights.widths, dtype, align, dependent)
         constants["BY_ADDRESS"] = by_address
+        constants["ACTIVATION"] = weights.activation
+        constants["NORMS"], constants["DIRECT"] = weights.norms, weights.direct
         return self.kernels.get(
             kernels._project_up_kernel, dtype, torch.int64, ALIGN_BYTES, constants, tile
         )

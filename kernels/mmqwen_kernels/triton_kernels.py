@@ -2,7 +2,8 @@
 
 Two launches do a step, whatever the number of items and modalities:
 
-    K1 `_project_up_kernel`     hidden[r] = relu(W1_m x_r + b1_m), rows found by address
+    K1 `_project_up_kernel`     hidden[r] = act_m(W1_m norm_m(x_r) + b1_m), rows found by address;
+                                of a projector of one layer, hidden[r] = norm_m(x_r)
     K2 `_project_down_kernel`   out[slots[r]] = W2_m hidden[r] + b2_m, and the text rows
 
 Both are grouped over modalities by two small int64 tables in device memory, so that nothing is
@@ -11,7 +12,10 @@ stacked, padded or concatenated:
     entries [A, 8]   modality, first row, count, address of its first row, row stride in elements,
                      three unused: one a modality with rows, then rows of count 0 up to a power of
                      two that has room for all modalities
-    weights [M, 8]   addresses of w1, b1, w2, b2 (0: none), then d, H, row strides of w1, w2
+    weights [A, 8]   addresses of w1, b1, w2, b2 (0: none), then d, H, row strides of w1, w2; of one
+                     layer H is d and w1 0; one a modality
+    traits [A, 8]    places of its activation and norm in `reference.py`'s tables, 1 for one layer,
+                     addresses of the norm's weight and bias, bits of its eps; behind the weights
 
 With one modality (A = 1) both tables come as arguments instead: two dependent loads less before
 the first weight is asked for.
@@ -25,6 +29,9 @@ the code is a constexpr, so that `triton.compile` builds exactly what a launch r
     SWAP         the weight rows, not x's, fill the MMA's M (few rows)
     BY_ADDRESS   rows are found through `row_address_ptr` [R] instead of base and stride
     DEPENDENT    K2 may start before K1 ends (programmatic dependent launch, sm_90 and later)
+    ACTIVATION   place of the activation of all modalities, or MIXED: each program looks up its own
+    NORMS        some modality has a norm
+    DIRECT       some modality's projector has one layer
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -34,7 +41,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mmqwen_kernels.reference import ACTIVATIONS, NORMS
+
 WEIGHT_FIELDS = 8
+MIXED = -1
+ACTIVATION_PLACES = {name: at for at, name in enumerate(ACTIVATIONS)}
+NORM_PLACES = {name: at for at, name in enumerate(NORMS)}
+
+_MIXED = tl.constexpr(MIXED)
+_RELU = tl.constexpr(ACTIVATION_PLACES["relu"])
+_GELU = tl.constexpr(ACTIVATION_PLACES["gelu"])
+_GELU_TANH = tl.constexpr(ACTIVATION_PLACES["gelu_tanh"])
+_SILU = tl.constexpr(ACTIVATION_PLACES["silu"])
+_NO_ACTIVATION = tl.constexpr(ACTIVATION_PLACES["none"])
+_NUM_ACTIVATIONS = tl.constexpr(len(ACTIVATIONS))
+_NO_NORM = tl.constexpr(NORM_PLACES["none"])
+_LAYER_NORM = tl.constexpr(NORM_PLACES["layer"])
+_SUMMED = tl.constexpr(64)
 
 
 @triton.jit
@@ -115,6 +138,57 @@ def _find_tile(
 
 
 @triton.jit
+def _activate(x, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
+    """The activation of float32 values, which a torch model of DTYPE would round first."""
+    if ACTIVATION == _RELU:
+        # `where` and not `maximum`: NaN goes through, as in torch. Rounding before changes nothing.
+        return tl.where(x < 0, 0.0, x)
+    elif ACTIVATION == _NO_ACTIVATION:
+        return x
+    else:
+        x = x.to(DTYPE).to(tl.float32)
+        if ACTIVATION == _GELU:
+            return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+        elif ACTIVATION == _GELU_TANH:  # (1 + tanh(u)) / 2 is sigmoid(2 u)
+            u = x * (1.5957691216057308 + 0.07135481627159856 * x * x)
+            return x * tl.sigmoid(u)
+        else:
+            tl.static_assert(ACTIVATION == _SILU)
+            return x * tl.sigmoid(x)
+
+
+@triton.jit
+def _row_statistics(x_ptr, x_rows, width, eps, kind):
+    """Mean and inverse root of variance (rms: 0 and of mean square; none: 0 and 1) of rows, fp32.
+
+    In one order whatever the tile, so that a row's bits do not depend on its batch: `_SUMMED`
+    partial sums a row in order of k, and those in float64, where their order leaves no trace.
+
+    `x_rows` are int32 offsets `[BLOCK_R, 1]` of the rows from `x_ptr`.
+    """
+    at = tl.arange(0, _SUMMED)[None, :]
+    part = tl.zeros((x_rows.shape[0], _SUMMED), dtype=tl.float32)
+    for k in tl.range(0, tl.where(kind == _LAYER_NORM, width, 0), _SUMMED):
+        part += tl.load(x_ptr + (x_rows + at + k), mask=at < width - k, other=0.0).to(tl.float32)
+    mean = (tl.sum(part.to(tl.float64), axis=1) / width).to(tl.float32)[:, None]
+    part = tl.zeros((x_rows.shape[0], _SUMMED), dtype=tl.float32)
+    for k in tl.range(0, tl.where(kind == _NO_NORM, 0, width), _SUMMED):
+        inside = at < width - k
+        x = tl.load(x_ptr + (x_rows + at + k), mask=inside, other=0.0).to(tl.float32)
+        away = tl.where(inside, x - mean, 0.0)
+        part += away * away
+    variance = (tl.sum(part.to(tl.float64), axis=1) / width).to(tl.float32)[:, None]
+    return mean, tl.where(kind == _NO_NORM, 1.0, tl.rsqrt(variance + eps))
+
+
+@triton.jit
+def _normalise(x, mean, scale, gamma, beta):
+    """x `[BLOCK_R, K]` by its rows' statistics `[BLOCK_R, 1]` and the norm's weights `[1, K]`."""
+    scaled = (x.to(tl.float32) - mean) * scale
+    return (scaled * gamma.to(tl.float32) + beta.to(tl.float32)).to(x.dtype)
+
+
+@triton.jit
 def _multiply(
     acc,
     x_ptr,
@@ -127,11 +201,17 @@ def _multiply(
     EVEN_K: tl.constexpr,
     SWAP: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    mean,
+    scale,
+    gamma_ptr,
+    beta_ptr,
+    NORMS: tl.constexpr,
 ):
     """acc += x w^T over all of `width`, in order of k whatever the tile: no split-K.
 
     Scalar (or `[BLOCK_R, 1]`) pointers and int32 offsets `[BLOCK_R, BLOCK_K]` and
     `[BLOCK_N, BLOCK_K]`: 64-bit pointer tiles spill. acc is `[BLOCK_N, BLOCK_R]` where SWAP.
+    `mean` to `beta_ptr` are for NORMS, which normalises x.
     """
     for k in tl.range(0, width, BLOCK_K):
         if EVEN_K:
@@ -142,6 +222,11 @@ def _multiply(
             inside = (offs_k < width - k)[None, :]
             x = tl.load(x_ptr + (x_offsets + k), mask=inside, other=0.0)
             w = tl.load(w_ptr + (w_offsets + k), mask=inside, other=0.0)
+        if NORMS:
+            within = (offs_k < width - k)[None, :]
+            gamma = tl.load(gamma_ptr + (offs_k + k)[None, :], mask=within, other=0.0)
+            beta = tl.load(beta_ptr + (offs_k + k)[None, :], mask=within, other=0.0)
+            x = _normalise(x, mean, scale, gamma, beta)
         left = w if SWAP else x
         right = tl.trans(x) if SWAP else tl.trans(w)
         if x.dtype == tl.float32:
@@ -195,6 +280,9 @@ def _project_up_kernel(
     BY_ADDRESS: tl.constexpr,
     DEPENDENT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    NORMS: tl.constexpr,
+    DIRECT: tl.constexpr,
 ):
     """K1. Grid: the row tiles times the hidden tiles of every entry.
 
@@ -214,6 +302,7 @@ def _project_up_kernel(
             pid, tl.cdiv(count, BLOCK_R), tl.cdiv(units, BLOCK_N), GROUP_R
         )
         first_row = tl.full((), 0, tl.int64)
+        modality = 0
     else:
         entry, modality, tile_r, tile_n, _ = _find_tile(
             pid, entries_ptr, weights_ptr, 0, NUM_ENTRIES, BLOCK_R, BLOCK_N, GROUP_R, True
@@ -227,6 +316,7 @@ def _project_up_kernel(
         width = tl.load(weights_ptr + modality * 8 + 4).to(tl.int32)
         units = tl.load(weights_ptr + modality * 8 + 5).to(tl.int32)
         w_stride = tl.load(weights_ptr + modality * 8 + 6).to(tl.int32)
+    traits_ptr = weights_ptr + (NUM_ENTRIES + modality) * 8
     w_ptr = _aligned_pointer(w_address, DTYPE, ALIGN)
     b_ptr = b_address.to(tl.int64).to(tl.pointer_type(DTYPE))
     # Hints on arguments are lost, so alignment is made by division. Without `units`, the mask of
@@ -238,7 +328,12 @@ def _project_up_kernel(
     # Else ptxas keeps a way around the loop, on which accumulators are set by other instructions
     # than products, and lets every product of a 128x256 tile wait for the one before it (triton
     # 3.6; not 3.7, 3.9): a step of 8192 rows took 502 us instead of 470 (docs/kernels.md).
-    tl.assume(width > 0)
+    if DIRECT:
+        direct = tl.load(traits_ptr + 2) != 0
+        depth = tl.where(direct, 0, width)
+    else:
+        tl.assume(width > 0)
+        depth = width
 
     # Rows and units past the end are read from the last one and never stored: no row masks.
     offs_k = tl.arange(0, BLOCK_K)
@@ -253,15 +348,23 @@ def _project_up_kernel(
     if BY_ADDRESS:
         address = tl.load(row_address_ptr + first_row + begin_r + read_r)
         x_ptr = _aligned_pointer(address, DTYPE, ALIGN)[:, None]
+        x_rows = (read_r * 0)[:, None]
         x_offsets = offs_k[None, :]
     else:
         x_stride = x_stride // ALIGN * ALIGN
         x_ptr = _aligned_pointer(x_address, DTYPE, ALIGN)
         x_ptr += begin_r.to(tl.int64) * x_stride
-        x_offsets = (read_r * x_stride)[:, None] + offs_k[None, :]
+        x_rows = (read_r * x_stride)[:, None]
+        x_offsets = x_rows + offs_k[None, :]
+    mean, scale, gamma_ptr, beta_ptr = 0.0, 1.0, w_ptr, w_ptr
+    if NORMS:
+        kind = tl.load(traits_ptr + 1)
+        gamma_ptr = tl.load(traits_ptr + 3).to(tl.pointer_type(DTYPE))
+        beta_ptr = tl.load(traits_ptr + 4).to(tl.pointer_type(DTYPE))
+        eps = tl.load(traits_ptr + 5).to(tl.int32).to(tl.float32, bitcast=True)
+        mean, scale = _row_statistics(x_ptr, x_rows, width, eps, kind)
 
     bias = tl.load(b_ptr + begin_n + read_n).to(tl.float32)
-    # `where` and not `maximum`: NaN goes through, as in torch.
     mask_r = local_r < count - begin_r
     mask_n = local_n < units - begin_n
     hidden_ptr += (first_row + begin_r) * hidden_stride + begin_n
@@ -273,14 +376,33 @@ def _project_up_kernel(
         w_ptr,
         w_offsets,
         offs_k,
-        width,
+        depth,
         BLOCK_K,
         EVEN_K,
         SWAP,
         INPUT_PRECISION,
+        mean,
+        scale,
+        gamma_ptr,
+        beta_ptr,
+        NORMS,
     )
     acc += _along_columns(bias, SWAP)
-    acc = tl.where(acc < 0, 0.0, acc)
+    if ACTIVATION == _MIXED:
+        place = tl.load(traits_ptr)
+        for at in tl.static_range(_NUM_ACTIVATIONS):
+            if place == at:
+                acc = _activate(acc, at, DTYPE)
+    else:
+        acc = _activate(acc, ACTIVATION, DTYPE)
+    if DIRECT:  # noqa: SIM102  read by Triton's compiler, the next one on the GPU
+        if direct:
+            units_here = (begin_n + read_n)[None, :]
+            x = tl.load(x_ptr + (x_rows + units_here))
+            if NORMS:
+                gamma, beta = tl.load(gamma_ptr + units_here), tl.load(beta_ptr + units_here)
+                x = _normalise(x, mean, scale, gamma, beta)
+            acc = tl.trans(x).to(tl.float32) if SWAP else x.to(tl.float32)
     tl.store(
         hidden_ptr + (_along_rows(local_r * hidden_stride, SWAP) + _along_columns(local_n, SWAP)),
         acc.to(DTYPE),
@@ -457,6 +579,11 @@ def _project_down_kernel(
             EVEN_K,
             SWAP,
             INPUT_PRECISION,
+            0.0,
+            1.0,
+            w_ptr,
+            w_ptr,
+            False,
         )
         acc += _along_columns(bias, SWAP)
         tl.store(

@@ -13,21 +13,25 @@ import torch
 from mmqwen_kernels import triton_kernels as kernels
 from mmqwen_kernels.launcher import capturing, current_stream
 from mmqwen_kernels.reference import Projector, check_shapes
-from mmqwen_kernels.row_tables import ALIGN_BYTES
+from mmqwen_kernels.row_tables import ALIGN_BYTES, num_entries
 
 MAX_MODALITIES = 64
 TABLES_KEPT = 64
+_RELU = kernels.ACTIVATION_PLACES["relu"]
 
 
 class WeightTable:
     """The table of one set of projectors.
 
     Attributes:
-        table: int64 `[M, 8]` on the device, see `triton_kernels.py`.
-        rows: the same on the host.
+        table: int64 `[2 A, 8]` on the device, weights and traits, see `triton_kernels.py`.
+        rows: its first M on the host.
         address: of the table.
         widths: d of each projector.
-        hidden: H of each.
+        hidden: H of each; d of one layer.
+        activation: place of that of all, or MIXED.
+        norms: whether one has a norm.
+        direct: whether one has a single layer.
         columns: D of all.
         align_bytes: 1 to 16; every address, stride and width is a multiple of it.
         recipes: what steps with these projectors launch, by their shape.
@@ -40,26 +44,50 @@ class WeightTable:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        if device.type == "cuda" and capturing(device):
+            raise RuntimeError(
+                "these projectors are new to the kernels: run the op once before capturing it"
+            )
         itemsize = dtype.itemsize
-        table = np.zeros((len(projectors), kernels.WEIGHT_FIELDS), dtype=np.int64)
+        room = num_entries(len(projectors))
+        table = np.zeros((2 * room, kernels.WEIGHT_FIELDS), dtype=np.int64)
         align = ALIGN_BYTES
         for m, projector in enumerate(projectors):
-            w1, b1, w2, b2 = projector
             _check_projector(m, projector, dtype, device)
+        # In place of the biases and norms that some projector lacks and the kernels read.
+        needed = any(p.norm is not None or p.b1 is None for p in projectors)
+        longest = max(max(p.w2.shape[1], p.width) for p in projectors) if needed else 0
+        self._fill = torch.empty(2, longest, dtype=dtype, device=device)
+        zeros, ones = self._fill[0].zero_(), self._fill[1].fill_(1)
+        activations = set()
+        for m, projector in enumerate(projectors):
+            w1, b1, w2, b2, activation, norm = projector
             if w2.shape[0] != projectors[0].w2.shape[0]:
                 raise ValueError(
                     f"projector {m} gives {w2.shape[0]} columns, expected those of the first, "
                     f"{projectors[0].w2.shape[0]}"
                 )
             table[m] = (
-                w1.data_ptr(),
-                b1.data_ptr(),
+                0 if w1 is None else w1.data_ptr(),
+                (zeros if b1 is None else b1).data_ptr(),
                 w2.data_ptr(),
                 0 if b2 is None else b2.data_ptr(),
-                w1.shape[1],
-                w1.shape[0],
-                w1.stride(0),
+                projector.width,
+                w2.shape[1],
+                0 if w1 is None else w1.stride(0),
                 w2.stride(0),
+            )
+            place = kernels.ACTIVATION_PLACES[activation]
+            if w1 is not None:
+                activations.add(place)
+            gamma, beta = (None, None) if norm is None else (norm.weight, norm.bias)
+            table[room + m, :6] = (
+                place,
+                kernels.NORM_PLACES["none" if norm is None else norm.kind],
+                w1 is None,
+                (ones if gamma is None else gamma).data_ptr(),
+                (zeros if beta is None else beta).data_ptr(),
+                np.float32(0.0 if norm is None else norm.eps).view(np.int32),
             )
             for column in (0, 2):
                 align = math.gcd(align, int(table[m, column]))
@@ -67,19 +95,19 @@ class WeightTable:
                 align = math.gcd(align, int(table[m, column]) * itemsize)
         host = torch.from_numpy(table)
         if device.type == "cuda":
-            if capturing(device):
-                raise RuntimeError(
-                    "these projectors are new to the kernels: run the op once before capturing it"
-                )
             # Only here does the host wait, once per set of projectors: other streams may be next.
             self.table = host.to(device)
         else:
             self.table = host
         self.align_bytes = align
-        self.widths = tuple(p.w1.shape[1] for p in projectors)
-        self.hidden = tuple(p.w1.shape[0] for p in projectors)
+        self.widths = tuple(p.width for p in projectors)
+        self.hidden = tuple(p.w2.shape[1] for p in projectors)
+        some = len(activations) > 1
+        self.activation = kernels.MIXED if some else min(activations, default=_RELU)
+        self.norms = any(p.norm is not None for p in projectors)
+        self.direct = any(p.w1 is None for p in projectors)
         self.columns = projectors[0].w2.shape[0]
-        self.rows: list[list[int]] = table.tolist()
+        self.rows: list[list[int]] = table[: len(projectors)].tolist()
         self.address = self.table.data_ptr()
         self.recipes: dict[tuple[Any, ...], Any] = {}
         self.captured = False
@@ -92,38 +120,42 @@ class WeightTable:
         """
         if stream not in self._streams and not self.captured:
             self._streams.add(stream)
-            self.table.record_stream(torch.cuda.current_stream(self.table.device))
+            current = torch.cuda.current_stream(self.table.device)
+            self.table.record_stream(current)
+            if self._fill.numel():
+                self._fill.record_stream(current)
 
 
 def _check_projector(
     m: int, projector: Projector, dtype: torch.dtype, device: torch.device
 ) -> None:
-    w1, b1, w2, b2 = projector
-    shapes = {"w1": (w1, 2), "b1": (b1, 1), "w2": (w2, 2)}
-    if b2 is not None:
-        shapes["b2"] = (b2, 1)
-    for name, (tensor, ndim) in shapes.items():
-        if tensor is None:
-            raise ValueError(f"projector {m}: {name} is None, expected zeros where there is none")
-        if tensor.ndim != ndim or tensor.dtype != dtype or tensor.device != device:
+    w1, b1, w2, b2, _, norm = projector
+    given = {"w1": (w1, 2), "b1": (b1, 1), "w2": (w2, 2), "b2": (b2, 1)}
+    if norm is not None:
+        given |= {"its norm's weight": (norm.weight, 1), "its norm's bias": (norm.bias, 1)}
+    for name, (tensor, ndim) in given.items():
+        if tensor is None and name not in ("w2", "its norm's weight"):
+            continue
+        if tensor is None or (tensor.ndim, tensor.dtype, tensor.device) != (ndim, dtype, device):
+            found = None if tensor is None else f"{tensor.ndim}-D {tensor.dtype} on {tensor.device}"
             raise ValueError(
-                f"projector {m}: {name} is {tensor.ndim}-D {tensor.dtype} on {tensor.device}, "
-                f"expected {ndim}-D {dtype} on {device}"
+                f"projector {m}: {name} is {found}, expected {ndim}-D {dtype} on {device}"
             )
         if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
             raise ValueError(f"projector {m}: {name} is transposed; call .contiguous() on it once")
         if ndim == 2 and tensor.stride(0) * 256 >= 1 << 31:
             raise ValueError(f"projector {m}: rows of {name} lie {tensor.stride(0)} apart, too far")
-    units, columns = w1.shape[0], w2.shape[0]
-    if not (units and columns and w1.shape[1]):
-        raise ValueError(f"projector {m}: w1 {tuple(w1.shape)} and w2 {tuple(w2.shape)} are empty")
+    if not all(tensor.numel() for tensor in (w1, w2) if tensor is not None):
+        shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (w1, w2)]
+        raise ValueError(f"projector {m}: w1 {shapes[0]} and w2 {shapes[1]} are empty")
     check_shapes(m, projector)
 
 
 class WeightTables:
     """Tables by projectors; the least recently used go, but for those that a graph reads.
 
-    64 bytes a projector on the device. The weights themselves are not kept alive.
+    128 bytes a projector on the device, and two vectors as long as the widest where some have norms
+    or lack biases. The weights themselves are not kept alive.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -158,12 +190,15 @@ class WeightTables:
 
 def _identity(projector: Projector) -> tuple[Any, ...]:
     """All of a projector that `WeightTable` reads or checks; an address tells the device, too."""
-    w1, b1, w2, b2 = projector
-    found = (
-        w1.data_ptr(), w1.shape, w1.stride(), w1.dtype,
-        b1.data_ptr(), b1.shape, b1.stride(), b1.dtype,
-        w2.data_ptr(), w2.shape, w2.stride(), w2.dtype,
-    )  # fmt: skip
-    if b2 is None:
-        return found
-    return (*found, b2.data_ptr(), b2.shape, b2.stride(), b2.dtype)
+    found: list[Any] = [projector.activation]
+    weights: tuple[torch.Tensor | None, ...] = projector[:4]
+    norm = projector.norm
+    if norm is not None:
+        found += norm.kind, norm.eps
+        weights += norm.weight, norm.bias
+    for w in weights:
+        if w is None:
+            found.append(None)
+        else:
+            found += w.data_ptr(), w.shape, w.stride(), w.dtype
+    return tuple(found)

@@ -7,7 +7,6 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,13 @@ from mmqwen.checkpoint.names import (
     CheckpointError,
     projector_tensor,
 )
-from mmqwen.checkpoint.projectors import cast_projectors, load_projectors, save_projectors
+from mmqwen.checkpoint.projector_files import complete_fields, gather, read_source
+from mmqwen.checkpoint.projectors import cast_projectors, read_tensors, save_projectors
 from mmqwen.checkpoint.shards import check_output, copy_with_rows, place_file, staged
 from mmqwen.checkpoint.trained import read_trained, warn_untrained
 from mmqwen.hf.configuration import MultimodalQwen3Config
-from mmqwen.hf.modeling import MultiModalProjector
-from mmqwen.modalities import assign_token_ids, parse_modalities
+from mmqwen.hf.projector import MultiModalProjector
+from mmqwen.modalities import ModalitySpec, assign_token_ids, parse_modalities, spec_fields
 from mmqwen.text_models import UntestedTextModelWarning, refuse_text_model, untested_warning
 from mmqwen.tokens import add_placeholder_tokens, next_token_id
 
@@ -58,11 +58,14 @@ def build_checkpoint(
     Args:
         base: directory of a text checkpoint with safetensors weights, or a model id on the Hub.
         modalities: `{"m1": 768}` or `{"m1": {"dim": 768, ...}}`. Missing token ids are assigned at
-            unused rows of the embedding table; a missing `hidden_dim` is the projector file's, or
-            else the text model's hidden size.
+            unused rows of the embedding table. What else is missing (`dim`, `hidden_dim`,
+            `activation`, ...) is the projector file's, or else the text model's hidden size and
+            what `ProjectorSpec` says.
         output: directory to create; it may exist if it is empty. It appears whole or not at all.
-        projector: safetensors file or files, or composite directories, with trained projectors.
-            What they record as never trained stays so recorded.
+        projector: safetensors file or files, or directories of composite checkpoints or LLaVA
+            models, with trained projectors; as text also `NAME=FILE` and `NAME=FILE:OLD`. See
+            `checkpoint.projector_files` for whose names are known. What they record as never
+            trained stays so recorded.
         copy: copy the base's shards. Otherwise they are hard-linked, so that they outlive the
             base's directory; across file systems, linked symbolically.
         seed: seed of projectors that no file gives. Each modality draws from its own stream, so
@@ -73,41 +76,26 @@ def build_checkpoint(
         `output` as a path.
 
     Raises:
-        CheckpointError: the base or a projector file is missing, truncated or not usable, or the
-            output is not empty or not writable.
+        CheckpointError: the base or a projector file is missing, truncated or not usable; what was
+            asked for, a file and its config disagree, or none tells a projector's activation; or
+            the output is not empty or not writable.
         ModalityError: a modality's description is wrong, or its token id is taken.
 
     Warns:
+        LeftOutWarning: a file holds projectors that were not asked for.
         UntrainedProjectorsWarning: a modality has no trained projector.
         UntestedTextModelWarning: rows were never tried beside the base's type of text model.
     """
     output = Path(output)
     check_output(output)
-    specs = parse_modalities(modalities)
-    if not specs:
-        raise CheckpointError("no modality given; a composite checkpoint needs at least one")
     folder = _find_base(base, revision)
     text = _read_base_config(folder)
     weight_map = _read_base_map(folder, tied=bool(getattr(text, "tie_word_embeddings", False)))
     tokenizer = _read_tokenizer(folder)
-    first_free = next_token_id(tokenizer)
-    specs = assign_token_ids(specs, tokenizer.get_added_vocab(), first_free)
-    add_placeholder_tokens(tokenizer, specs)
-
     files = [projector] if isinstance(projector, (str, Path)) else list(projector or ())
-    given: dict[str, Tensor] = {}
-    trained: dict[str, bool] = {}
-    for file in files:
-        loaded = load_projectors(file, specs, text.hidden_size, require_all=False)
-        given.update(loaded)
-        record = read_trained(file)
-        for name in specs:
-            if projector_tensor(name) in loaded:
-                trained[name] = record.get(name, True)
-    for name, spec in specs.items():
-        weight = given.get(projector_tensor(name))
-        if spec.hidden_dim is None and weight is not None:
-            specs[name] = replace(spec, hidden_dim=weight.shape[0])
+    specs, given, trained = _read_projectors(files, modalities, text.hidden_size)
+    specs = assign_token_ids(specs, tokenizer.get_added_vocab(), next_token_id(tokenizer))
+    add_placeholder_tokens(tokenizer, specs)
 
     rows = read_header(folder / weight_map[EMBEDDING])[0][EMBEDDING]["shape"][0]
     needed = max(spec.token_id for spec in specs.values() if spec.token_id is not None) + 1
@@ -132,7 +120,9 @@ def build_checkpoint(
                 copy_with_rows(source, target, resized, grown)
             else:
                 place_file(source.resolve(), target, copy)
-        save_projectors(tensors, stage / PROJECTOR_FILE, trained=trained)
+        save_projectors(
+            tensors, stage / PROJECTOR_FILE, trained=trained, specs=config.modality_specs
+        )
         joined = {name: BASE_PREFIX + shard for name, shard in weight_map.items()}
         joined.update(dict.fromkeys(tensors, PROJECTOR_FILE))
         write_index(stage, joined)
@@ -157,6 +147,32 @@ def read_config(path: str | Path) -> MultimodalQwen3Config:
             "`mmqwen build` makes a composite checkpoint from a text model"
         )
     return config
+
+
+def _read_projectors(
+    sources: Iterable[str | Path], modalities: Mapping[str, Any], hidden_size: int
+) -> tuple[dict[str, ModalitySpec], dict[str, Tensor], dict[str, bool]]:
+    """Complete specs, the weights that files give, and which of these were ever trained."""
+    asked = {name: spec_fields(name, value) for name, value in modalities.items()}
+    sources = list(sources)
+    for source in sources:  # NAME=FILE asks for NAME
+        name = read_source(source)[0]
+        if name is not None:
+            asked.setdefault(name, {})
+    if not asked:
+        raise CheckpointError("no modality given; a composite checkpoint needs at least one")
+    found = gather(sources, asked)
+    complete = {
+        name: complete_fields(name, fields, found[name][0] if name in found else None)
+        for name, fields in asked.items()
+    }
+    specs = parse_modalities(complete)
+    given: dict[str, Tensor] = {}
+    trained: dict[str, bool] = {}
+    for name, (projector, path) in found.items():
+        given |= read_tensors(projector, specs[name].settled(hidden_size), hidden_size)
+        trained[name] = read_trained(path).get(projector.name or name, True)
+    return specs, given, trained
 
 
 # -- the base ----------------------------------------------------------------------------------
@@ -261,9 +277,7 @@ def _complete(
         if projector_tensor(name) in given:
             continue
         fresh.append(name)
-        module = MultiModalProjector(
-            spec.dim, spec.hidden_dim or config.hidden_size, config.hidden_size, output_std=std
-        )
+        module = MultiModalProjector.of(spec, config.hidden_size, output_std=std)
         # A hash of both: torch's CPU generator uses 32 bits of its seed.
         stream = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
         module.reset_parameters(stream)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
+from mmqwen.modalities import ModalitySpec
+
 MODEL_TYPE = "multimodal_qwen3"
 ARCHITECTURE = "MultimodalQwen3ForConditionalGeneration"
 """The name under `architectures` in `config.json` that selects the model class."""
@@ -22,7 +24,11 @@ SMALL_FILES = (*(f"*{suffix}" for suffix in SMALL_SUFFIXES), "LICENSE*")
 BASE_TENSORS = ("model.", "lm_head.")
 """How the tensors of a text model begin, which keep their names."""
 PROJECTOR_PREFIX = "projectors."
-PROJECTOR_PARTS = ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias")
+_PARTS = ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias")
+PROJECTOR_PARTS = ("norm.weight", "norm.bias", *_PARTS)
+"""All that a projector can consist of; `projector_shapes` says of what one does."""
+FIRST_PART = _PARTS[0]
+"""What every projector has."""
 
 _Value = TypeVar("_Value")
 
@@ -31,15 +37,30 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be read or written, with the reason."""
 
 
-def projector_tensor(modality: str, part: str = PROJECTOR_PARTS[0]) -> str:
-    """The full name of a projector's tensor; of its first one, which every projector has."""
+def projector_tensor(modality: str, part: str = FIRST_PART) -> str:
+    """The full name of a projector's tensor; of that of its first layer, which every one has."""
     return f"{PROJECTOR_PREFIX}{modality}.{part}"
 
 
-def projector_shapes(dim: int, hidden_dim: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
-    """The shape of each of `PROJECTOR_PARTS`, from rows `dim` wide to a text model's width."""
-    shapes = ((hidden_dim, dim), (hidden_dim,), (hidden_size, hidden_dim), (hidden_size,))
-    return dict(zip(PROJECTOR_PARTS, shapes, strict=True))
+def projector_shapes(spec: ModalitySpec, hidden_size: int) -> dict[str, tuple[int, ...]]:
+    """The shape of each part that a projector of this kind has, to a text model's width.
+
+    Args:
+        spec: the modality, its `hidden_dim` settled.
+        hidden_size: width of the text model.
+    """
+    kind, dim, hidden = spec.projector, spec.dim, spec.hidden_dim or 0
+    sizes = [(hidden_size, dim)] if kind.layers == 1 else [(hidden, dim), (hidden_size, hidden)]
+    shapes: dict[str, tuple[int, ...]] = {}
+    if kind.norm != "none":
+        shapes["norm.weight"] = (dim,)
+    if kind.norm == "layer":
+        shapes["norm.bias"] = (dim,)
+    for at, size in enumerate(sizes):
+        shapes[_PARTS[2 * at]] = size
+        if kind.bias:
+            shapes[_PARTS[2 * at + 1]] = size[:1]
+    return shapes
 
 
 def only_projectors(tensors: Mapping[str, _Value]) -> dict[str, _Value]:

@@ -44,10 +44,7 @@ def read_trained(
         revision: of the Hub model.
         cache: directory of the Hub's cache, unless it is the usual one.
     """
-    folder = Path(path)
-    file: Path | None = folder / PROJECTOR_FILE if folder.is_dir() else folder
-    if not folder.exists():
-        file = _cached(str(path), revision, cache)
+    folder, file = Path(path), projector_file(path, revision=revision, cache=cache)
     try:
         if file is not None and file.exists():
             return _clean(json.loads(read_metadata(file).get(METADATA_KEY, "{}")))
@@ -57,6 +54,20 @@ def read_trained(
         return {}
     field = config.get(CONFIG_FIELD) if isinstance(config, dict) else None
     return _clean(getattr(config, CONFIG_FIELD, field))
+
+
+def projector_file(
+    path: str | os.PathLike[str], *, revision: str | None = None, cache: str | Path | None = None
+) -> Path | None:
+    """Where the projectors' file of a checkpoint is or would be; None: not downloaded.
+
+    Args:
+        path, revision, cache: see `read_trained`.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        return _cached(str(path), revision, cache)
+    return folder / PROJECTOR_FILE if folder.is_dir() else folder
 
 
 def trained_metadata(trained: Mapping[str, bool]) -> dict[str, str]:

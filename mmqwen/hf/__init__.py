@@ -8,8 +8,9 @@ from __future__ import annotations
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
 from mmqwen.hf.configuration import MultimodalQwen3Config
-from mmqwen.hf.modeling import MultiModalProjector, MultimodalQwen3ForConditionalGeneration
+from mmqwen.hf.modeling import MultimodalQwen3ForConditionalGeneration
 from mmqwen.hf.processing import MultimodalQwen3Processor
+from mmqwen.hf.projector import MultiModalProjector
 
 __all__ = [
     "MultiModalProjector",

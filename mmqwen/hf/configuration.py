@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PretrainedConfig, Qwen3Config
@@ -26,6 +25,8 @@ class MultimodalQwen3Config(PretrainedConfig):
         modalities: `{"m1": {"dim": 768, "hidden_dim": 4096, "token": "<|m1|>", "token_id": 151669,
             "max_rows": 1024}}`, in the order that fixes the order of weights. `dim` is required;
             `hidden_dim` is the text model's hidden size unless told. A bare integer is a `dim`.
+            What the projector is (`activation`, ...) see `ModalitySpec`; linear, ReLU, linear
+            unless told.
         quantization_config: that of the text model. It stands at the top level, where transformers
             and vLLM look for it; one found in `text_config` is moved up.
         **kwargs: the common fields of `PretrainedConfig`. `tie_word_embeddings` and the bos, eos
@@ -125,6 +126,5 @@ def _resolve(
                 f"modality {name!r}: token_id is {spec.token_id}, but the text model's embedding "
                 f"table has {text_config.vocab_size} rows"
             )
-        hidden_dim = spec.hidden_dim or text_config.hidden_size
-        resolved[name] = replace(spec, hidden_dim=hidden_dim)
+        resolved[name] = spec.settled(text_config.hidden_size)
     return resolved

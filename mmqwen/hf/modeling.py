@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -16,49 +15,14 @@ from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mmqwen.checkpoint.index import drop_replaced_files
-from mmqwen.checkpoint.trained import CONFIG_FIELD, read_trained
+from mmqwen.checkpoint.projector_record import check_recorded
+from mmqwen.checkpoint.trained import CONFIG_FIELD, projector_file, read_trained
 from mmqwen.hf.configuration import MultimodalQwen3Config
 from mmqwen.hf.generation import NO_ROWS, GeneratesWithRows, Rows
 from mmqwen.hf.loss import is_plain_head, token_loss
+from mmqwen.hf.projector import MultiModalProjector, RowNorm
 from mmqwen.modalities import ModalitySpec
 from mmqwen.text_models import refuse_text_model
-
-
-class MultiModalProjector(nn.Module):
-    """`linear_2(relu(linear_1(x)))`: rows `[R, dim]` of one modality to embeddings `[R, out_dim]`.
-
-    Args:
-        dim: width of a row.
-        hidden_dim: hidden units.
-        out_dim: width of a token embedding.
-        output_std: spread of the outputs of a fresh projector, for rows of unit variance.
-    """
-
-    def __init__(
-        self, dim: int, hidden_dim: int, out_dim: int, *, output_std: float = 0.02
-    ) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(dim, hidden_dim)
-        self.linear_2 = nn.Linear(hidden_dim, out_dim)
-        # He's initialisation for ReLU (arXiv:1502.01852) keeps the second moment of the input;
-        # linear_2 then scales it to that of the token embeddings, so that untrained rows neither
-        # drown the text nor vanish in it.
-        vars(self.linear_1)["init_std"] = math.sqrt(2.0 / dim)
-        vars(self.linear_2)["init_std"] = output_std / math.sqrt(hidden_dim)
-
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw fresh weights: rows of unit variance come out with the spread `output_std`.
-
-        Weights are normal, biases zero. `generator` makes the draw repeatable.
-        """
-        for linear in (self.linear_1, self.linear_2):
-            linear.weight.normal_(0.0, vars(linear)["init_std"], generator=generator)
-            linear.bias.zero_()
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """Project `[..., dim]` to `[..., out_dim]`, in the weights' dtype."""
-        return self.linear_2(torch.relu(self.linear_1(rows)))
 
 
 class MultimodalQwen3ForConditionalGeneration(GeneratesWithRows, PreTrainedModel, GenerationMixin):
@@ -124,9 +88,7 @@ class MultimodalQwen3ForConditionalGeneration(GeneratesWithRows, PreTrainedModel
         std = getattr(text, "initializer_range", None) or 0.02
         self.projectors = nn.ModuleDict(
             {
-                name: MultiModalProjector(
-                    spec.dim, spec.hidden_dim or text.hidden_size, text.hidden_size, output_std=std
-                )
+                name: MultiModalProjector.of(spec, text.hidden_size, output_std=std)
                 for name, spec in self.specs.items()
             }
         )
@@ -137,7 +99,12 @@ class MultimodalQwen3ForConditionalGeneration(GeneratesWithRows, PreTrainedModel
         if std is not None and isinstance(module, nn.Linear):  # a projector's
             # transformers' own functions leave alone what a checkpoint has already filled.
             init.normal_(module.weight, mean=0.0, std=std)
-            init.zeros_(module.bias)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, RowNorm):
+            init.ones_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
         else:
             super()._init_weights(module)
 
@@ -145,14 +112,18 @@ class MultimodalQwen3ForConditionalGeneration(GeneratesWithRows, PreTrainedModel
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """As transformers does; also reads which projectors were ever trained."""
+        """As transformers does; also reads which projectors were ever trained.
+
+        Raises:
+            CheckpointError: `projectors.safetensors` records other projectors than the config.
+        """
         path = pretrained_model_name_or_path
         loaded = super().from_pretrained(path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if path is not None:
-            model.projectors_trained = read_trained(
-                path, model.config, revision=kwargs.get("revision"), cache=kwargs.get("cache_dir")
-            )
+            where = {"revision": kwargs.get("revision"), "cache": kwargs.get("cache_dir")}
+            check_recorded(projector_file(path, **where), model.specs)
+            model.projectors_trained = read_trained(path, model.config, **where)
         return loaded
 
     def _text_model(self) -> Any:

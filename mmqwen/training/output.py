@@ -20,6 +20,7 @@ from mmqwen.checkpoint.names import (
 )
 from mmqwen.checkpoint.projectors import cast_projectors, save_projectors
 from mmqwen.checkpoint.shards import copy_small_files, place_base_shard
+from mmqwen.modalities import parse_modalities
 from mmqwen.stops import GENERATION_FILE, read_generation_config
 
 
@@ -104,5 +105,7 @@ def _finish(
 ) -> None:
     otherwise = f"is not finite in {dtype}; training has diverged"
     cast = cast_projectors(projectors, dtype, otherwise)
-    save_projectors(cast, stage / PROJECTOR_FILE, trained=trained)
+    config = json.loads((stage / "config.json").read_bytes())
+    specs = parse_modalities(config.get("modalities") or {})
+    save_projectors(cast, stage / PROJECTOR_FILE, trained=trained, specs=specs)
     write_index(stage)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,9 @@ def text_config_of(hf_config: PretrainedConfig) -> PretrainedConfig:
     return getattr(hf_config, "text_config", None) or hf_config
 
 
-def modality_table(model_config: ModelConfig, tokenizer: Any = None) -> dict[str, ModalitySpec]:
+def modality_table(
+    model_config: ModelConfig, tokenizer: Any = None, *, settle: bool = True
+) -> dict[str, ModalitySpec]:
     """All modalities in the order of their indices, with hidden widths and token ids settled.
 
     A composite checkpoint's config holds the ids. With `hf_overrides` on a plain text model they
@@ -35,6 +36,7 @@ def modality_table(model_config: ModelConfig, tokenizer: Any = None) -> dict[str
     Args:
         model_config: vLLM's model config.
         tokenizer: the tokenizer, where the caller has it; loaded if needed and not given.
+        settle: give hidden widths that were not told; otherwise a projector's file may tell them.
 
     Raises:
         ModalityError: no modality, a wrong description, or an id beyond the embedding table.
@@ -58,10 +60,9 @@ def modality_table(model_config: ModelConfig, tokenizer: Any = None) -> dict[str
                 f"modality {spec.name!r}: token id {spec.token_id} lies beyond the embedding "
                 f"table's {text.vocab_size} rows; `mmqwen build` makes a checkpoint with more rows"
             )
-    return {
-        name: replace(spec, hidden_dim=spec.hidden_dim or text.hidden_size)
-        for name, spec in specs.items()
-    }
+    if not settle:
+        return specs
+    return {name: spec.settled(text.hidden_size) for name, spec in specs.items()}
 
 
 @lru_cache(maxsize=4)

@@ -22,7 +22,15 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from mmqwen.checkpoint.names import PROJECTOR_PREFIX
-from mmqwen.checkpoint.trained import read_trained, untrained, untrained_message
+from mmqwen.checkpoint.projector_files import complete_specs
+from mmqwen.checkpoint.projector_record import check_recorded
+from mmqwen.checkpoint.trained import (
+    projector_file,
+    read_trained,
+    untrained,
+    untrained_message,
+)
+from mmqwen.modalities import ModalitySpec
 from mmqwen.packs import PackError, blank_directory, find_rows, open_pack
 from mmqwen.text_models import refuse_text_model, untested_warning
 from mmqwen.vllm_plugin import compat
@@ -77,7 +85,7 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         refuse_drafter(vllm_config)
         self.config = model_config.hf_config
         text_config = text_config_of(self.config)
-        self.specs = modality_table(model_config)
+        self.specs = self._checked_specs(vllm_config)
         self._spec_list = list(self.specs.values())
         self._widths = [spec.dim for spec in self._spec_list]
         self._max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
@@ -118,6 +126,25 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         self.register_buffer(
             "_placeholder_ids", torch.tensor(placeholder_ids, dtype=torch.int64), persistent=False
         )
+
+    def _checked_specs(self, vllm_config: VllmConfig) -> dict[str, ModalitySpec]:
+        """The modalities, with what `projector: FILE` tells of them.
+
+        Raises:
+            ValueError: the config and the file of projectors, the checkpoint's or that one, differ.
+        """
+        model_config = vllm_config.model_config
+        specs = modality_table(model_config)
+        given = getattr(self.config, "projector", None)
+        if given is not None:
+            hidden_size = text_config_of(self.config).hidden_size
+            told = modality_table(model_config, settle=False)
+            return {n: s.settled(hidden_size) for n, s in complete_specs(given, told).items()}
+        cache = vllm_config.load_config.download_dir
+        check_recorded(
+            projector_file(model_config.model, revision=model_config.revision, cache=cache), specs
+        )
+        return specs
 
     def _warn_untrained(self, vllm_config: VllmConfig) -> None:
         model_config = vllm_config.model_config
@@ -188,9 +215,9 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         self._complete()
         self._token_table()
         every = self.projectors.weights()
-        weights = max(every, key=lambda projector: sum(projector.w1.shape))
+        weights = max(every, key=lambda projector: projector.width + projector.w2.shape[1])
         table = weights.w2.new_zeros(1, weights.w2.shape[0])
-        rows = torch.zeros(self._max_tokens, weights.w1.shape[1], dtype=weights.w1.dtype)
+        rows = torch.zeros(self._max_tokens, weights.width, dtype=weights.w2.dtype)
         fuse_embeddings(
             torch.zeros(self._max_tokens, dtype=torch.int64, device=table.device),
             table,
@@ -225,7 +252,7 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         projectors = self.projectors.weights()
         with compat.single_threaded():
             plan = self._plan(
-                multimodal_embeddings, is_multimodal.cpu(), input_ids, projectors[0].w1.dtype
+                multimodal_embeddings, is_multimodal.cpu(), input_ids, projectors[0].w2.dtype
             )
         table = self._token_table()
         if table is not None:

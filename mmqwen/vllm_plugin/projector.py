@@ -8,27 +8,23 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from mmqwen.checkpoint.names import (
-    PROJECTOR_PARTS,
-    PROJECTOR_PREFIX,
-    projector_shapes,
-    projector_tensor,
-)
+from mmqwen.checkpoint.names import PROJECTOR_PREFIX, projector_shapes, projector_tensor
 from mmqwen.modalities import ModalitySpec
-from mmqwen_kernels import Projector
+from mmqwen_kernels import NORM_EPS, Norm, Projector
 
 
-class _Linear(nn.Module):
-    """Weight and bias alone: the fusion op multiplies. Not an `nn.Linear`, so LoRA leaves it be.
+class _Part(nn.Module):
+    """Weight and bias alone, of a layer or a norm: the fusion op computes. Not an `nn.Linear`, so
+    LoRA leaves it be.
 
     Each parameter says which share of the checkpoint's tensor it holds, and loads it through
     vLLM's `weight_loader`: a weight update counts, defers and redirects what passes there.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = nn.Parameter(bias, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def split(self, name: str, shape: tuple[int, ...], dim: int | None, begin: int) -> None:
         """Say that `name` holds the checkpoint's tensor of `shape`, cut from `begin` along `dim`.
@@ -55,7 +51,7 @@ def load_share(param: Any, loaded_weight: torch.Tensor, is_share: bool = False) 
     memory. So the units that a rank lacks are written as well: with zeros, which add nothing.
 
     Args:
-        param: a parameter of `_Linear`, or vLLM's stand-in for it.
+        param: a parameter of `_Part`, or vLLM's stand-in for it.
         loaded_weight: the whole tensor.
         is_share: `loaded_weight` is the share already, missing units included.
     """
@@ -71,10 +67,12 @@ def load_share(param: Any, loaded_weight: torch.Tensor, is_share: bool = False) 
 
 
 class ShardedProjector(nn.Module):
-    """`linear_2(relu(linear_1(x)))`, or one rank's share of its hidden units.
+    """`linear_2(act(linear_1(norm(x))))`, or one rank's share of its hidden units.
 
     Ranks hold `ceil(H / ranks)` hidden units; missing ones are zero and add nothing. Rank 0 alone
-    holds the last bias, so that the sum over ranks is the projection.
+    adds the last bias, so that the sum over ranks is the projection. Each rank normalises rows for
+    itself. A projector of one layer has no hidden units to split: it is rank 0's, and zero
+    elsewhere. The others would only wait for a share to be added.
 
     Args:
         spec: the modality, `hidden_dim` settled.
@@ -84,27 +82,40 @@ class ShardedProjector(nn.Module):
         dtype: dtype of the weights.
     """
 
+    norm: _Part
+    linear_1: _Part
+    linear_2: _Part
+
     def __init__(
         self, spec: ModalitySpec, hidden_size: int, *, rank: int, ranks: int, dtype: torch.dtype
     ) -> None:
         super().__init__()
-        if spec.hidden_dim is None:
+        self._kind = spec.projector
+        if spec.hidden_dim is None and self._kind.layers == 2:
             raise ValueError(f"modality {spec.name!r}: hidden_dim is not settled")
         self.spec = spec
         self._rank = rank
-        self._units = -(-spec.hidden_dim // ranks)
-        # Zeros: a rank's missing units add nothing.
-        self.linear_1 = _Linear(
-            torch.zeros(self._units, spec.dim, dtype=dtype), torch.zeros(self._units, dtype=dtype)
-        )
-        self.linear_2 = _Linear(
-            torch.zeros(hidden_size, self._units, dtype=dtype),
-            torch.zeros(hidden_size, dtype=dtype),
-        )
-        shapes = projector_shapes(spec.dim, spec.hidden_dim, hidden_size)
-        for (part, shape), dim in zip(shapes.items(), (0, 0, 1, None), strict=True):
-            linear, _, name = part.partition(".")
-            getattr(self, linear).split(name, shape, dim, 0 if dim is None else rank * self._units)
+        shapes = projector_shapes(spec, hidden_size)
+        whole = spec.hidden_dim or hidden_size  # rows of linear_1
+        units = whole if self._kind.layers == 1 else -(-whole // ranks)
+        # The dimension of each part's weight and bias that is cut, and into pieces of what size.
+        cuts = {"linear_1": (0, 0), "linear_2": (1, None), "norm": (None, None)}
+        if self._kind.layers == 1:
+            cuts["linear_1"] = (0, None)
+        for part in dict.fromkeys(name.split(".")[0] for name in shapes):
+            held: list[torch.Tensor | None] = []
+            for kind, dim in zip(("weight", "bias"), cuts[part], strict=True):
+                shape = list(shapes.get(f"{part}.{kind}", ()))
+                if dim is not None and shape:
+                    shape[dim] = units
+                # Zeros: a rank's missing units add nothing.
+                held.append(torch.zeros(shape, dtype=dtype) if shape else None)
+            module = _Part(cast(torch.Tensor, held[0]), held[1])
+            setattr(self, part, module)
+            for kind, dim in zip(("weight", "bias"), cuts[part], strict=True):
+                if f"{part}.{kind}" in shapes:
+                    begin = 0 if dim is None else rank * units
+                    module.split(kind, shapes[f"{part}.{kind}"], dim, begin)
         # The storage that the kernels and vLLM's own bookkeeping know; see `load`.
         self._live: dict[str, torch.Tensor] = dict(self.named_parameters())
 
@@ -158,12 +169,22 @@ class ShardedProjector(nn.Module):
 
     def weights(self) -> Projector:
         """The weights as the fusion op takes them."""
-        return Projector(
-            self.linear_1.weight,
-            self.linear_1.bias,
-            self.linear_2.weight,
-            self.linear_2.bias if self._rank == 0 else None,
-        )
+        kind, norm = self._kind, None
+        if kind.norm != "none":
+            eps = NORM_EPS[kind.norm] if kind.norm_eps is None else kind.norm_eps
+            norm = Norm(kind.norm, self.norm.weight, self.norm.bias, eps)
+        first = self.linear_1
+        if kind.layers == 1:
+            last_bias = first.bias if self._rank == 0 else None
+            return Projector(None, None, first.weight, last_bias, kind.activation, norm)
+        last = self.linear_2
+        last_bias = last.bias if self._rank == 0 else None
+        return Projector(first.weight, first.bias, last.weight, last_bias, kind.activation, norm)
+
+    @property
+    def parts(self) -> list[str]:
+        """Names of its weights, without the modality's."""
+        return list(self._live)
 
 
 class ModalityProjectors(nn.ModuleDict):
@@ -222,7 +243,11 @@ class ModalityProjectors(nn.ModuleDict):
         Raises:
             ValueError: `loaded` lacks one.
         """
-        expected = {projector_tensor(name, part) for name in self for part in PROJECTOR_PARTS}
+        expected = {
+            projector_tensor(name, part)
+            for name, projector in self.items()
+            for part in cast(ShardedProjector, projector).parts
+        }
         missing = sorted(expected.difference(loaded))
         if missing:
             names = sorted({name.split(".")[1] for name in missing})

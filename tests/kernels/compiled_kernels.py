@@ -17,7 +17,7 @@ import triton
 from can_compile import CUOBJDUMP
 from triton.backends.compiler import GPUTarget
 
-from mmqwen_kernels import triton_kernels
+from mmqwen_kernels import ACTIVATIONS, triton_kernels
 from mmqwen_kernels.launcher import ast_source, compiler_options
 from mmqwen_kernels.tiles import TileConfig, every_tile
 
@@ -42,6 +42,9 @@ class Variant:
     even_k: bool = False
     entries: int = 4
     by_address: bool = True
+    activation: str = "relu"  # or "mixed"
+    norms: bool = False
+    direct: bool = False
 
     @property
     def name(self) -> str:
@@ -52,6 +55,9 @@ class Variant:
             parts += [f"{self.entries}e", "even" if self.even_k else "masked"]
         if self.by_address and self.kernel == "up":
             parts.append("address")
+        parts += [self.activation] if self.activation != "relu" else []
+        parts += ["norms"] if self.norms else []
+        parts += ["direct"] if self.direct else []
         if self.align_bytes != 16:
             parts.append(f"align{self.align_bytes}")
         return "-".join(parts)
@@ -108,6 +114,9 @@ def compile_variant(v: Variant) -> Built:
         }
     if v.kernel == "up":
         constants["BY_ADDRESS"] = v.by_address
+        places = triton_kernels.ACTIVATION_PLACES
+        constants["ACTIVATION"] = places.get(v.activation, triton_kernels.MIXED)
+        constants["NORMS"], constants["DIRECT"] = v.norms, v.direct
     else:
         constants |= {"BLOCK_T": 8, "BLOCK_D": 1024}
     if v.kernel == "down":
@@ -153,10 +162,13 @@ def _read_cubin(cubin: bytes) -> tuple[int, int, bool]:
 
 
 def tiles_of(
-    capability: int, dtype: torch.dtype = torch.bfloat16, aligned: bool = True
+    capability: int,
+    dtype: torch.dtype = torch.bfloat16,
+    aligned: bool = True,
+    norms: bool = False,
 ) -> Iterator[tuple[str, TileConfig]]:
     """(kernel, tile) that `choose_config` can give."""
-    ups, downs = every_tile(dtype, (capability // 10, capability % 10), aligned)
+    ups, downs = every_tile(dtype, (capability // 10, capability % 10), aligned, norms)
     yield from (("up", tile) for tile in ups)
     yield from (("down", tile) for tile in downs)
 
@@ -175,7 +187,29 @@ def short_list() -> list[Variant]:
         Variant("up", 90, unaligned, align_bytes=4),
         Variant("text", 90),
     ]
-    return found
+    kinds = other_kinds(90)
+    return [*found, kinds[0], *kinds[-2:]]
+
+
+def other_kinds(capability: int) -> list[Variant]:
+    """K1 for projectors other than two layers with ReLU between them."""
+    plain: list[dict[str, Any]] = [
+        {"activation": name, "entries": 1, "by_address": False}
+        for name in ACTIVATIONS
+        if name != "relu"
+    ]
+    plain.append({"direct": True})
+    normed: list[dict[str, Any]] = [
+        {"norms": True, "entries": 1, "by_address": False},
+        {"activation": "mixed", "norms": True, "direct": True},
+    ]
+    return [
+        Variant("up", capability, tile, **kind)
+        for kinds, norms in ((plain, False), (normed, True))
+        for kernel, tile in tiles_of(capability, norms=norms)
+        if kernel == "up"
+        for kind in kinds
+    ]
 
 
 def full_list() -> list[Variant]:
@@ -195,6 +229,7 @@ def full_list() -> list[Variant]:
                 found.append(Variant(kernel, capability, tile, torch.bfloat16, align_bytes))
         for align_bytes in (16, 2):
             found.append(Variant("text", capability, align_bytes=align_bytes))
+        found += other_kinds(capability)
     return found
 
 

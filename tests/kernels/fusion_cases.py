@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rounding import UNIT, Interval, assert_within, projected_bounds, random_walk
 
-from mmqwen_kernels import Projector, fuse_embeddings
+from mmqwen_kernels import ACTIVATIONS, NORM_EPS, NORMS, Norm, Projector, fuse_embeddings
 from mmqwen_kernels.plan import RowSource
 from mmqwen_kernels.reference import fuse_embeddings_torch
 
@@ -62,7 +63,7 @@ class Case:
             self.table.double(),
             [group and group[0].double() for group in groups],
             [group and group[1] for group in groups],
-            [Projector(*(w if w is None else w.double() for w in p)) for p in self.projectors],
+            [p.map(torch.Tensor.double) for p in self.projectors],
             vocab_start=self.vocab_start,
         )
 
@@ -87,9 +88,7 @@ def in_whole_numbers(case: Case) -> Case:
     Every product and every sum of them is exact, so the same bits are due whatever the order.
     """
     case.items = [(m, x.round()) for m, x in case.items]  # type: ignore[misc]
-    case.projectors = [
-        Projector(*(w if w is None else w.sign() for w in p)) for p in case.projectors
-    ]
+    case.projectors = [p.map(torch.sign) for p in case.projectors]
     return case
 
 
@@ -97,10 +96,15 @@ def shard(case: Case, rank: int, ranks: int) -> Case:
     """This rank's share of the vocabulary and of the hidden units."""
     rows = -(-case.table.shape[0] // ranks)
     projectors = []
-    for w1, b1, w2, b2 in case.projectors:
-        units = -(-w1.shape[0] // ranks)
+    for p in case.projectors:
+        b2 = p.b2 if rank == 0 else None
+        if p.w1 is None:  # of one layer: the first rank's alone
+            projectors.append(p._replace(w2=p.w2 if rank == 0 else p.w2 * 0, b2=b2))
+            continue
+        units = -(-p.w1.shape[0] // ranks)
         mine = slice(rank * units, (rank + 1) * units)
-        projectors.append(Projector(w1[mine], b1[mine], w2[:, mine], b2 if rank == 0 else None))
+        b1 = None if p.b1 is None else p.b1[mine]
+        projectors.append(p._replace(w1=p.w1[mine], b1=b1, w2=p.w2[:, mine], b2=b2))
     return Case(
         case.input_ids,
         case.table[rank * rows : (rank + 1) * rows],
@@ -119,19 +123,44 @@ def make_projector(
     device: str = "cpu",
     *,
     bias: bool = True,
+    activation: str = "relu",
+    norm: str = "none",
+    layers: int = 2,
     seed: int = 0,
 ) -> Projector:
+    """Weights for unit rows; `bias` False: no bias in either layer."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(*shape, generator=g) * scale).to(device, dtype)
 
-    return Projector(
-        normal(hidden, width, scale=width**-0.5),
-        normal(hidden),
-        normal(columns, hidden, scale=hidden**-0.5),
-        normal(columns) if bias else None,
-    )
+    w1 = normal(hidden, width, scale=width**-0.5)
+    b1 = normal(hidden)
+    depth = width if layers == 1 else hidden
+    w2, b2 = normal(columns, depth, scale=depth**-0.5), normal(columns)
+    scaled = None
+    if norm != "none":
+        shift = normal(width) if norm == "layer" else None
+        scaled = Norm(norm, 1 + normal(width, scale=0.25), shift, NORM_EPS[norm])
+    if layers == 1:
+        return Projector(None, None, w2, b2 if bias else None, activation, scaled)
+    return Projector(w1, b1 if bias else None, w2, b2 if bias else None, activation, scaled)
+
+
+EVERY_SPEC: list[dict[str, Any]] = [
+    {"activation": activation, "norm": norm, "bias": bias, "layers": layers}
+    for layers in (2, 1)
+    for activation in (ACTIVATIONS if layers == 2 else ["none"])
+    for norm in NORMS
+    for bias in (True, False)
+]
+"""Every kind of projector that there is: 36."""
+
+
+def spec_name(spec: Mapping[str, Any]) -> str:
+    """A short name of one of `EVERY_SPEC`."""
+    bias = "" if spec["bias"] else "-no_bias"
+    return f"{spec['activation']}-{spec['norm']}-{spec['layers']}{bias}"
 
 
 def make_case(
@@ -148,9 +177,13 @@ def make_case(
     strided: bool = False,
     bias: bool = True,
     ids_dtype: torch.dtype = torch.int64,
+    specs: Sequence[Mapping[str, Any]] | None = None,
     seed: int = 0,
 ) -> Case:
-    """Items of up to `item_rows` rows, modalities interleaved, at slots drawn at random."""
+    """Items of up to `item_rows` rows, modalities interleaved, at slots drawn at random.
+
+    `specs` are what `make_projector` takes beyond sizes, one a modality.
+    """
     g = torch.Generator().manual_seed(seed)
     hiddens = [hidden] * len(widths) if isinstance(hidden, int) else list(hidden)
     left = list(counts)
@@ -175,8 +208,12 @@ def make_case(
         items,
         torch.randperm(tokens, generator=g)[:total].tolist(),
         [
-            make_projector(width, h, columns, dtype, device, bias=bias, seed=seed + m)
-            for m, (width, h) in enumerate(zip(widths, hiddens, strict=True))
+            make_projector(
+                width, h, columns, dtype, device, **{"bias": bias, "seed": seed + m, **spec}
+            )
+            for m, (width, h, spec) in enumerate(
+                zip(widths, hiddens, specs or [{}] * len(widths), strict=True)
+            )
         ],
     )
 

@@ -6,17 +6,26 @@ float16 and float32 only: the interpreter's `tl.dot` on bfloat16 returns garbage
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from fusion_cases import Case, in_whole_numbers, make_case, make_projector, shard
+from fusion_cases import (
+    EVERY_SPEC,
+    Case,
+    in_whole_numbers,
+    make_case,
+    make_projector,
+    shard,
+    spec_name,
+)
 from rounding import assert_within, projected_bounds
 
 from mmqwen_kernels import (
+    ACTIVATIONS,
     HostRows,
     LaunchConfig,
-    Projector,
     RowPlan,
     TileConfig,
     fuse_embeddings,
@@ -53,7 +62,7 @@ def plan_of(case: Case) -> RowPlan:
         case.items,
         case.slots,
         len(case.input_ids),
-        [p.w1.shape[1] for p in case.projectors],
+        [p.width for p in case.projectors],
         dtype=case.table.dtype,
         device="cpu",
     )
@@ -152,7 +161,7 @@ def test_poison_behind_the_rows_does_not_leak() -> None:
         return flat[: tensor.numel()].view(tensor.shape)
 
     case.items = [(m, at_the_brink(x)) for m, x in case.items]  # type: ignore[misc]
-    case.projectors = [Projector(*(at_the_brink(w) for w in p)) for p in case.projectors]  # type: ignore[arg-type]
+    case.projectors = [p.map(at_the_brink) for p in case.projectors]
     check(case, launch=SMALL)
     check(case, launch=SWAPPED)
 
@@ -215,6 +224,53 @@ def test_no_bias_anywhere() -> None:
     check(make_case([24, 33], [3, 4], torch.float32, bias=False))
 
 
+# -- kinds of projectors -------------------------------------------------------------------------
+
+SPREAD = [EVERY_SPEC[at] for at in (6, 9, 13, 19, 22, 26, 32, 34, 35)]
+
+
+@pytest.mark.parametrize("spec", SPREAD, ids=spec_name)
+@pytest.mark.parametrize("launch", [SMALL, SWAPPED], ids=["small", "swapped"])
+def test_kinds_of_projectors(spec: dict[str, Any], launch: LaunchConfig) -> None:
+    """Widths on and off a multiple of every block; the rest of the kinds is for test_gpu.py."""
+    dtype = torch.float16 if launch is SWAPPED else torch.float32
+    check(make_case([64], [5], dtype, specs=[spec]), launch=launch)
+    check(make_case([33], [5], dtype, hidden=70, strided=True, specs=[spec]), launch=launch)
+
+
+@pytest.mark.parametrize(("launch", "dtype"), [(SMALL, torch.float32), (SWAPPED, torch.float16)])
+def test_modalities_of_different_kinds(launch: LaunchConfig, dtype: torch.dtype) -> None:
+    """One launch, each group with its own activation, norm and layers."""
+    specs = [{"activation": name, "bias": name != "gelu"} for name in ACTIVATIONS]
+    specs += [{"norm": "rms", "layers": 1}, {"norm": "layer", "activation": "gelu"}, {"layers": 1}]
+    widths = [24, 33, 40, 24, 16, 70, 48, 24]
+    counts = [3, 2, 0, 17, 1, 2, 4, 3]
+    check(make_case(widths, counts, dtype, hidden=40, specs=specs), launch=launch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_norm_of_rows_far_from_zero(dtype: torch.dtype) -> None:
+    """The variance is of the differences: that of E[x^2] - E[x]^2 would be lost here."""
+    case = make_case([96], [3], dtype, specs=[{"norm": "layer"}])
+    case.items = [(m, x + 100) for m, x in case.items]  # type: ignore[misc]
+    check(case)
+
+
+def test_shards_of_every_kind_sum_to_the_whole() -> None:
+    specs = [{"layers": 1, "norm": "layer"}, {"activation": "gelu", "norm": "rms"}, {"bias": False}]
+    case = make_case([24, 33, 16], [6, 5, 4], torch.float32, specs=specs)
+    parts = [shard(case, rank, 2) for rank in range(2)]
+    case.check(parts[0].run("triton") + parts[1].run("triton"))
+
+
+def test_every_activation_lets_nan_and_infinity_through_as_torch_does() -> None:
+    for name in ACTIVATIONS:
+        case = make_case([24], [3], torch.float32, item_rows=1, specs=[{"activation": name}])
+        case.items[0][1][0, 0] = NAN  # type: ignore[index]
+        case.items[1][1][0, 0] = float("inf")  # type: ignore[index]
+        torch.testing.assert_close(case.run("triton"), case.run("torch"), equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_project_rows(dtype: torch.dtype) -> None:
     projector = make_projector(40, 96, 80, dtype)
@@ -254,7 +310,7 @@ def test_refusals() -> None:
     good = case.projectors[0]
     for bad, message in (
         (good._replace(w2=good.w2.t().contiguous().t()), "is transposed"),
-        (Projector(*(w.half() for w in good)), r"expected 2-D torch\.float32"),  # type: ignore[union-attr]
+        (good.map(torch.Tensor.half), r"expected 2-D torch\.float32"),
         (good._replace(b1=good.b1[1:]), "do not fit together"),
         (good._replace(w1=good.w1[:0], b1=good.b1[:0], w2=good.w2[:, :0]), "are empty"),
     ):

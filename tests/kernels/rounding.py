@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from mmqwen_kernels import Projector
+from mmqwen_kernels import ACTIVATIONS, Norm, Projector
+from mmqwen_kernels.reference import normalise_torch
 
 UNIT = {
     torch.float64: 2.0**-53,
@@ -58,17 +59,64 @@ def linear_bounds(
     return (center - reach).to(dtype).double(), (center + reach).to(dtype).double()
 
 
-def projected_bounds(rows: torch.Tensor, projector: Projector) -> Interval:
-    """What `W2 relu(W1 x + b1) + b2` may give for `rows` `[R, d]`: two `[R, D]` float64.
+_ULPS = 16
+"""Units of float32 by which an activation's or a norm's own steps may err, of what they are given:
+each is some five operations of half a unit, and the GPU's exp, erf and rsqrt err by two."""
 
-    As `project_rows_torch` defines it: sums in float32, hidden activations and result rounded to
-    the rows' dtype. A hidden activation that no order can carry over a rounding boundary is one
-    number, so in half precision most of the interval is the accumulation's alone.
-    """
+_LOWEST = {"gelu": -0.7517916, "gelu_tanh": -0.7524614, "silu": -1.2784645}
+"""Where an activation has its minimum; on either side it is monotonic."""
+
+
+def activation_bounds(low: torch.Tensor, high: torch.Tensor, name: str, unit: float) -> Interval:
+    """What an activation of numbers between `low` and `high` may be, not yet rounded."""
+    ends = [ACTIVATIONS[name](end) for end in (low, high)]
+    below, above = torch.minimum(*ends), torch.maximum(*ends)
+    if name in ("relu", "none"):
+        return below, above
+    lowest = low.new_tensor(_LOWEST[name])
+    inside = (low <= lowest) & (lowest <= high)
+    below = torch.where(inside, torch.minimum(below, ACTIVATIONS[name](lowest)), below)
+    # Of the argument, not of the result: 1 + erf(x) cancels where x is far below zero.
+    slack = _ULPS * unit * torch.maximum(low.abs(), high.abs())
+    return below - slack, above + slack
+
+
+def norm_bounds(rows: torch.Tensor, norm: Norm) -> Interval:
+    """What a norm of `rows` may give: statistics in float32, in any order, rounded once."""
+    unit = UNIT[torch.float64 if rows.dtype == torch.float64 else torch.float32]
     x = rows.double()
-    low, high = linear_bounds(x, x, projector.w1, projector.b1, rows.dtype)
-    hidden = low.clamp(min=0), high.clamp(min=0)
-    return linear_bounds(*hidden, projector.w2, projector.b2, rows.dtype)
+    exact = normalise_torch(x, norm._replace(
+        weight=norm.weight.double(), bias=None if norm.bias is None else norm.bias.double()
+    ))  # fmt: skip
+    # The mean errs by at most d units of the mean size, the root by half of what its square does.
+    size = x.abs().mean(-1, keepdim=True)
+    spread = x.var(-1, correction=0, keepdim=True) if norm.kind == "layer" else x.square().mean(
+        -1, keepdim=True
+    )  # fmt: skip
+    scale = torch.rsqrt(spread + norm.eps) * norm.weight.double().abs()
+    terms = rows.shape[-1] + _ULPS
+    shift = 0 if norm.bias is None else norm.bias.double().abs()
+    reach = unit * (terms * (x.abs() + size) * scale + _ULPS * shift)
+    return tuple((exact + sign * reach).to(rows.dtype).double() for sign in (-1, 1))  # type: ignore[return-value]
+
+
+def projected_bounds(rows: torch.Tensor, projector: Projector) -> Interval:
+    """What `W2 act(W1 norm(x) + b1) + b2` may give for `rows` `[R, d]`: two `[R, D]` float64.
+
+    As `project_rows_torch` defines it: sums in float32, each step's result rounded to the rows'
+    dtype. A hidden activation that no order can carry over a rounding boundary is one number, so
+    in half precision most of the interval is the accumulation's alone.
+    """
+    dtype = rows.dtype
+    low = high = rows.double()
+    if projector.norm is not None:
+        low, high = norm_bounds(rows, projector.norm)
+    if projector.w1 is not None:
+        low, high = linear_bounds(low, high, projector.w1, projector.b1, dtype)
+        unit = UNIT[torch.float64 if dtype == torch.float64 else torch.float32]
+        low, high = activation_bounds(low, high, projector.activation, unit)
+        low, high = low.to(dtype).double(), high.to(dtype).double()
+    return linear_bounds(low, high, projector.w2, projector.b2, dtype)
 
 
 def assert_within(got: torch.Tensor, bounds: Interval) -> None:
@@ -93,5 +141,4 @@ def random_walk(projector: Projector) -> float:
     long for `linear_bounds`, whose worst case grows with their length, this still tells float32
     from a multiplication in TF32 (2**-11).
     """
-    hidden, width = projector.w1.shape
-    return UNIT[torch.float32] * (width + hidden) ** 0.5
+    return UNIT[torch.float32] * (projector.width + projector.w2.shape[1]) ** 0.5

@@ -36,12 +36,17 @@ KNOWN_SPILLS |= {
         "text-sm100-bf16-align2": 56,
     },
 }.get(".".join(triton.__version__.split(".")[:2]), {})
+EPILOGUE_SPILLS = 256
+"""Bytes of stack, at most, of K1 for projectors other than linear, ReLU, linear: erf, or all
+activations, of an accumulator that fills the registers; once a program, behind the loop."""
 MULTIPLIER = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
 
 
 def check(v: Variant) -> None:
     built = compile_variant(v)
-    assert built.stack <= KNOWN_SPILLS.get(v.name, 0), f"{built.stack} bytes spilled"
+    other = v.activation != "relu" or v.norms or v.direct
+    allowed = EPILOGUE_SPILLS if other else KNOWN_SPILLS.get(v.name, 0)
+    assert built.stack <= allowed, f"{built.stack} bytes spilled"
     assert built.shared <= shared_limit((v.capability // 10, v.capability % 10))
     if v.kernel not in ("up", "down"):
         return
@@ -49,7 +54,7 @@ def check(v: Variant) -> None:
     assert built.multiplier == expected
     assert not built.serialized
     # Without it triton 3.6 alone has K1's 128x256 serialized, 3.7 and 3.9 not.
-    assert built.assumes == (v.kernel == "up")
+    assert built.assumes == (v.kernel == "up" and not v.direct)
     if v.align_bytes == 16:
         # Both operands come in by 16-byte asynchronous copies: what the pipeline rests on.
         assert built.count(r"cp\.async\.cg\.shared\.global[^;]*0x10") > 0

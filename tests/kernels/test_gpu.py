@@ -9,23 +9,25 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from fusion_cases import (
+    EVERY_SPEC,
     Case,
     check_against_torch,
     make_case,
     make_projector,
     relative_error,
     shard,
+    spec_name,
 )
 from rounding import random_walk
 
 from mmqwen.packs import directory, find_rows, pack_rows
 from mmqwen_kernels import (
     HostRows,
-    Projector,
     RowPlan,
     fuse_embeddings,
     plan_rows,
@@ -75,7 +77,7 @@ def plan_of(case: Case, items: list[RowSource] | HostRows | None = None) -> RowP
         case.items if items is None else items,
         case.slots,
         len(case.input_ids),
-        [p.w1.shape[1] for p in case.projectors],
+        [p.width for p in case.projectors],
         dtype=case.table.dtype,
         device="cuda",
     )
@@ -184,9 +186,38 @@ def test_shards_sum_to_the_whole(rows: int) -> None:
 def test_project_rows() -> None:
     projector = make_projector(768, 1024, 1024, torch.bfloat16, "cuda")
     rows = torch.randn(70, 768, device="cuda", dtype=torch.bfloat16)
-    exact = project_rows(rows.double(), Projector(*(w.double() for w in projector)))  # type: ignore[union-attr]
+    exact = project_rows(rows.double(), projector.map(torch.Tensor.double))
     got, peer = (project_rows(rows, projector, backend=name) for name in ("triton", "torch"))
     assert relative_error(got, exact) <= 1.1 * relative_error(peer, exact)
+
+
+# -- kinds of projectors -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [5, 40, 100, 300, 1500])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spec", EVERY_SPEC, ids=spec_name)
+def test_kinds_of_projectors(spec: dict[str, Any], dtype: torch.dtype, rows: int) -> None:
+    for width in (768, 770):
+        check(gpu_case([width], [rows], dtype, specs=[spec], item_rows=64))
+
+
+@pytest.mark.parametrize("rows", [3, 60, 700])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_modalities_of_different_kinds(dtype: torch.dtype, rows: int) -> None:
+    """Every kind at once: 36 groups in one launch."""
+    widths = [(768, 512, 384)[at % 3] for at in range(len(EVERY_SPEC))]
+    counts = [rows // (1 + at % 4) for at in range(len(EVERY_SPEC))]
+    check(gpu_case(widths, counts, dtype, hidden=512, specs=EVERY_SPEC))
+
+
+@pytest.mark.parametrize("spec", [EVERY_SPEC[at] for at in (8, 10, 32, 34)], ids=spec_name)
+def test_a_row_of_any_kind_has_the_same_bits_in_any_batch(spec: dict[str, Any]) -> None:
+    case = gpu_case([770], [1500], torch.bfloat16, text=0, item_rows=1500, specs=[spec])
+    (_, rows), projector = case.items[0], case.projectors[0]  # type: ignore[misc]
+    whole = project_rows(rows, projector, backend="triton")
+    for count in (1, 9, 17, 40, 100, 300, 700):
+        assert torch.equal(project_rows(rows[:count], projector, backend="triton"), whole[:count])
 
 
 # -- bits ----------------------------------------------------------------------------------------
@@ -249,7 +280,7 @@ def engine_step(case: Case) -> tuple[HostRows, torch.Tensor, torch.Tensor]:
     mask = torch.zeros(len(case.input_ids), dtype=torch.bool)
     mask[case.slots] = True
     pack = directory(pack_rows([rows[r] for r in order]))
-    widths = [p.w1.shape[1] for p in case.projectors]
+    widths = [p.width for p in case.projectors]
     return find_rows([pack], widths, case.table.dtype), mask, pack
 
 

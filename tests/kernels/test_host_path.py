@@ -286,7 +286,7 @@ def run(stubbed: Stubbed, case: Any, **more: Any) -> None:
         case.items,
         case.slots,
         len(case.input_ids),
-        [p.w1.shape[1] for p in case.projectors],
+        [p.width for p in case.projectors],
         dtype=case.table.dtype,
         device="cpu",
     )

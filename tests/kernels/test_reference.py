@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from fusion_cases import Case, make_case
+from fusion_cases import EVERY_SPEC, Case, make_case, spec_name
 from rounding import assert_within, projected_bounds
 
-from mmqwen_kernels import project_rows
+from mmqwen_kernels import Norm, project_rows
+
+
+def activate(z: torch.Tensor, name: str) -> torch.Tensor:
+    """By the formulas of the papers, element by element."""
+    formula: dict[str, Callable[[float], float]] = {
+        "relu": lambda v: max(v, 0.0),
+        "gelu": lambda v: v * 0.5 * (1 + math.erf(v / math.sqrt(2))),
+        "gelu_tanh": lambda v: (
+            v * 0.5 * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
+        ),
+        "silu": lambda v: v / (1 + math.exp(-v)),
+        "none": lambda v: v,
+    }
+    return torch.tensor([formula[name](v) for v in z.tolist()], dtype=z.dtype)
+
+
+def normalise(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    if norm.kind == "layer":
+        assert norm.bias is not None
+        x = x - x.mean()
+        return x / (x.square().mean() + norm.eps).sqrt() * norm.weight + norm.bias
+    return x / (x.square().mean() + norm.eps).sqrt() * norm.weight
 
 
 def by_hand(case: Case) -> torch.Tensor:
@@ -21,12 +45,31 @@ def by_hand(case: Case) -> torch.Tensor:
     for t, token in enumerate(case.input_ids.tolist()):
         if t in at:
             m, x = at[t]
-            w1, b1, w2, b2 = (w if w is None else w.double() for w in case.projectors[m])
-            hidden = (w1 @ x + b1).clamp(min=0)
-            out[t] = w2 @ hidden + (0 if b2 is None else b2)
+            p = case.projectors[m].map(torch.Tensor.double)
+            if p.norm is not None:
+                x = normalise(x, p.norm)
+            if p.w1 is not None:
+                x = activate(p.w1 @ x + (0 if p.b1 is None else p.b1), p.activation)
+            out[t] = p.w2 @ x + (0 if p.b2 is None else p.b2)
         elif 0 <= token - case.vocab_start < case.table.shape[0]:
             out[t] = case.table[token - case.vocab_start].double()
     return out
+
+
+@pytest.mark.parametrize("spec", EVERY_SPEC, ids=spec_name)
+def test_twin_equals_the_loop_of_every_projector(spec: dict[str, Any]) -> None:
+    case = make_case([24], [5], torch.float64, specs=[spec])
+    for got in (by_hand(case), case.exact(), case.run("torch")):
+        case.check(got)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("spec", EVERY_SPEC, ids=spec_name)
+def test_twin_rounds_as_a_torch_module_of_its_dtype(
+    spec: dict[str, Any], dtype: torch.dtype
+) -> None:
+    case = make_case([24], [9], dtype, specs=[spec])
+    case.check(case.run("torch"))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -78,7 +121,7 @@ def test_gradients_reach_weights_and_rows() -> None:
 def test_bounds_hold_for_every_order_and_for_no_fault(dtype: torch.dtype) -> None:
     """The measure of the other tests: no order of summation fails it, one product left out does."""
     case = make_case([33], [40], dtype, text=0, item_rows=40)
-    (_, rows), (w1, b1, w2, b2) = case.items[0], case.projectors[0]  # type: ignore[misc]
+    (_, rows), (w1, b1, w2, b2) = case.items[0], case.projectors[0][:4]  # type: ignore[misc]
     assert b2 is not None
     bounds = projected_bounds(rows, case.projectors[0])
     wide = torch.float64 if dtype == torch.float64 else torch.float32

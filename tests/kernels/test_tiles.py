@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from mmqwen_kernels import tiles as tiles_module
-from mmqwen_kernels.tiles import LaunchConfig, TileConfig, choose_config, shared_limit
+from mmqwen_kernels.tiles import (
+    LaunchConfig,
+    TileConfig,
+    choose_config,
+    every_tile,
+    shared_limit,
+)
 
 CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
 ROWS = [0, 1, 7, 8, 16, 17, 32, 33, 64, 128, 129, 256, 512, 1024, 4096, 8192]
@@ -43,6 +49,17 @@ def test_every_choice_fits_the_gpu(capability: tuple[int, int]) -> None:
                 accumulators = tile.block_r * tile.block_n // (32 * tile.num_warps)
                 assert accumulators <= 128, "the accumulator alone would fill the registers"
             assert config.reason
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_rows_that_are_normalised_fit_as_well(capability: tuple[int, int]) -> None:
+    for rows, size, aligned in itertools.product(ROWS, (1024, 4096), (True, False)):
+        tile = choose([rows], capability=capability, size=size, aligned=aligned, norms=True).up
+        assert tile.shared_bytes(2) <= shared_limit(capability)
+        assert tile in every_tile(torch.bfloat16, capability, aligned, norms=True)[0]
+        if capability == (9, 0) and aligned:
+            assert tile.swap
+            assert tile.block_n >= 64, "wgmma"
 
 
 def test_the_narrowest_tile_that_fits_one_wave() -> None:
