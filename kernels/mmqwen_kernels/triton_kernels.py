@@ -517,6 +517,8 @@ def _project_down_kernel(
     out_stride = out_stride // ALIGN * ALIGN
     table_stride = table_stride // ALIGN * ALIGN
     columns = columns // ALIGN * ALIGN
+    # Triton's own dispatch takes an address below 2^31 for an int32, which the branch cannot change.
+    w_address, b_address = w_address.to(tl.int64), b_address.to(tl.int64)
     pid = tl.program_id(0)
     if NUM_ENTRIES == 1:
         tiles_r, tiles_n = tl.cdiv(count, BLOCK_R), tl.cdiv(columns, BLOCK_N)

@@ -136,9 +136,22 @@ def test_the_environment_asks_for_dispatch(driver: Driver, monkeypatch: pytest.M
 # -- a backend that falls back -------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("low", [False, True])
 def test_a_backend_falls_back_with_one_warning(
-    driver: Driver, monkeypatch: pytest.MonkeyPatch
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, low: bool
 ) -> None:
+    """`low`: with weights below 2^31, where a process's first allocations may lie."""
+    if low:
+        call = launcher.Dispatched.__call__
+
+        def lowered(self: launcher.Dispatched, programs: int, stream: int, *args: Any) -> Any:
+            own = [
+                1 << 20 if kind == "i64" else arg
+                for kind, arg in zip(self._types, args, strict=True)
+            ]
+            return call(self, programs, stream, *own)
+
+        monkeypatch.setattr(launcher.Dispatched, "__call__", lowered)
     looked: list[None] = []
 
     def look(device: torch.device, stream: int) -> str:
