@@ -10,11 +10,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import wraps
+from http import HTTPStatus
 from typing import Any, Protocol
 
 import vllm.multimodal.cache as vllms
 from vllm.multimodal.cache import BaseMultiModalProcessorCache
 from vllm.utils.cache import CacheInfo
+
+from mmqwen.vllm_plugin.compat import _attribute
 
 
 class Held(Protocol):
@@ -97,7 +100,8 @@ def use_sender_half(renderer: Any, half: SenderHalf) -> None:
 def raise_lost(key: str) -> None:
     """Let a server's requests whose named items the engine has not end with an error of ours.
 
-    vLLM would answer 500. A prompt holds under `key` a function that gives the error.
+    vLLM would answer 500. A prompt holds under `key` a function that gives the reason; it is raised
+    as what vLLM expects of its engine, and says without a traceback.
     """
     module = sys.modules.get("vllm.v1.engine.async_llm")
     if module is None:
@@ -118,11 +122,17 @@ def _raising(generate: Callable[..., Any], key: str) -> Callable[..., Any]:
     return generate_or_raise
 
 
+GENERATION_ERROR = ("vllm.exceptions", "vllm.entrypoints.openai.engine.protocol")
+"""Where the error of a request that failed in the engine is, from 0.29 on and before."""
+
+
 async def _until_lost(outputs: Any, lost: Callable[[], Exception]) -> Any:
     try:
         async for output in outputs:
             if is_lost(output):
-                raise lost()
+                error = _attribute("GenerationError", *GENERATION_ERROR)(str(lost()))
+                error.status_code = HTTPStatus.CONFLICT
+                raise error
             yield output
     finally:
         await outputs.aclose()  # a client that left: the request is aborted at once
