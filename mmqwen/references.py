@@ -92,6 +92,7 @@ class ChatRows(dict[str, list[Any]]):
         tenant: whose rows they are: the request's `cache_salt`.
         issued: position of a message to the token for its rows, once they are packed.
         missing: tokens that stood for nothing, once they were looked at.
+        look_again: looks at them once more, where they may have been lost since.
     """
 
     def __init__(self, items: Mapping[str, list[Any]] | None = None) -> None:
@@ -100,6 +101,7 @@ class ChatRows(dict[str, list[Any]]):
         self.tenant: str | None = None
         self.issued: dict[int, str] = {}
         self.missing: list[str] = []
+        self.look_again: Callable[[], Any] | None = None
 
     @property
     def tokens(self) -> list[str]:
@@ -169,14 +171,24 @@ class Signer:
         if not said or not hmac.compare_digest(mac, self._mac(tenant, said)):
             return None
         # What follows is our own writing.
-        at = iter(said[1:])
         packs = []
-        for _ in range(_get(at)):
-            digest = bytes(next(at) for _ in range(_get(at))).hex()
+        count, at = _get(said, 1)
+        for _ in range(count):
+            size, at = _get(said, at)
+            digest = said[at : at + size].hex()
+            runs, at = _get(said, at + size)
             items: list[tuple[int, int]] = []
-            for _ in range(_get(at)):
-                index, rows, times = _get(at), _get(at), _get(at)
-                items += [(index, rows)] * times
+            plain = said[at : at + 3 * runs]
+            if plain.isascii():  # as many numbers of one byte each, the most usual
+                at += len(plain)
+                for index, rows, times in zip(plain[::3], plain[1::3], plain[2::3], strict=True):
+                    items += [(index, rows)] * times
+            else:
+                for _ in range(runs):
+                    index, at = _get(said, at)
+                    rows, at = _get(said, at)
+                    times, at = _get(said, at)
+                    items += [(index, rows)] * times
             packs.append(PackName(digest, tuple(items)))
         return tuple(packs)
 
@@ -196,14 +208,14 @@ def _put(out: bytearray, number: int) -> None:
     out.append(number)
 
 
-def _get(at: Any) -> int:
+def _get(said: bytes, at: int) -> tuple[int, int]:
+    """A number that `_put` wrote, and where the next one begins."""
     number = shift = 0
-    for byte in at:
-        number |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            break
+    while said[at] > 0x7F:
+        number |= (said[at] & 0x7F) << shift
         shift += 7
-    return number
+        at += 1
+    return number | said[at] << shift, at + 1
 
 
 def read_secret() -> bytes | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -105,8 +107,8 @@ class Halves:
         self.specs = renderer._specs
         self.signer = Signer(self.specs)
         self.held = HeldPacks(capacity, keep=keep)
-        self.plain = renderer._pack_rows
-        self.references = References(self.specs, self.signer, self.held, self.plain, 512)
+        self.plain = partial(renderer._pack_rows, [])
+        self.references = References(self.specs, self.signer, self.held, 512)
         names = ("LruKeyReplicatedReceiverCache", "MultiModalReceiverCache")
         kind = next(
             getattr(processor_cache.vllms, n) for n in names if hasattr(processor_cache.vllms, n)
@@ -235,14 +237,14 @@ def test_ten_thousand_requests_get_the_right_rows_or_are_asked_again(llm, keep):
         genuine = {at: books[tenant].find(bytes([kinds[at]])) == tokens[at] for at in tokens}
         asked = conversation(kinds, tenant, tokens)
         try:
-            prompt = halves.references.render(halves.ids(asked.turns), asked)
+            prompt = halves.references.render(halves.ids(asked.turns), asked, halves.plain)
         except RowsMissing as error:
             missing = error.tokens
             books[tenant].forget(missing)
             seen["asked" if all(genuine.values()) else "refused"] += 1
             asked = conversation(kinds, tenant)
             tokens, named = {}, tokens
-            prompt = halves.references.render(halves.ids(asked.turns), asked)
+            prompt = halves.references.render(halves.ids(asked.turns), asked, halves.plain)
             assert set(missing) <= set(named.values())
         else:
             assert all(genuine.values()), "a token of another tenant, or a forged one, was taken"
@@ -600,6 +602,27 @@ def test_tokens_of_another_type_are_refused(server, value):
     assert answer.status_code == 400, answer.text
 
 
+def test_nothing_is_no_item_beside_a_token(server):
+    token, _ = sent_once(server, message_of(5))
+    for part in ({"type": "m1", "m1": None}, {"type": "m1_embeds", "m1_embeds": None}):
+        other = {"role": "user", "content": [part]}
+        answer = post(server, [by_reference(message_of(5), token), other])
+        assert answer.status_code == 400, answer.text
+
+
+def test_prompts_are_counted_once(server):
+    def counted():
+        page = httpx.get(f"{server.url}/metrics").text
+        return float(re.search(r"^mmqwen_requests_total (.*)$", page, re.MULTILINE)[1])
+
+    before = counted()
+    first, second = message_of(90), message_of(91)
+    assert post(server, [first, second]).status_code == 200
+    token, _ = sent_once(server, first)
+    assert post(server, [by_reference(first, token)]).status_code == 200
+    assert counted() == before + 3
+
+
 def test_a_token_has_the_places_that_its_message_had(server):
     message = message_of(7)
     token, _ = sent_once(server, message)
@@ -636,6 +659,15 @@ def test_tokens_of_another_tenant(server):
                 assert answer.status_code == 200
             else:
                 assert conflict(answer) == [token]
+
+
+def test_the_snippet_of_the_documentation(client):
+    page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"<!-- test: references -->\n```python\n(.*?)```", page, re.DOTALL)
+    names = {"client": client, "model": "tiny", "rows": rows("m1", 3, seed=80)[1]}
+    exec(snippet, names)
+    assert len(names["chat"]._book._tokens) == 1
+    assert names["talk"][-2]["role"] == "assistant"
 
 
 def test_evicted_rows_are_asked_for_again(server, client, checkpoint):

@@ -135,6 +135,8 @@ class RowReferences:
                     return  # the engine has not said yet whether it has the rows
             if begun is not None:
                 start, begun = begun, None
+                if start["status"] >= 500 and not ledger.missing:
+                    ledger.look_again()
                 if ledger.missing:
                     replaced = True
                     await self._conflict(ledger)(scope, receive, send)

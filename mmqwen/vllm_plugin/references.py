@@ -51,6 +51,12 @@ class Ledger:
         """Tokens of the request that stood for nothing."""
         return [token for rows in self.conversations for token in rows.missing]
 
+    def look_again(self) -> None:
+        """Ask what became missing after the prompt was made."""
+        for rows in self.conversations:
+            if rows.look_again is not None:
+                rows.look_again()
+
     @property
     def asks(self) -> bool:
         """Whether the request gives rows by reference."""
@@ -158,6 +164,9 @@ def _owner(tenant: str | None) -> bytes:
     return blake2b((tenant or "").encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
+Pack = Callable[[Sequence[int], Mapping[str, list[Any]]], Any]
+
+
 class References:
     """Makes a prompt of a conversation, message by message, so that each has packs of its own.
 
@@ -165,7 +174,6 @@ class References:
         specs: the modalities.
         signer: of tokens.
         held: the packs that tokens may stand for.
-        pack: (token ids, items) to vLLM's input of a stretch of the prompt.
         max_length: most tokens of a prompt.
     """
 
@@ -174,23 +182,24 @@ class References:
         specs: Mapping[str, ModalitySpec],
         signer: Signer,
         held: HeldPacks,
-        pack: Callable[[Sequence[int], Mapping[str, list[Any]]], Any],
         max_length: int,
     ) -> None:
         self.held = held
         self._signer = signer
-        self._pack = pack
         self._max_length = max_length
         self._names = list(specs)
         self._index = {name: at for at, name in enumerate(specs)}
         self._by_id = {spec.token_id: name for name, spec in specs.items()}
 
-    def render(self, token_ids: Sequence[int], rows: ChatRows, *, dry: bool = False) -> Any:
+    def render(
+        self, token_ids: Sequence[int], rows: ChatRows, pack: Pack, *, dry: bool = False
+    ) -> Any:
         """vLLM's input of a conversation, with rows taken from what is held where tokens say so.
 
         Args:
             token_ids: the prompt, one marker an item.
             rows: the items; what is issued is written there, and what is missing.
+            pack: makes vLLM's input of a stretch of the prompt, whose rows came with it.
             dry: the prompt goes to no engine: nothing is held, nothing issued.
 
         Raises:
@@ -199,33 +208,33 @@ class References:
             EmbeddingError: rows that cannot be served.
         """
         named = self._look_up(rows)
-        marks = [
-            (at, self._by_id[token]) for at, token in enumerate(token_ids) if token in self._by_id
-        ]
-        if [name for _, name in marks] != [name for turn in rows.turns for name in turn.names]:
+        marks = [at for at, token in enumerate(token_ids) if token in self._by_id]
+        order = [self._by_id[token_ids[at]] for at in marks]
+        if order != [name for turn in rows.turns for name in turn.names]:
             if rows.tokens:
                 raise MessageError(
                     "the chat template moves rows to another place than their messages, so that no "
                     "token can stand for them; send the rows",
                     "reference",
                 )
-            return self._pack(token_ids, rows)
+            return pack(token_ids, rows)
         made = _Made()
         left = {name: iter(members) for name, members in rows.items()}
         done = 0
         for turn, found in zip(rows.turns, named, strict=True):
             first, done = done, done + len(turn.names)
-            begin = marks[first][0] if first else 0
-            end = marks[done][0] if done < len(marks) else len(token_ids)
+            begin = marks[first] if first else 0
+            end = marks[done] if done < len(marks) else len(token_ids)
             given: dict[str, list[Any]] = {}
             for name in turn.names:
                 given.setdefault(name, []).append(next(left[name]))
             if found is None:
-                packs = self._add_rows(made, token_ids[begin:end], turn, given)
+                packs = self._add_rows(made, pack(token_ids[begin:end], given), turn, given)
                 if not dry:
                     self._hold(made, packs, turn, rows)
             else:
-                self._add_named(made, token_ids[begin:end], found)
+                self._add_named(made, token_ids, begin, marks[first:done], found)
+                made.token_ids += token_ids[marks[done - 1] + 1 : end]
         if len(made.token_ids) > self._max_length:
             raise ModalityError(
                 f"the prompt is {len(made.token_ids)} tokens long with its rows; expected at most "
@@ -238,7 +247,8 @@ class References:
             mm_placeholders={PACK_MODALITY: made.ranges},
         )
         if rows.tokens and not self.held.keep:
-            prompt[LOST] = lambda: self._lost(rows)
+            rows.look_again = lambda: self._lost(rows)
+            prompt[LOST] = lambda: RowsMissing(self._lost(rows) or self._all_lost(rows))
         return prompt
 
     def _look_up(self, rows: ChatRows) -> list[list[tuple[PackName, Any]] | None]:
@@ -274,10 +284,9 @@ class References:
             )
 
     def _add_rows(
-        self, made: _Made, token_ids: Sequence[int], turn: Turn, given: Mapping[str, list[Any]]
+        self, made: _Made, prompt: Any, turn: Turn, given: Mapping[str, list[Any]]
     ) -> list[PackName]:
         """Add a message whose rows came with it; its packs' names."""
-        prompt = self._pack(token_ids, given)
         offset = len(made.token_ids)
         ranges = prompt["mm_placeholders"][PACK_MODALITY]
         digests = prompt["mm_hashes"][PACK_MODALITY]
@@ -302,19 +311,28 @@ class References:
         return packs
 
     def _add_named(
-        self, made: _Made, token_ids: Sequence[int], named: Sequence[tuple[PackName, Any]]
+        self,
+        made: _Made,
+        token_ids: Sequence[int],
+        begin: int,
+        marks: Sequence[int],
+        named: Sequence[tuple[PackName, Any]],
     ) -> None:
-        """Add a message whose token stands for these packs."""
+        """Add a message, up to its last item, whose token stands for these packs."""
         out = made.token_ids
-        begin = 0
-        marks = (at for at, token in enumerate(token_ids) if token in self._by_id)
+        left = iter(marks)
         for pack, item in named:
             places = []
-            for (_, rows), at in zip(pack.items, marks):  # noqa: B905 - marks go on to the next pack
-                out += token_ids[begin:at]
-                places.append((len(out), rows))
-                out += [token_ids[at]] * rows
+            for _, rows in pack.items:
+                at = next(left)
+                if begin < at:
+                    out += token_ids[begin:at]
                 begin = at + 1
+                places.append((len(out), rows))
+                if rows == 1:
+                    out.append(token_ids[at])
+                else:
+                    out += [token_ids[at]] * rows
             offset = places[0][0]
             length = len(out) - offset
             mask = None
@@ -326,7 +344,6 @@ class References:
             made.ranges.append(PlaceholderRange(offset=offset, length=length, is_embed=mask))
             made.digests.append(pack.digest)
             made.items.append(item)
-        out += token_ids[begin:]
 
     def _hold(self, made: _Made, packs: Sequence[PackName], turn: Turn, rows: ChatRows) -> None:
         """Hold the packs that were added last, and issue the token that stands for them."""
@@ -337,16 +354,22 @@ class References:
         if fit:
             rows.issued[turn.message] = self._signer.sign(rows.tenant, packs)
 
-    def _lost(self, rows: ChatRows) -> RowsMissing:
-        """The engine has some of the packs no more; vLLM has told which, as far as it does."""
-        lost = []
-        for token in rows.tokens:
-            packs = self._signer.read(token, rows.tenant) or ()
-            if not all(self.held.has(pack.digest) for pack in packs):
-                lost.append(token)
-        rows.missing = lost or rows.tokens
+    def _lost(self, rows: ChatRows) -> list[str]:
+        """The tokens whose packs the engine has no more, as far as it has told by now."""
+        rows.missing = [
+            token
+            for token in rows.tokens
+            for packs in (self._signer.read(token, rows.tenant) or (),)
+            if not all(self.held.has(pack.digest) for pack in packs)
+        ]
         count_references("missing", len(rows.missing))
-        return RowsMissing(rows.missing)
+        return rows.missing
+
+    def _all_lost(self, rows: ChatRows) -> list[str]:
+        """All tokens, where a request failed and vLLM did not tell (offline before 0.32)."""
+        rows.missing = rows.tokens
+        count_references("missing", len(rows.missing))
+        return rows.missing
 
 
 class _Made:

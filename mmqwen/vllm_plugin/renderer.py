@@ -79,7 +79,6 @@ class MultimodalQwen3Renderer(HookedRenderer):
             self._specs,
             Signer(self._specs, read_secret()),
             held,
-            self._pack_rows,
             config.model_config.max_model_len,
         )
         logger.info(
@@ -189,16 +188,24 @@ class MultimodalQwen3Renderer(HookedRenderer):
         """
         if not self._specs or isinstance(prompt, str):
             return None
+        accepted: list[tuple[str, int, int, int]] = []
+        pack = partial(self._pack_rows, accepted)
         if self._references is not None and isinstance(mm_data, ChatRows) and mm_data.turns:
-            return self._references.render(prompt, mm_data, dry=dry)
-        return self._pack_rows(prompt, mm_data)
+            processed = self._references.render(prompt, mm_data, pack, dry=dry)
+        else:
+            processed = pack(prompt, mm_data)
+        count_accepted(accepted)
+        return processed
 
-    def _pack_rows(self, prompt: Any, mm_data: Any) -> Any:
+    def _pack_rows(
+        self, accepted: list[tuple[str, int, int, int]], prompt: Any, mm_data: Any
+    ) -> Any:
+        """A prompt, or a stretch of one, whose rows came with it; what is accepted is noted."""
         processor = self.get_mm_processor()
         with compat.single_threaded():
             items = processor.join(mm_data)
             processed = processor.pack(prompt, items)
-        count_accepted(
+        accepted += (
             (name, len(entry.counts), len(entry.data), entry.data.nbytes)
             for name, entry in items.items()
         )
