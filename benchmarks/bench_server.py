@@ -185,7 +185,8 @@ async def _first_and_last(web: httpx.AsyncClient, request: Request) -> tuple[flo
 
 
 async def _measure(server: Server, requests: list[Request], concurrency: int) -> dict[str, float]:
-    limits = httpx.Limits(max_connections=concurrency)
+    # The server hangs up on connections that are idle for 5 s.
+    limits = httpx.Limits(max_connections=concurrency, keepalive_expiry=1.0)
     gate = asyncio.Semaphore(concurrency)
     async with httpx.AsyncClient(base_url=server.url, timeout=300, limits=limits) as web:
 
