@@ -24,7 +24,7 @@ from bench_vllm_prefill import WIDTHS, environment, start, write_checkpoint
 
 from mmqwen.vllm_plugin import renderer as ours
 
-SIZES = {"8 rows": 8, "64 rows": 64, "256 rows": 256, "1024 rows": 1024}
+SIZES = {"8 rows": 8, "64 rows": 64, "256 rows": 256, "768 rows": 768}
 CONCURRENCY = (1, 16, 64)
 LIMITS = {"thread": -1, "inline": 2**40}
 
