@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import re
@@ -32,6 +33,7 @@ from mmqwen.vllm_plugin.engine_config import REFERENCES_SWITCH, settle_reference
 from mmqwen.vllm_plugin.processing import PACK_MODALITY  # noqa: E402
 from mmqwen.vllm_plugin.references import (  # noqa: E402
     ENTRY_BYTES,
+    LEDGER,
     LOST,
     TENANTS_KEPT,
     HeldPacks,
@@ -431,6 +433,97 @@ def test_flags_that_contradict_each_other(monkeypatch, capsys, checkpoint, flags
     monkeypatch.delenv("MMQWEN_REFERENCE_KEY_FILE")
     assert serve.main([str(checkpoint), *flags]) == 2
     assert words in capsys.readouterr().err
+
+
+# -- the middleware alone ----------------------------------------------------------------------
+
+
+def through_the_gate(app, path="/v1/chat/completions"):
+    """What a client gets of an app behind `RowReferences`: the messages that were sent."""
+    from mmqwen.vllm_plugin.gate import RowReferences
+
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    asyncio.run(RowReferences(app)({"type": "http", "path": path}, receive, send))
+    return sent
+
+
+def answering(status, rows_, *pieces, before_first=None):
+    """An app that renders a conversation and answers."""
+
+    async def app(scope, receive, send):
+        LEDGER.get().conversations.append(rows_)
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        if before_first is not None:
+            before_first()
+        for piece in pieces:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    return app
+
+
+def asking(*tokens):
+    found = ChatRows()
+    found.turns = [Turn(at, ["m1"], token) for at, token in enumerate(tokens)]
+    return found
+
+
+def test_an_answer_is_passed_on_with_its_tokens():
+    rows_ = asking(None)
+    rows_.issued = {0: "T0", 2: "T2"}
+    start_, *rest = through_the_gate(answering(200, rows_, b"a", b"b"))
+    assert (b"mmqwen-references", b"2=T2,0=T0") in start_["headers"]
+    assert b"".join(message["body"] for message in rest) == b"ab"
+    start_, *_ = through_the_gate(answering(400, rows_, b"a"))
+    assert [name for name, _ in start_["headers"]] == [b"content-type"]
+
+
+def test_the_header_stays_short():
+    rows_ = asking(None)
+    rows_.issued = dict.fromkeys(range(10), "T" * 1000)
+    start_, *_ = through_the_gate(answering(200, rows_))
+    header = dict(start_["headers"])[b"mmqwen-references"]
+    assert len(header) <= 6000
+    assert header.startswith(b"9=")
+
+
+def test_a_stream_waits_for_what_the_engine_says():
+    rows_ = asking("T")
+
+    def lose():
+        rows_.missing = ["T"]
+
+    start_, body = through_the_gate(answering(200, rows_, b"a", b"b", before_first=lose))
+    assert start_["status"] == 409
+    assert json.loads(body["body"])["error"]["missing"] == ["T"]
+    start_, *rest = through_the_gate(answering(200, asking("T"), b"a", b"b"))
+    assert start_["status"] == 200
+    assert b"".join(message["body"] for message in rest) == b"ab"
+
+
+def test_a_failure_that_was_a_loss_is_asked_about():
+    rows_ = asking("T")
+    rows_.look_again = lambda: rows_.missing.append("T")
+    start_, body = through_the_gate(answering(500, rows_, b"Internal server error"))
+    assert start_["status"] == 409
+    assert json.loads(body["body"])["error"]["missing"] == ["T"]
+    other = asking("T")
+    other.look_again = lambda: None
+    start_, *_ = through_the_gate(answering(500, other, b"Internal server error"))
+    assert start_["status"] == 500
+
+
+def test_requests_do_not_see_each_others_ledgers():
+    through_the_gate(answering(200, asking("T"), b"a"))
+    assert LEDGER.get() is None
 
 
 # -- the server --------------------------------------------------------------------------------
