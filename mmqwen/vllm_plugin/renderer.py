@@ -35,7 +35,9 @@ DECODE_INLINE = 256 * 1024
 about 0.1 ms (benchmarks/bench_server.py); longer ones go to a thread."""
 
 RENDER_INLINE = 256 * 1024
-"""Most bytes of rows that are packed on the server's event loop."""
+"""Most bytes of rows that are packed on the server's event loop, which takes some 0.1 ms of it; more
+go to vLLM's one thread for items, where copying and hashing let the loop go on. The way there and
+back takes as much CPU time as packing 100 KB (benchmarks/bench_inline.py measures both)."""
 
 _FROM_CHAT = "_mmqwen_chat"
 """Key of a rendered prompt whose markers all stand for parts."""
