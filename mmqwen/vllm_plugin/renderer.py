@@ -35,7 +35,7 @@ DECODE_INLINE = 256 * 1024
 about 0.1 ms (benchmarks/bench_server.py); longer ones go to a thread."""
 
 RENDER_INLINE = 256 * 1024
-"""Most bytes of rows that are packed on the server's event loop, which takes some 0.1 ms of it; more
+"""Most bytes of rows that are packed on the server's event loop, which takes 0.1 ms or so; more
 go to vLLM's one thread for items, where copying and hashing let the loop go on. The way there and
 back takes as much CPU time as packing 100 KB (benchmarks/bench_inline.py measures both)."""
 
