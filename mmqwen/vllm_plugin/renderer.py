@@ -35,9 +35,10 @@ DECODE_INLINE = 256 * 1024
 about 0.1 ms (benchmarks/bench_server.py); longer ones go to a thread."""
 
 RENDER_INLINE = 256 * 1024
-"""Most bytes of rows that are packed on the server's event loop, which takes 0.1 ms or so; more
-go to vLLM's one thread for items, where copying and hashing let the loop go on. The way there and
-back takes as much CPU time as packing 100 KB (benchmarks/bench_inline.py measures both)."""
+"""Most bytes of rows that are packed on the server's event loop; more go to vLLM's one thread for
+items, where copying and hashing let the loop go on. The way to a thread and back alone took 90 to
+120 us of CPU time on a busy two-core machine (2026-11-26); benchmarks/bench_inline.py measures
+both ways by size."""
 
 _FROM_CHAT = "_mmqwen_chat"
 """Key of a rendered prompt whose markers all stand for parts."""
