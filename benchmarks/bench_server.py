@@ -1,12 +1,14 @@
 """The server on a CPU or GPU: raw rows against the same prompt as vLLM's own `prompt_embeds`.
 
-    python benchmarks/bench_server.py [CHECKPOINT]
+    python benchmarks/bench_server.py [CHECKPOINT] [--against CHECKOUT]
 
-Two servers, one after the other, get the same prompts: half text, half rows of two modalities.
-`rows` sends the rows at their native width; `prompt_embeds` projects on the client and sends the
-whole prompt at the language model's width, pickled by torch.save, to a server that unpickles it.
-`text` is a text prompt of the same length. Nothing is timed unless the three ways to send one
-prompt give the same greedy tokens. The raw numbers go to benchmarks/results/.
+Servers get the same prompts: half text, half rows of two modalities. `rows` sends the rows at their
+native width; `references` names rows that were sent before; `prompt_embeds` projects on the client
+and sends the whole prompt at the language model's width, pickled by torch.save, to a server that
+unpickles it. `text` is a text prompt of the same length. `--against` adds `before`: rows to a
+server of another checkout. All servers run at once, and are measured by turns. Nothing is timed
+unless the ways to send one prompt give the same greedy tokens. The raw numbers go to
+benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -16,15 +18,18 @@ import asyncio
 import base64
 import io
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -47,6 +52,10 @@ FLAGS = (
     "--served-model-name", "model", "--dtype", "float32", "--max-model-len", "1024",
     "--enforce-eager", "--no-enable-prefix-caching", "--disable-uvicorn-access-log",
 )  # fmt: skip
+
+
+KEPT = ("items", "rows", "words", "max_tokens", "requests", "repeats", "concurrency")
+"""Arguments that go into the results."""
 
 
 @dataclass
@@ -109,6 +118,21 @@ class Prompts:
         body = {"messages": messages, **self._sampling(max_tokens, stream)}
         return Request("/v1/chat/completions", json.dumps(body).encode())
 
+    def as_references(
+        self, seed: int, max_tokens: int, stream: bool = True, *, server: Server
+    ) -> Request:
+        """The same by reference; the rows are sent here, so that the server has them."""
+        body = json.loads(self.as_rows(seed, 1, stream=False).body)
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=300)
+        token = answer.headers["mmqwen-references"].removeprefix("0=")
+        content: list[dict[str, Any]] = [{"type": "rows_reference", "rows_reference": token}]
+        for part in body["messages"][0]["content"]:
+            kind = part["type"]
+            content.append(part if kind == "text" else {"type": kind, kind: None})
+        named = [{"role": "user", "content": content}]
+        sent = {"messages": named, **self._sampling(max_tokens, stream)}
+        return Request("/v1/chat/completions", json.dumps(sent).encode())
+
     def token_ids(self, seed: int) -> list[int]:
         """The same prompt's ids, a placeholder for each row."""
         spelled = "".join(
@@ -161,7 +185,8 @@ async def _first_and_last(web: httpx.AsyncClient, request: Request) -> tuple[flo
 
 
 async def _measure(server: Server, requests: list[Request], concurrency: int) -> dict[str, float]:
-    limits = httpx.Limits(max_connections=concurrency)
+    # The server hangs up on connections that are idle for 5 s.
+    limits = httpx.Limits(max_connections=concurrency, keepalive_expiry=1.0)
     gate = asyncio.Semaphore(concurrency)
     async with httpx.AsyncClient(base_url=server.url, timeout=300, limits=limits) as web:
 
@@ -181,20 +206,27 @@ async def _measure(server: Server, requests: list[Request], concurrency: int) ->
     }
 
 
-def bench(
-    server: Server, make: Callable[[int, int], Request], arguments: argparse.Namespace, offset: int
-) -> list[dict[str, float]]:
-    """Measure one way to send at each concurrency, warmed up; every repeat is kept."""
-    found = []
-    seed = offset
+@dataclass
+class Way:
+    """A way to send prompts, and the server that takes it."""
+
+    server: Server
+    make: Callable[..., Request]
+
+
+def bench(ways: dict[str, Way], arguments: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """Measure ways to send by turns at each concurrency, warmed up; every repeat is kept."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    seed = 10_000
     for concurrency in arguments.concurrency:
         for repeat in range(arguments.repeats + 1):
             count = arguments.requests if repeat else min(arguments.requests, 2 * concurrency)
-            requests = [make(seed + at, arguments.max_tokens) for at in range(count)]
+            for name, way in ways.items():
+                requests = [way.make(seed + at, arguments.max_tokens) for at in range(count)]
+                result = asyncio.run(_measure(way.server, requests, concurrency))
+                if repeat:  # the first warms up
+                    found[name].append({"concurrency": concurrency, "repeat": repeat, **result})
             seed += count
-            result = asyncio.run(_measure(server, requests, concurrency))
-            if repeat:  # the first warms up
-                found.append({"concurrency": concurrency, "repeat": repeat, **result})
     return found
 
 
@@ -274,28 +306,56 @@ def about_the_machine() -> dict[str, Any]:
     return {"cpu": cpu, "gpu": gpu, "versions": versions, "commit": commit, "date": date}
 
 
+def servers_of(
+    arguments: argparse.Namespace, prompts: Prompts, checkpoint: Path, folder: Path
+) -> Iterator[
+    tuple[str, tuple[str, ...], dict[str, str] | None, dict[str, Callable[..., Request]]]
+]:
+    """Name, flags and environment of each server that is asked for, and the ways to send to it."""
+    asked = arguments.ways
+    ours = {name: getattr(prompts, f"as_{name}") for name in ("rows", "text") if name in asked}
+    if ours:
+        yield "rows", FLAGS, None, ours
+    if "references" in asked:
+        flags = (*FLAGS, "--row-references")
+        yield "references", flags, None, {"references": prompts.as_references}
+    if arguments.against is not None:
+        folders = (arguments.against, arguments.against / "kernels")
+        path = os.pathsep.join(str(folder.resolve()) for folder in folders)
+        yield "before", FLAGS, {"PYTHONPATH": path}, {"before": prompts.as_rows}
+    if "prompt_embeds" in asked:
+        flags = (*FLAGS, "--enable-prompt-embeds")
+        yield "prompt_embeds", flags, None, {"prompt_embeds": prompts.as_prompt_embeds}
+
+
 def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Both servers, all measurements."""
+    """All servers, all measurements."""
     checkpoint = Path(arguments.checkpoint or make_checkpoint(folder, arguments.hidden_size))
     prompts = Prompts(checkpoint, arguments.items, arguments.rows, arguments.words)
-    results: dict[str, Any] = {}
-    with running(checkpoint, folder / "rows.log", FLAGS) as server:
-        expected = greedy_tokens(server, prompts.as_rows(1, 8, stream=False))
-        results["rows"] = bench(server, prompts.as_rows, arguments, 10_000)
-        results["text"] = bench(server, prompts.as_text, arguments, 20_000)
-    flags = (*FLAGS, "--enable-prompt-embeds")
-    with running(checkpoint, folder / "embeds.log", flags) as server:
-        found = greedy_tokens(server, prompts.as_prompt_embeds(1, 8, stream=False))
-        if found != expected:
-            raise RuntimeError(f"rows give {expected}, prompt_embeds {found}: nothing is reported")
-        results["prompt_embeds"] = bench(server, prompts.as_prompt_embeds, arguments, 10_000)
+    with ExitStack() as stack:
+        ways: dict[str, Way] = {}
+        expected: list[int] | None = None
+        for name, flags, env, makers in servers_of(arguments, prompts, checkpoint, folder):
+            log = folder / f"{name}.log"
+            server = stack.enter_context(running(checkpoint, log, flags, env=env))
+            for way, make in makers.items():
+                ways[way] = Way(
+                    server, partial(make, server=server) if way == "references" else make
+                )
+                if way == "text":
+                    continue
+                tokens = greedy_tokens(server, ways[way].make(1, 8, stream=False))
+                if expected is not None and tokens != expected:
+                    raise RuntimeError(f"{way} gives {tokens}, others {expected}: not timed")
+                expected = tokens
+        results = bench(ways, arguments)
     return {
         **about_the_machine(),
         "workload": {
             "hidden_size": prompts.model.get_input_embeddings().weight.shape[1],
             "widths": {name: spec.dim for name, spec in prompts.model.specs.items()},
             "prompt_tokens": len(prompts.token_ids(1)),
-            **{k: v for k, v in vars(arguments).items() if k not in ("checkpoint", "output")},
+            **{k: v for k, v in vars(arguments).items() if k in KEPT},
         },
         "client_ms_per_request": client_cost(prompts),
         "decode_us_per_request": decode_cost(prompts),
@@ -331,14 +391,19 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=4)
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument(
+        "--ways", nargs="+", default=["rows", "references", "text", "prompt_embeds"],
+        choices=["rows", "references", "text", "prompt_embeds"],
+    )  # fmt: skip
+    parser.add_argument("--against", type=Path, help="another checkout, whose server is `before`")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mmqwen-bench-") as folder:
         found = run(arguments, Path(folder))
     arguments.output.mkdir(parents=True, exist_ok=True)
     kind = "gpu" if found["gpu"] else "cpu"
-    path = arguments.output / f"server-{kind}-{found['date'][:10]}.json"
+    path = arguments.output / f"server_{kind}_{found['commit']}.json"
     path.write_text(json.dumps(found, indent=1) + "\n")
     report(found)
     print(f"wrote {path}")

@@ -6,7 +6,7 @@ Both engines may be used by several threads, and by several streams at once.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -14,8 +14,11 @@ from queue import SimpleQueue
 from threading import Lock, Thread, current_thread, main_thread
 from typing import Any
 
+from mmqwen.named_rows import NamedRows, is_lost
+from mmqwen.references import ChatRows
 from mmqwen.sampling import check_fields
 from mmqwen.vllm_plugin import compat, register
+from mmqwen.vllm_plugin.engine_config import REFERENCES_SWITCH
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,12 @@ class Ready:
     Attributes:
         prompt: what the engine takes.
         length: its tokens, with one per row.
+        with_rows: the same with all rows, where `prompt` names some that the engine may have lost.
     """
 
     prompt: Any
     length: int
+    with_rows: Callable[[], Any] | None = None
 
 
 class VllmEngine:
@@ -61,6 +66,12 @@ class VllmEngine:
         from vllm import LLM
 
         register()
+        options = dict(options)
+        self._named: NamedRows | None = None
+        if options.pop("row_references", False):
+            self._named = NamedRows()
+            switch = {REFERENCES_SWITCH: True}
+            options["additional_config"] = {**(options.get("additional_config") or {}), **switch}
         self.llm = LLM(model=checkpoint, **options)
         self.tokenizer = self.llm.get_tokenizer()
         self.max_model_len = self.llm.model_config.max_model_len
@@ -76,14 +87,20 @@ class VllmEngine:
         Raises:
             ValueError: it cannot be served.
         """
+        if self._named is not None and isinstance(items, ChatRows) and items.turns:
+            rendered, again = self._named.render(items, lambda rows: self._render(token_ids, rows))
+            return Ready(rendered, len(rendered["prompt_token_ids"]), again)
+        rendered = self._render(token_ids, dict(items))
+        return Ready(rendered, len(rendered["prompt_token_ids"]))
+
+    def _render(self, token_ids: list[int], items: Mapping[str, Any]) -> Any:
         prompt: dict[str, Any] = {"prompt_token_ids": token_ids}
         if items:
-            prompt["multi_modal_data"] = dict(items)
+            prompt["multi_modal_data"] = items
         try:
-            rendered = compat.render(self.llm, prompt)
+            return compat.render(self.llm, prompt)
         except compat.refusal() as error:
             raise ValueError(str(error)) from error
-        return Ready(rendered, len(rendered["prompt_token_ids"]))
 
     def options(self, fields: Mapping[str, Any], *, stream: bool) -> Any:
         """Sampling parameters, and the LoRA request or None.
@@ -140,6 +157,14 @@ class VllmEngine:
                     index = running[output.request_id]
                     if output.finished:
                         del running[output.request_id]
+                    again = prompts[index].with_rows
+                    if again is not None and is_lost(output):
+                        with self._turn() as engine:
+                            name = next(self._names)
+                            self._add(engine, name, again(), params.clone(), lora)
+                            self._inboxes[name] = inbox
+                            running[name] = index
+                        continue
                     if output.outputs[0].text:
                         yield index, output.outputs[0].text
         finally:

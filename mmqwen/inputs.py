@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from mmqwen.misplaced import misplaced_rows
 from mmqwen.modalities import ModalityError, ModalitySpec
+from mmqwen.references import MAX_TOKEN, REFERENCE_KIND, ChatRows, Turn
 
 EMBEDDINGS_KEY = "multimodal_embeddings"
 
@@ -170,7 +171,8 @@ def read_messages(
     *,
     other_kinds: Collection[str] = (),
     rows_apart: bool = False,
-) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
+    references: bool = False,
+) -> tuple[list[dict[str, Any]], ChatRows]:
     """Turn chat messages with parts of rows into messages of text, with one marker an item.
 
     A part is `{"type": "text", "text": ...}`; `{"type": NAME, NAME: item}` for a modality NAME and
@@ -187,12 +189,16 @@ def read_messages(
         other_kinds: further types of parts to pass on, in messages without rows.
         rows_apart: the program that wrote the messages may hand over rows by another way: a part
             may be `{"type": NAME}` alone, and text may spell markers.
+        references: a message may give its rows by one part `{"type": "rows_reference",
+            "rows_reference": TOKEN}`; its parts of rows then hold null, and stand for places alone.
 
     Returns:
-        The messages, and the items of each modality in order.
+        The messages, and the items of each modality in order (None where a token stands for them),
+        with the messages that they came in.
 
     Raises:
-        MessageError: no list of messages, a part of another type, or text that spells a marker.
+        MessageError: no list of messages, a part of another type, text that spells a marker, or a
+            token that is none, or is not alone.
         EmbeddingError: an item that cannot be decoded, or items over the request's limit.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
@@ -201,7 +207,7 @@ def read_messages(
             f"{type(messages).__name__}",
             "part",
         )
-    reader = _PartReader(specs, limits or WireLimits(), other_kinds, rows_apart)
+    reader = _PartReader(specs, limits or WireLimits(), other_kinds, rows_apart, references)
     return [reader.read(message) for message in messages], reader.items
 
 
@@ -212,8 +218,11 @@ class _PartReader:
         limits: WireLimits,
         other_kinds: Collection[str],
         rows_apart: bool,
+        references: bool,
     ) -> None:
-        self.items: dict[str, list[Any]] = {}
+        self.items = ChatRows()
+        self._references = references
+        self._read = 0
         self._specs = specs
         self._limits = limits
         self._kinds = {name: name for name in specs} | {f"{name}_embeds": name for name in specs}
@@ -222,6 +231,7 @@ class _PartReader:
         self._bytes = 0
 
     def read(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        at, self._read = self._read, self._read + 1
         if not isinstance(message, Mapping):
             raise MessageError(
                 f"a message is a dict with 'role' and 'content', got a {type(message).__name__}",
@@ -238,11 +248,31 @@ class _PartReader:
         if not any(kind in self._kinds for kind in kinds):
             passed = [self._pass(kind, part) for kind, part in zip(kinds, parts, strict=True)]
             return {**message, "content": passed} if passed else message
+        token = self._token(kinds, parts) if self._references else None
+        turn = Turn(at, [self._kinds[kind] for kind in kinds if kind in self._kinds], token)
+        self.items.turns.append(turn)
         pieces = [
-            self._take(kind, part) if kind in self._kinds else self._text(kind, part)
+            self._take(kind, part, token) if kind in self._kinds else self._text(kind, part)
             for kind, part in zip(kinds, parts, strict=True)
+            if token is None or kind != REFERENCE_KIND
         ]
         return {**message, "content": "".join(pieces)}
+
+    def _token(self, kinds: Sequence[str], parts: Sequence[Any]) -> str | None:
+        """The token that stands for a message's rows, if one does."""
+        found = [part for kind, part in zip(kinds, parts, strict=True) if kind == REFERENCE_KIND]
+        if not found:
+            return None
+        token = found[0].get(REFERENCE_KIND)
+        if len(found) > 1 or not isinstance(token, str) or not 0 < len(token) <= MAX_TOKEN:
+            raise MessageError(
+                f"a message gives its rows by one part {{'type': {REFERENCE_KIND!r}, "
+                f"{REFERENCE_KIND!r}: a token of at most {MAX_TOKEN} characters}}, got "
+                f"{len(found)} of them with {type(token).__name__}",
+                "reference",
+            )
+        self._refuse_misplaced(found[0], (REFERENCE_KIND, "type"), f"a {REFERENCE_KIND!r} part")
+        return token
 
     def _pass(self, kind: str, part: Any) -> Any:
         """A part of a message without rows."""
@@ -290,8 +320,18 @@ class _PartReader:
                 "misplaced",
             )
 
-    def _take(self, kind: str, part: Mapping[str, Any]) -> str:
+    def _take(self, kind: str, part: Mapping[str, Any], token: str | None) -> str:
         name = self._kinds[kind]
+        if token is not None:
+            if part.get(kind) is not None:
+                raise MessageError(
+                    f"a message has both rows ({kind!r}) and a token that stands for all its rows; "
+                    f"leave the rows out ({{'type': {kind!r}, {kind!r}: null}}), or the token",
+                    "reference",
+                )
+            self._refuse_misplaced(part, (kind, "type"), f"a part of type {kind!r}")
+            self.items.setdefault(name, []).append(None)
+            return self._specs[name].token
         if kind not in part:
             if self._rows_apart:
                 return self._specs[name].token

@@ -15,7 +15,10 @@ NAME_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 """Names are used as weight names, chat part types and token spellings, so they are identifiers."""
 
 RESERVED_NAMES = frozenset(
-    {"image", "video", "audio", "vision_chunk", "prompt_embeds", "text", "mmqwen_pack"}
+    {
+        *("image", "video", "audio", "vision_chunk", "prompt_embeds", "text", "mmqwen_pack"),
+        "rows_reference",
+    }
 )
 """Names that vLLM or this package already gives a meaning of their own."""
 

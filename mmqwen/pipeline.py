@@ -38,6 +38,9 @@ class MultimodalQwen3Pipeline:
             are random, and a warning says so.
         engine: `"vllm"` (default) or `"transformers"`.
         dtype: `"auto"`, `"float32"`, `"float16"` or `"bfloat16"`.
+        row_references: with the vLLM engine, name the rows of a conversation's earlier messages
+            instead of packing and sending them at each turn (`chat`); `mm_processor_cache_gb` says
+            how much is kept.
         **engine_options: passed on to `vllm.LLM` (`max_model_len`, `tensor_parallel_size`, ...) or
             to `from_pretrained` (`device_map`, in the place of `device`, ...).
 
@@ -55,10 +58,15 @@ class MultimodalQwen3Pipeline:
         *,
         engine: Engine = "vllm",
         dtype: str = "auto",
+        row_references: bool = False,
         **engine_options: Any,
     ) -> None:
         if engine not in ("vllm", "transformers"):
             raise ValueError(f"engine {engine!r}, expected 'vllm' or 'transformers'")
+        if row_references:
+            if engine != "vllm":
+                raise ValueError("row_references: vLLM keeps rows, engine='transformers' does not")
+            engine_options["row_references"] = True
         self.model_name = os.fspath(model_name)
         self._device = device
         self._projector = projector

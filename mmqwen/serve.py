@@ -23,7 +23,8 @@ def main(argv: list[str]) -> int:
 
     Args:
         argv: a checkpoint and flags: `--max-item-bytes N`, `--max-request-bytes N`,
-            `--allow-token-api`, and all of `vllm serve`'s.
+            `--allow-token-api`, `--row-references`, `--row-reference-key FILE`, and all of
+            `vllm serve`'s.
 
     Returns:
         The exit status; 2 where the flags or the installation do not do.
@@ -139,6 +140,16 @@ def _add_own_flags(parser: ArgumentParser) -> None:
         help="Open /inference/v1/generate and its family, which bypass all checks of embeddings. "
         "For trusted clients only.",
     )  # fmt: skip
+    group.add_argument(
+        "--row-references", action="store_true",
+        help="Answers carry tokens for the rows of each message, which later messages give in the "
+        "place of the rows; --mm-processor-cache-gb says how much is kept.",
+    )  # fmt: skip
+    group.add_argument(
+        "--row-reference-key", metavar="FILE",
+        help="A file with the secret that signs these tokens, for several servers behind a "
+        "balancer that keeps a conversation on one of them (default: a random one).",
+    )  # fmt: skip
 
 
 def prepare(args: Namespace) -> None:
@@ -172,6 +183,8 @@ def prepare(args: Namespace) -> None:
         raise ServeError(str(error)) from None
 
     middleware = [_name(gate.BodyLimit), _name(gate.CleanExit)]
+    if _asks_for_references(args):
+        middleware.append(_name(gate.RowReferences))
     asked = compat.asks_for_token_api(args)
     if args.allow_token_api:
         compat.open_token_api(args)
@@ -196,6 +209,41 @@ def prepare(args: Namespace) -> None:
                 "reach this server",
                 field.replace("_", "-"),
             )
+
+
+def _asks_for_references(args: Namespace) -> bool:
+    """Whether rows may be given by reference; then what vLLM's processes need to know is set.
+
+    Raises:
+        ServeError: there is no memory for rows, several front ends, or no key where one is named.
+    """
+    from mmqwen.references import KEY_FILE_VARIABLE, read_secret
+    from mmqwen.vllm_plugin.engine_config import REFERENCES_SWITCH
+
+    if not args.row_references:
+        if args.row_reference_key is not None:
+            raise ServeError("--row-reference-key signs nothing without --row-references")
+        return False
+    if args.row_reference_key is not None:
+        os.environ[KEY_FILE_VARIABLE] = args.row_reference_key
+    try:
+        read_secret()
+    except ValueError as error:
+        raise ServeError(str(error)) from None
+    if args.mm_processor_cache_gb <= 0:
+        raise ServeError(
+            "--row-references keep rows for later requests, and --mm-processor-cache-gb "
+            f"{args.mm_processor_cache_gb:g} leaves no memory for them; give it a size"
+        )
+    servers = getattr(args, "api_server_count", None) or args.data_parallel_size
+    if servers > 1 and not getattr(args, "data_parallel_external_lb", False):
+        raise ServeError(
+            f"--row-references with {servers} API servers (vLLM starts as many as there are data-"
+            "parallel ranks): a request may come to one that has never seen the rows; add "
+            "--api-server-count 1"
+        )
+    args.additional_config = {**(args.additional_config or {}), REFERENCES_SWITCH: True}
+    return True
 
 
 def _name(kind: type) -> str:

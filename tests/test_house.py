@@ -13,13 +13,13 @@ ROOT = Path(__file__).parents[1]
 FILES = [*ROOT.glob("mmqwen/**/*.py"), *ROOT.glob("kernels/mmqwen_kernels/*.py")]
 
 LAYERS = (
-    ("cli", "serve", "doctor", "pipeline", "engines", "sampling", "demo", "training"),
+    ("cli", "serve", "doctor", "pipeline", "engines", "named_rows", "sampling", "demo", "training"),
     ("vllm_plugin",),
     ("checkpoint.build",),
     ("hf",),
     ("data",),
     ("checkpoint",),
-    ("chat", "tokens", "inputs", "misplaced", "client"),
+    ("chat", "tokens", "inputs", "misplaced", "client", "references"),
     ("packs",),
     ("transport",),
     ("stops", "text_models", "modalities", "_version"),

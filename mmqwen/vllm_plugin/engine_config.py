@@ -2,29 +2,81 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+from mmqwen.vllm_plugin.modality_table import modality_table
 
 DRAFTERS_WITHOUT_EMBEDDINGS = frozenset({"ngram", "ngram_gpu", "suffix"})
 """Speculative methods that read token ids alone; others would be fed raw rows."""
+
+REFERENCES_SWITCH = "mmqwen_row_references"
+"""Key of vLLM's `additional_config`: true asks for rows by reference. `settle` puts what it found
+there, for the renderer: `{"capacity": bytes, "engine_half": bool}`."""
 
 TOKENIZER_MODES = frozenset({"auto", "hf", "slow"})
 """Those whose renderer is ours; others read messages and prompts without our checks."""
 
 
 def settle(vllm_config: Any) -> None:
-    """Refuse what rows cannot do, turn vLLM's processor cache off, widen its encoder cache.
+    """Refuse what rows cannot do, settle vLLM's processor cache, widen its encoder cache.
 
     Raises:
         ValueError: a feature is asked for with which rows would be lost or misread.
     """
     refuse_unserved(vllm_config)
     multimodal = vllm_config.model_config.multimodal_config
-    if multimodal is not None:
-        # It spares a second conversion and transfer of equal items. Packs never take part, so
-        # its other half, in the engine core, would only keep up to 4 GiB of them, and count
-        # their bytes at each request (docs/adr/0003-packs-outside-the-processor-cache.md).
+    if multimodal is not None and not settle_references(vllm_config)["engine_half"]:
+        # It spares a second conversion and transfer of equal items. Packs take part where tokens
+        # name them alone: else its other half, in the engine core, would only keep up to 4 GiB of
+        # them, and count their bytes at each request
+        # (docs/adr/0003-packs-outside-the-processor-cache.md).
         multimodal.mm_processor_cache_gb = 0.0
     widen_encoder_cache(vllm_config)
+
+
+def settle_references(vllm_config: Any) -> dict[str, Any]:
+    """How many bytes of packs tokens may stand for, and whether the engine keeps them.
+
+    Where it cannot, or its cache might be too small for one pack (before 0.31 such a request
+    failed), the front end keeps them, and sends them again with each request that names them.
+
+    Raises:
+        ValueError: references are asked for where there is no memory for rows, or where a request
+            may come to a process that has never seen what it names.
+    """
+    options = vllm_config.additional_config
+    asked = options.get(REFERENCES_SWITCH) if isinstance(options, Mapping) else None
+    if not asked:
+        return {"capacity": 0, "engine_half": False}
+    if isinstance(asked, Mapping):  # looked at before: a config is checked again when it is copied
+        return dict(asked)
+    from mmqwen.vllm_plugin.compat import processor_cache as cache
+
+    model = vllm_config.model_config
+    capacity = int(model.multimodal_config.mm_processor_cache_gb * 2**30)
+    if capacity <= 0:
+        raise ValueError(
+            "row references keep rows for later requests, and mm_processor_cache_gb=0 leaves no "
+            "memory for them; give it a size, or leave row references out"
+        )
+    if cache.front_ends(vllm_config) > 1:
+        raise ValueError(
+            f"row references with {cache.front_ends(vllm_config)} API servers: a request may come "
+            "to one that has never seen the rows; expected --api-server-count 1 (several servers "
+            "behind a balancer that keeps a conversation on one of them can share a key)"
+        )
+    half = cache.engine_half(vllm_config) and capacity >= largest_pack(model)
+    settled = {"capacity": capacity, "engine_half": half}
+    vllm_config.additional_config = {**options, REFERENCES_SWITCH: settled}
+    return settled
+
+
+def largest_pack(model_config: Any) -> int:
+    """Bytes that no pack exceeds: a prompt of rows alone, with directory and header."""
+    widest = max(spec.dim for spec in modality_table(model_config).values())
+    row = widest * model_config.dtype.itemsize + 16 + 8
+    return int(model_config.max_model_len * row + 2**14)
 
 
 def widen_encoder_cache(vllm_config: Any) -> None:

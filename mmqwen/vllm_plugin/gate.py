@@ -18,6 +18,7 @@ from vllm.logger import init_logger
 from mmqwen.vllm_plugin import compat
 from mmqwen.vllm_plugin.limits import body_limit
 from mmqwen.vllm_plugin.metrics import count_refusal
+from mmqwen.vllm_plugin.references import LEDGER, Ledger
 
 logger = init_logger("vllm.mmqwen.gate")
 
@@ -35,9 +36,9 @@ def is_token_api(path: str) -> bool:
     )
 
 
-def _error(status: int, kind: str, message: str) -> JSONResponse:
+def _error(status: int, kind: str, message: str, **more: Any) -> JSONResponse:
     body: dict[str, Any] = {"message": message, "type": kind, "param": None, "code": status}
-    return JSONResponse({"error": body}, status_code=status)
+    return JSONResponse({"error": {**body, **more}}, status_code=status)
 
 
 class TokenApiGate:
@@ -99,6 +100,81 @@ class BodyLimit:
         )
         logger.warning("Refused a request: %s", message)
         return message
+
+
+class RowReferences:
+    """Gives tokens for the rows of a request, and asks for rows that are not there.
+
+    An answer has a header `mmqwen-references: 0=TOKEN,2=TOKEN`, from a message's position to what
+    stands for its rows. Tokens that stand for nothing are answered 409, whatever the route makes of
+    it, with the tokens as `error.missing`; streams too, whose first piece is waited for.
+    """
+
+    HEADER = b"mmqwen-references"
+    HEADER_BYTES = 6000
+    """Most bytes of the header: many servers and proxies refuse 8 KiB. Of more messages the last
+    ones are named; the others are sent as rows once more, and named then."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on, and look at how the answer begins."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        ledger = Ledger()
+        begun: Message | None = None
+        replaced = False
+
+        async def looking(message: Message) -> None:
+            nonlocal begun, replaced
+            if message["type"] == "http.response.start":
+                begun = message
+                if ledger.asks and not ledger.missing:
+                    return  # the engine has not said yet whether it has the rows
+            if begun is not None:
+                start, begun = begun, None
+                if start["status"] >= 500 and not ledger.missing:
+                    ledger.look_again()
+                if ledger.missing:
+                    replaced = True
+                    await self._conflict(ledger)(scope, receive, send)
+                    return
+                if start["status"] == 200 and ledger.issued:
+                    start["headers"] = [*start.get("headers", ()), self._header(ledger)]
+                await send(start)
+                if message is start:
+                    return
+            if not replaced:
+                await send(message)
+
+        token = LEDGER.set(ledger)
+        try:
+            await self.app(scope, receive, looking)
+        finally:
+            LEDGER.reset(token)
+
+    def _conflict(self, ledger: Ledger) -> JSONResponse:
+        message = (
+            f"{len(ledger.missing)} message(s) give rows by reference that this server has no "
+            "more, or never had from you; send the rows of these messages again"
+        )
+        answer = _error(409, "ConflictError", message, missing=ledger.missing)
+        # Clients of OpenAI's API send the same again at a 409, unless told not to.
+        answer.headers["x-should-retry"] = "false"
+        return answer
+
+    def _header(self, ledger: Ledger) -> tuple[bytes, bytes]:
+        fields: list[str] = []
+        left = self.HEADER_BYTES
+        for position, token in sorted(ledger.issued.items(), reverse=True):
+            field = f"{position}={token}"
+            left -= len(field) + 1
+            if left < 0:
+                break
+            fields.append(field)
+        return self.HEADER, ",".join(fields).encode()
 
 
 class CleanExit:

@@ -28,6 +28,9 @@ def _counters() -> dict[str, Counter]:
             "mmqwen_bytes", "Bytes of the rows of accepted prompts, as they came.", ["modality"]
         ),
         "refusals": Counter("mmqwen_refusals", "Requests that were refused.", ["reason"]),
+        "references": Counter(
+            "mmqwen_references", "Messages whose rows were given by reference.", ["result"]
+        ),
     }
 
 
@@ -57,6 +60,17 @@ def count_refusal(reason: str) -> None:
         reason: one of a fixed set of short codes, never a caller's text.
     """
     _counters()["refusals"].labels(reason).inc()
+
+
+def count_references(result: str, number: int) -> None:
+    """Count messages whose rows were given by reference.
+
+    Args:
+        result: "hit" or "missing".
+        number: of messages.
+    """
+    if number:
+        _counters()["references"].labels(result).inc(number)
 
 
 def prepare(modalities: Iterable[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -15,19 +16,29 @@ from mmqwen.chat import check_parts_kept
 from mmqwen.inputs import MessageError, read_messages, wire_characters
 from mmqwen.misplaced import misplaced_rows
 from mmqwen.modalities import ModalityError, ModalitySpec, check_no_markers
+from mmqwen.references import ChatRows, RowsMissing, Signer, read_secret
 from mmqwen.tokens import add_placeholder_tokens
 from mmqwen.transport import EmbeddingError
 from mmqwen.vllm_plugin import compat
+from mmqwen.vllm_plugin.compat import processor_cache
 from mmqwen.vllm_plugin.compat.renderer import HookedRenderer
+from mmqwen.vllm_plugin.engine_config import settle_references
 from mmqwen.vllm_plugin.limits import wire_limits
 from mmqwen.vllm_plugin.metrics import count_accepted, count_refusal, prepare
 from mmqwen.vllm_plugin.modality_table import is_ours, modality_table
+from mmqwen.vllm_plugin.references import LEDGER, LOST, HeldPacks, References
 
 logger = init_logger("vllm.mmqwen.renderer")
 
 DECODE_INLINE = 256 * 1024
 """Most characters of base64 that are decoded on the server's event loop, which they hold up for
 about 0.1 ms (benchmarks/bench_server.py); longer ones go to a thread."""
+
+RENDER_INLINE = 256 * 1024
+"""Most bytes of rows that are packed on the server's event loop; more go to vLLM's one thread for
+items, where copying and hashing let the loop go on. The way to a thread and back alone took 90 to
+120 us of CPU time on a busy two-core machine (2026-11-26); benchmarks/bench_inline.py measures
+both ways by size."""
 
 _FROM_CHAT = "_mmqwen_chat"
 """Key of a rendered prompt whose markers all stand for parts."""
@@ -42,6 +53,7 @@ class MultimodalQwen3Renderer(HookedRenderer):
     def __init__(self, config: Any, tokenizer: Any) -> None:
         self._specs: dict[str, ModalitySpec] = {}
         self._other_kinds: set[str] = set()
+        self._references: References | None = None
         if is_ours(config.model_config):
             self._specs = modality_table(config.model_config)
             self._limits = wire_limits()
@@ -53,7 +65,35 @@ class MultimodalQwen3Renderer(HookedRenderer):
             compat.guard_batch(partial(_look_at_line, self._specs))
         super().__init__(config, tokenizer)
         if self._specs and self.mm_processor is not None:  # None: --language-model-only
-            self.mm_processor.hash_content = reuses_rows(config)
+            self._start_references(config)
+            named = self._references is not None
+            self.mm_processor.hash_content = named or reuses_rows(config)
+
+    def _start_references(self, config: Any) -> None:
+        settled = settle_references(config)
+        if not settled["capacity"]:
+            return
+        held = HeldPacks(settled["capacity"], keep=not settled["engine_half"])
+        if settled["engine_half"]:
+            half = processor_cache.SenderHalf(held)
+            processor_cache.use_sender_half(self, half)
+            processor_cache.raise_lost(LOST)
+        self._references = References(
+            self._specs,
+            Signer(self._specs, read_secret()),
+            held,
+            config.model_config.max_model_len,
+        )
+        logger.info(
+            "Rows by reference: up to %d bytes of rows are kept in the %s",
+            held.capacity,
+            "front end" if held.keep else "engine",
+        )
+
+    def clear_mm_cache(self) -> None:
+        super().clear_mm_cache()
+        if self._references is not None:
+            self._references.held.clear()
 
     # -- chat -----------------------------------------------------------------------------------
 
@@ -77,14 +117,18 @@ class MultimodalQwen3Renderer(HookedRenderer):
         conversation, prompt = await super().render_messages_async(plain, params)
         return conversation, _with_items(prompt, items)
 
-    def _read(
-        self, messages: list[dict[str, Any]]
-    ) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
+    def _read(self, messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], ChatRows]:
         plain, items = read_messages(
-            messages, self._specs, self._limits, other_kinds=self._other_kinds
+            messages,
+            self._specs,
+            self._limits,
+            other_kinds=self._other_kinds,
+            references=self._references is not None,
         )
         for name, members in items.items():
             for item in members:
+                if item is None and items.tokens:
+                    continue  # `_PartReader` lets none through but those that a token stands for
                 if not isinstance(item, (torch.Tensor, np.ndarray)):
                     raise MessageError(
                         f"a part of type {name!r} holds a tensor or an array, got "
@@ -122,6 +166,12 @@ class MultimodalQwen3Renderer(HookedRenderer):
                     "misplaced",
                 )
 
+    def is_small(self, prompt: Any) -> bool:
+        """Whether packing takes less than handing it to a thread; see `RENDER_INLINE`."""
+        if not self._specs:
+            return False
+        return _bytes_of(prompt.get("multi_modal_data") or {}) <= RENDER_INLINE
+
     # -- every prompt ---------------------------------------------------------------------------
 
     @contextmanager
@@ -134,18 +184,31 @@ class MultimodalQwen3Renderer(HookedRenderer):
             self._check(prompt)
             yield
 
-    def pack(self, prompt: Any, mm_data: Any) -> Any:
+    def pack(self, prompt: Any, mm_data: Any, dry: bool = False) -> Any:
         """Packs, without what serves other processors: ids, timing, cache statistics.
 
         A client's `multi_modal_uuids` are not looked at: they could name another client's rows.
         """
         if not self._specs or isinstance(prompt, str):
             return None
+        accepted: list[tuple[str, int, int, int]] = []
+        pack = partial(self._pack_rows, accepted)
+        if self._references is not None and isinstance(mm_data, ChatRows) and mm_data.turns:
+            processed = self._references.render(prompt, mm_data, pack, dry=dry)
+        else:
+            processed = pack(prompt, mm_data)
+        count_accepted(accepted)
+        return processed
+
+    def _pack_rows(
+        self, accepted: list[tuple[str, int, int, int]], prompt: Any, mm_data: Any
+    ) -> Any:
+        """A prompt, or a stretch of one, whose rows came with it; what is accepted is noted."""
         processor = self.get_mm_processor()
         with compat.single_threaded():
             items = processor.join(mm_data)
             processed = processor.pack(prompt, items)
-        count_accepted(
+        accepted += (
             (name, len(entry.counts), len(entry.data), entry.data.nbytes)
             for name, entry in items.items()
         )
@@ -160,6 +223,8 @@ class MultimodalQwen3Renderer(HookedRenderer):
                 "misplaced",
             )
         items: Mapping[str, Any] = prompt.get("multi_modal_data") or {}
+        if isinstance(items, ChatRows):
+            items.tenant = prompt.get("cache_salt")
         token_ids = prompt["prompt_token_ids"]
         if not items:
             check_no_markers(token_ids, self._specs)
@@ -208,11 +273,27 @@ def reuses_rows(config: Any) -> bool:
     return bool(config.cache_config.enable_prefix_caching or config.kv_transfer_config is not None)
 
 
-def _with_items(prompt: Any, items: Mapping[str, list[Any]]) -> Any:
+def _with_items(prompt: Any, items: ChatRows) -> Any:
     if items:
-        prompt["multi_modal_data"] = {**(prompt.get("multi_modal_data") or {}), **items}
+        for name, members in (prompt.get("multi_modal_data") or {}).items():
+            items.setdefault(name, members)
+        prompt["multi_modal_data"] = items
         prompt[_FROM_CHAT] = True
+        ledger = LEDGER.get()
+        if ledger is not None:
+            ledger.conversations.append(items)
     return prompt
+
+
+def _bytes_of(items: Mapping[str, Any]) -> int:
+    """Bytes of the rows that a prompt brings, where its items are a list of tensors or arrays."""
+    total = 0
+    for members in items.values():
+        if not isinstance(members, list):
+            return sys.maxsize
+        for item in members:
+            total += 0 if item is None else getattr(item, "nbytes", sys.maxsize)
+    return total
 
 
 @contextmanager
@@ -220,6 +301,9 @@ def _refusals_counted() -> Iterator[None]:
     """Log and count refusals. Messages repeat at most some characters of a caller's own text."""
     try:
         yield
+    except RowsMissing as error:  # part of the protocol, and counted where it is found
+        logger.info("Asked for rows again: %s", error)
+        raise
     except (EmbeddingError, ModalityError) as error:
         count_refusal(getattr(error, "reason", "markers"))
         logger.warning("Refused a request: %s", error)

@@ -13,8 +13,9 @@ class HookedRenderer(HfRenderer):
     """A subclass has the hooks.
 
     `tokens_looked_at(prompt)`: a context around the processing of a prompt that has become token
-    ids; `check_embeds(prompt)`, of one whose tokens are embeddings; `pack(prompt, mm_data)`: what
-    the engine gets for a prompt with items, or None for what vLLM makes of it.
+    ids; `check_embeds(prompt)`, of one whose tokens are embeddings; `pack(prompt, mm_data, dry)`:
+    what the engine gets for a prompt with items, or None for what vLLM makes of it (`dry`: no
+    engine will get it); `is_small(prompt)`: whether the event loop may make it itself.
     """
 
     async def in_a_thread(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -28,6 +29,8 @@ class HookedRenderer(HfRenderer):
 
     async def _process_tokens_async(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
         with self.tokens_looked_at(prompt):
+            if self.is_small(prompt):
+                return super()._process_tokens(prompt, *args, **kwargs)
             return await super()._process_tokens_async(prompt, *args, **kwargs)
 
     def _process_embeds(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
@@ -35,7 +38,7 @@ class HookedRenderer(HfRenderer):
         return super()._process_embeds(prompt, *args, **kwargs)
 
     def _process_multimodal(self, prompt: Any, mm_data: Any, *args: Any, **kwargs: Any) -> Any:
-        packed = self.pack(prompt, mm_data)
+        packed = self.pack(prompt, mm_data, bool(kwargs.get("skip_mm_cache")))
         if packed is not None:
             return packed
         return super()._process_multimodal(prompt, mm_data, *args, **kwargs)
