@@ -9,6 +9,7 @@ they are. A modality's rows travel or stay, never both.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -210,20 +211,15 @@ def _plan_natively(
     device: torch.device,
 ) -> RowPlan | None:
     """The plan of rows by address and a mask; None: look at it in Python, which may refuse it."""
-    mask = slots.numpy() if isinstance(slots, torch.Tensor) and slots.is_cpu else slots
-    if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_ or mask.shape != (num_tokens,):
-        return None
     modality, address = rows
-    if not modality.dtype == address.dtype == np.int64 or modality.shape != address.shape:
-        return None
-    counts = native.helper.count_rows(modality, mask, len(widths))
+    counts = native.helper.count_rows(address, modality, slots, num_tokens, len(widths))
     if counts is None:
         return None
     row_bytes = tuple([width * dtype.itemsize for width in widths])
 
     def write(raw: np.ndarray, order_at: int, rows_at: list[int]) -> None:
         native.helper.write_rows(
-            address, modality, mask, counts, row_bytes, raw, order_at, rows_at
+            address, modality, slots, raw, counts, row_bytes, order_at, rows_at
         )
 
     return _lay_out([[]] * len(widths), counts, num_tokens, widths, dtype, device, write)
@@ -380,7 +376,7 @@ def _lay_out(
     `write(raw, order_at, rows_at)` writes the order of the tokens and the rows that travel.
     """
     itemsize, total = dtype.itemsize, sum(counts)
-    by_address = any([len(part) > 1 or any(map(is_far, part)) for part in parts if part])
+    by_address = any(len(part) > 1 or is_far(part[0]) for part in parts if part)
     entries_here = num_entries(len(counts))
     addresses_at = entries_here * ENTRY_BYTES
     order_at = addresses_at + (aligned(8 * total) if by_address else 0)
@@ -408,9 +404,9 @@ def _lay_out(
         nonlocal align
         for part, width, at, count in zip(parts, widths, rows_at, counts, strict=True):
             here = [(base + at, width, count)] if at >= 0 else []
-            spans.append([span_of(rows, width) for rows in part] or here)
+            spans.append([span_of(rows, width) for rows in part] if part else here)
         entries, addresses, align = tables_of(spans, counts, widths, itemsize, by_address)
-        raw[: entries.nbytes].view(np.int64)[:] = entries.reshape(-1)
+        struct.pack_into(f"{len(entries)}q", raw.data, 0, *entries)
         if addresses is not None:
             raw[addresses_at : addresses_at + 8 * total].view(np.int64)[:] = addresses
 

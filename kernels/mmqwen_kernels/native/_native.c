@@ -713,49 +713,69 @@ wrong:
     return not_mine();
 }
 
-/* A flat buffer of n elements of `size` bytes. */
+/* What an array of one dimension holds: `format` is 'q' for int64, '?' for bool (of a tensor, too),
+   'B' for uint8. */
 static int
-get_flat(PyObject *o, Py_buffer *b, Py_ssize_t size, int writable)
+get_array(PyObject *o, Py_buffer *b, char format, int writable)
 {
-    if (PyObject_GetBuffer(o, b, writable ? PyBUF_WRITABLE : PyBUF_SIMPLE) != 0)
+    if (format == '?' && (PyObject *)Py_TYPE(o) == tensor_type) {
+        DLTensor t;
+        if (exchange->read(o, &t) != 0 || t.device.type != DL_CPU || t.ndim != 1 ||
+            t.strides[0] != 1 || t.dtype.code != DL_BOOL || t.dtype.lanes != 1)
+            return -1;
+        memset(b, 0, sizeof *b); /* of no owner: its caller holds the tensor */
+        b->buf = (char *)t.data + t.byte_offset;
+        b->len = t.shape[0];
+        return 0;
+    }
+    if (PyObject_GetBuffer(o, b, PyBUF_ND | PyBUF_FORMAT | (writable ? PyBUF_WRITABLE : 0)) != 0)
         return -1;
-    if (b->len % size == 0 && (uintptr_t)b->buf % (size_t)size == 0)
+    char got = b->format == NULL || b->format[0] == 0 || b->format[1] != 0 ? 0 : b->format[0];
+    if (got == 'l' && b->itemsize == 8)
+        got = 'q'; /* int64 has two names where long is as long */
+    if (got == format && b->ndim == 1 && (uintptr_t)b->buf % (size_t)b->itemsize == 0)
         return 0;
     PyBuffer_Release(b);
     return -1;
 }
 
-/* count_rows(modality int64 [R], mask bool [T], number of modalities) -> (rows of each, ...) or
-   None: an unknown modality, or not as many slots. */
+enum { ADDRESS, MODALITY, MASK, OUT, BUFFERS };
+static const char FORMATS[BUFFERS] = {'q', 'q', '?', 'B'};
+
+/* count_rows(address int64 [R], modality int64 [R], mask bool [T], T, number of modalities) ->
+   (rows of each, ...) or None: other arrays, an unknown modality, or not as many slots. */
 static PyObject *
 count_rows(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
-    Py_buffer index, mask;
-    if (nargs != 3)
+    Py_buffer b[BUFFERS];
+    int held = 0;
+    PyObject *found = NULL;
+    if (exchange == NULL || nargs != 5)
         return not_mine();
-    Py_ssize_t modalities = (Py_ssize_t)PyLong_AsLong(args[2]);
-    if (modalities < 0 || modalities > MOST_MODALITIES || get_flat(args[0], &index, 8, 0) != 0)
-        return not_mine();
-    if (get_flat(args[1], &mask, 1, 0) != 0) {
-        PyBuffer_Release(&index);
-        return not_mine();
+    for (; held < OUT; held++)
+        if (get_array(args[held], &b[held], FORMATS[held], 0) != 0)
+            goto end;
+    int64_t tokens = PyLong_AsLongLong(args[3]), modalities = PyLong_AsLongLong(args[4]);
+    int64_t counts[MOST_MODALITIES] = {0}, rows = b[MODALITY].len / 8, slots = 0;
+    if (modalities < 0 || modalities > MOST_MODALITIES || b[MASK].len != tokens ||
+        b[ADDRESS].len != b[MODALITY].len)
+        goto end;
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t m = ((const int64_t *)b[MODALITY].buf)[r];
+        if (m < 0 || m >= modalities)
+            goto end;
+        counts[m]++;
     }
-    int64_t counts[MOST_MODALITIES] = {0}, rows = index.len / 8, slots = 0, wrong = 0;
-    for (int64_t r = 0; r < rows && !wrong; r++) {
-        int64_t m = ((const int64_t *)index.buf)[r];
-        wrong = m < 0 || m >= modalities;
-        if (!wrong)
-            counts[m]++;
-    }
-    for (Py_ssize_t t = 0; t < mask.len; t++)
-        slots += ((const uint8_t *)mask.buf)[t] != 0;
-    PyBuffer_Release(&index);
-    PyBuffer_Release(&mask);
-    if (wrong || slots != rows)
-        return not_mine();
-    PyObject *found = PyTuple_New(modalities);
+    for (int64_t t = 0; t < tokens; t++)
+        slots += ((const uint8_t *)b[MASK].buf)[t] != 0;
+    if (slots != rows)
+        goto end;
+    found = PyTuple_New((Py_ssize_t)modalities);
     for (Py_ssize_t m = 0; m < modalities && found != NULL; m++)
         PyTuple_SetItem(found, m, PyLong_FromLongLong(counts[m]));
+end:
+    while (held-- > 0)
+        PyBuffer_Release(&b[held]);
     return found == NULL ? not_mine() : found;
 }
 
@@ -789,47 +809,47 @@ write_step(Step *s)
         s->order[text++] = at++;
 }
 
-/* write_rows(address, modality, mask, counts, row bytes, out uint8, order_at, rows_at) -> True:
+/* write_rows(address, modality, mask, out uint8, counts, row bytes, order_at, rows_at) -> True:
    the order of the tokens and the rows, by modality, as `RowPlan` says; counts as `count_rows` gave
    them for the same arrays. */
 static PyObject *
 write_rows(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
     Step s = {0};
-    Py_buffer b[4]; /* address, modality, mask, out */
+    Py_buffer b[BUFFERS];
     int held = 0;
     if (nargs != 8) {
         PyErr_SetString(PyExc_TypeError, "write_rows takes 8 arguments");
         return NULL;
     }
-    for (; held < 4; held++)
-        if (get_flat(args[held < 3 ? held : 5], &b[held], held < 2 ? 8 : 1, held == 3) != 0)
+    for (; held < BUFFERS; held++)
+        if (get_array(args[held], &b[held], FORMATS[held], held == OUT) != 0)
             goto wrong;
-    Py_ssize_t modalities = PyTuple_Size(args[3]);
+    Py_ssize_t modalities = PyTuple_Size(args[4]);
     if (modalities < 0 || modalities > MOST_MODALITIES)
         goto wrong;
-    s.address = b[0].buf;
-    s.modality = b[1].buf;
-    s.mask = b[2].buf;
-    s.rows = b[0].len / 8;
-    s.tokens = b[2].len;
+    s.address = b[ADDRESS].buf;
+    s.modality = b[MODALITY].buf;
+    s.mask = b[MASK].buf;
+    s.rows = b[ADDRESS].len / 8;
+    s.tokens = b[MASK].len;
     int64_t order_at = PyLong_AsLongLong(args[6]), total = 0, seen = 0, nbytes = 0;
     int64_t counts[MOST_MODALITIES];
-    char *out = b[3].buf;
+    char *out = b[OUT].buf;
     for (Py_ssize_t m = 0; m < modalities; m++) {
         int64_t rows_at = PyLong_AsLongLong(PyList_GetItem(args[7], m));
-        counts[m] = PyLong_AsLongLong(PyTuple_GetItem(args[3], m));
-        s.row_bytes[m] = PyLong_AsLongLong(PyTuple_GetItem(args[4], m));
+        counts[m] = PyLong_AsLongLong(PyTuple_GetItem(args[4], m));
+        s.row_bytes[m] = PyLong_AsLongLong(PyTuple_GetItem(args[5], m));
         if (PyErr_Occurred() || counts[m] < 0 || s.row_bytes[m] < 0 ||
-            (counts[m] > 0 && (rows_at < 0 || rows_at + counts[m] * s.row_bytes[m] > b[3].len)))
+            (counts[m] > 0 && (rows_at < 0 || rows_at + counts[m] * s.row_bytes[m] > b[OUT].len)))
             goto wrong;
         s.target[m] = out + (rows_at < 0 ? 0 : rows_at);
         s.slot[m] = s.tokens - s.rows + total;
         total += counts[m];
         nbytes += counts[m] * s.row_bytes[m];
     }
-    if (b[1].len != b[0].len || total != s.rows || s.rows > s.tokens || order_at < 0 ||
-        order_at % 8 != 0 || (uintptr_t)out % 8 != 0 || order_at + 8 * s.tokens > b[3].len)
+    if (b[MODALITY].len != b[ADDRESS].len || total != s.rows || s.rows > s.tokens || order_at < 0 ||
+        order_at % 8 != 0 || (uintptr_t)out % 8 != 0 || order_at + 8 * s.tokens > b[OUT].len)
         goto wrong;
     s.order = (int64_t *)(out + order_at);
     for (int64_t r = 0; r < s.rows; r++) {
