@@ -826,7 +826,8 @@ write_rows(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
         if (get_array(args[held], &b[held], FORMATS[held], held == OUT) != 0)
             goto wrong;
     Py_ssize_t modalities = PyTuple_Size(args[4]);
-    if (modalities < 0 || modalities > MOST_MODALITIES)
+    if (modalities < 0 || modalities > MOST_MODALITIES || PyTuple_Size(args[5]) != modalities ||
+        PyList_Size(args[7]) != modalities)
         goto wrong;
     s.address = b[ADDRESS].buf;
     s.modality = b[MODALITY].buf;
