@@ -12,7 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from prometheus_client import Counter
+    from prometheus_client import Counter, Gauge
 
 
 @cache
@@ -60,8 +60,25 @@ def count_refusal(reason: str) -> None:
     _counters()["refusals"].labels(reason).inc()
 
 
-def prepare(modalities: Iterable[str]) -> None:
-    """Make the counters appear, at zero, before the first request."""
+@cache
+def _native_gauge() -> Gauge:
+    from prometheus_client import Gauge
+
+    return Gauge(
+        "mmqwen_native_helper",
+        "1 where rows are packed by the native helper, 0 where Python packs them.",
+        multiprocess_mode="livemin",
+    )
+
+
+def prepare(modalities: Iterable[str], native: bool) -> None:
+    """Make the counters appear, at zero, before the first request.
+
+    Args:
+        modalities: their names.
+        native: whether the native helper is in use; of several processes, whether in all.
+    """
+    _native_gauge().set(int(native))
     counters = _counters()
     for name in modalities:
         for kind in ("items", "rows", "bytes"):

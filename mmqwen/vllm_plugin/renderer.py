@@ -22,6 +22,7 @@ from mmqwen.vllm_plugin.compat.renderer import HookedRenderer
 from mmqwen.vllm_plugin.limits import wire_limits
 from mmqwen.vllm_plugin.metrics import count_accepted, count_refusal, prepare
 from mmqwen.vllm_plugin.modality_table import is_ours, modality_table
+from mmqwen_kernels.native import select_native
 
 logger = init_logger("vllm.mmqwen.renderer")
 
@@ -49,7 +50,10 @@ class MultimodalQwen3Renderer(HookedRenderer):
                 self._other_kinds.add("prompt_embeds")
             if tokenizer is not None:
                 add_placeholder_tokens(tokenizer, self._specs)
-            prepare(self._specs)
+            helper = select_native()
+            state = "in use" if helper.in_use else "not in use, Python packs rows"
+            logger.info("Native helper: %s (%s)", state, helper.reason)
+            prepare(self._specs, helper.in_use)
             compat.guard_batch(partial(_look_at_line, self._specs))
         super().__init__(config, tokenizer)
         if self._specs and self.mm_processor is not None:  # None: --language-model-only
