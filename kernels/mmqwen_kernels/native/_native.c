@@ -530,8 +530,8 @@ wrong:
 
 /* pack_message(token_ids, table, turn_ids, gap, max_tokens, dtype code) ->
    (expanded token ids, [(pack, counts, offset, length, mask)], [(items, rows, bytes)]) or None.
-   table: (modality index, placeholder id, width, most rows of an item, items or None) of every
-   modality, those with items first, in the order of the prompt. The last list is one a modality. */
+   table: (modality index, placeholder id, width, most rows of an item, items) of every modality,
+   those that the prompt brings first, in its order; the others with no items. The last list is one a modality. */
 static PyObject *
 pack_message(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -563,7 +563,7 @@ pack_message(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
         m->code = -1;
         if (index < 0 || index > MODALITY_MASK || width < 1 || width > WIDTH_MASK || token < 0)
             goto end;
-        if (items != Py_None && read_items(m, items) != 0)
+        if (read_items(m, items) != 0)
             goto end;
         if (m->code >= 0 && !converts(m->code, to))
             goto end;
