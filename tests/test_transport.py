@@ -91,6 +91,7 @@ ACCEPTED = {
     "numpy fp64": BASE.double().numpy(),
     "numpy fortran order": np.asfortranarray(BASE.numpy()),
     "numpy negative strides": BASE.numpy()[::-1, ::-1],
+    "numpy, one row, negative stride": BASE.numpy()[:1][::-1],
     "numpy big-endian": BASE.numpy().astype(">f4"),
     "numpy matrix": quiet(np.matrix, BASE.numpy()),
     "lists": BASE.tolist(),
