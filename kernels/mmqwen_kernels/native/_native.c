@@ -626,7 +626,7 @@ number_of(PyObject *method, PyObject *object)
 static int
 room_of(PyObject *tensor, int64_t *before, int64_t *behind)
 {
-    int64_t offset = number_of(offset_of, tensor);
+    int64_t offset = tensor == NULL ? -1 : number_of(offset_of, tensor);
     PyObject *storage = offset < 0 ? NULL : PyObject_CallFunctionObjArgs(storage_of, tensor, NULL);
     if (storage == NULL)
         return -1;
@@ -636,6 +636,11 @@ room_of(PyObject *tensor, int64_t *before, int64_t *behind)
     *behind = nbytes - *before;
     return nbytes < 0 ? -1 : 0;
 }
+
+typedef struct {
+    const int64_t *entry;
+    int64_t rows;
+} Slice;
 
 /* find_rows(slices, widths, dtype code) -> bytearray or None: the address of each row, int64, then
    the modality of each, int64. */
@@ -658,32 +663,33 @@ find_rows(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
                    (int64_t)code << (DTYPE_AT - WIDTH_AT);
         row_bytes[m] = width * SIZE_OF[code];
     }
+    Slice *slices = PyMem_Malloc(sizeof(Slice) * (size_t)parts);
+    PyObject *found = NULL;
+    if (slices == NULL)
+        goto wrong;
     for (Py_ssize_t i = 0; i < parts; i++) {
         PyObject *o = PyList_GetItem(args[0], i);
         DLTensor t;
         if (o == NULL || (PyObject *)Py_TYPE(o) != tensor_type || exchange->read(o, &t) != 0 ||
             t.device.type != DL_CPU || t.ndim != 2 || t.shape[1] != 2 || t.dtype.lanes != 1 ||
             t.dtype.code != DL_INT || t.dtype.bits != 64 || t.strides[0] != 2 || t.strides[1] != 1)
-            return not_mine();
+            goto wrong;
+        slices[i].entry = (const int64_t *)((char *)t.data + t.byte_offset);
+        slices[i].rows = t.shape[0];
         total += t.shape[0];
-        PREFETCH((char *)t.data + t.byte_offset);
+        PREFETCH(slices[i].entry);
     }
-    PyObject *found = PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)(16 * total));
+    found = PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)(16 * total));
     if (found == NULL)
-        return not_mine();
+        goto wrong;
     int64_t *address = (int64_t *)PyByteArray_AsString(found), *modality = address + total;
     for (Py_ssize_t i = 0; i < parts; i++) {
-        PyObject *o = PyList_GetItem(args[0], i);
-        DLTensor t;
-        int64_t before, behind;
-        if (o == NULL || room_of(o, &before, &behind) != 0 || exchange->read(o, &t) != 0 ||
-            t.ndim != 2 || t.shape[0] > total - at)
-            goto wrong;
-        const int64_t *entry = (const int64_t *)((char *)t.data + t.byte_offset);
-        int64_t rows = t.shape[0];
+        const int64_t *entry = slices[i].entry;
+        int64_t rows = slices[i].rows, before, behind;
         if (rows == 0)
             continue;
-        if ((uintptr_t)entry % sizeof *entry != 0)
+        if ((uintptr_t)entry % sizeof *entry != 0 ||
+            room_of(PyList_GetItem(args[0], i), &before, &behind) != 0)
             goto wrong;
         /* Where the pack begins: it must lie in the storage, and say that it is one. */
         int64_t position = entry[0];
@@ -706,10 +712,11 @@ find_rows(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
             modality[at++] = m;
         }
     }
-    if (at == total)
-        return found;
+    PyMem_Free(slices);
+    return found;
 wrong:
-    Py_DECREF(found);
+    PyMem_Free(slices);
+    Py_XDECREF(found);
     return not_mine();
 }
 
