@@ -807,9 +807,10 @@ write_step(Step *s)
         memcpy(s->target[m], (const char *)(intptr_t)s->address[r], (size_t)(run * bytes));
         s->target[m] += run * bytes;
         for (r += run; run > 0; run--) {
-            while (!s->mask[at])
+            while (at < s->tokens && !s->mask[at]) /* bounded: it may be written to meanwhile */
                 s->order[text++] = at++;
-            s->order[s->slot[m]++] = at++;
+            if (at < s->tokens)
+                s->order[s->slot[m]++] = at++;
         }
     }
     while (at < s->tokens)
