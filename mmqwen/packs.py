@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from mmqwen.modalities import ROW_DTYPES
-from mmqwen_kernels import HostRows
+from mmqwen_kernels import HostRows, native
 
 _MAGIC = 0x6D6D7177656E3032  # "mmqwen02"
 _HEADER_WORDS = 4
@@ -44,6 +44,7 @@ _BEGIN_MASK = (1 << _BEGIN_BITS) - 1
 MAX_WIDTH = (1 << _WIDTH_BITS) - 1
 MAX_MODALITY = (1 << _MODALITY_BITS) - 1
 _DTYPES = tuple(getattr(torch, name) for name in ROW_DTYPES)
+DTYPE_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
 
 class PackError(ValueError):
@@ -155,7 +156,7 @@ def _lay_out(
     directory_at = _HEADER_WORDS + _GROUP_WORDS * len(shapes)
     filled = directory_at + 2 * total
     at = _align(filled)
-    code = _DTYPES.index(dtype)
+    code = DTYPE_CODES[dtype]
     header = [_MAGIC, total, len(shapes), code]
     first_entries: dict[int, int] = {}
     gaps: list[tuple[int, int]] = []
@@ -273,7 +274,7 @@ def open_pack(pack: torch.Tensor) -> tuple[torch.Tensor, list[tuple[int, int]]]:
 
 
 def find_rows(parts: Sequence[torch.Tensor], widths: Sequence[int], dtype: torch.dtype) -> HostRows:
-    """The addresses of all rows of many slices, by a few array operations.
+    """The addresses of all rows of many slices: by the native helper, or a few array operations.
 
     Args:
         parts: slices of directories, int64 `[n, 2]`, consecutive rows.
@@ -288,6 +289,11 @@ def find_rows(parts: Sequence[torch.Tensor], widths: Sequence[int], dtype: torch
             past its pack, or holds rows of another dtype.
         ValueError: a modality index is unknown, or rows have another width.
     """
+    if native.helper is not None:
+        found = native.helper.find_rows(list(parts), tuple(widths), DTYPE_CODES.get(dtype, -1))
+        if found is not None:
+            words = np.frombuffer(found, dtype=np.int64)
+            return HostRows(words[len(words) // 2 :], words[: len(words) // 2])
     tables, counts, begins, ends = [], [], [], []
     for part in parts:
         if part.dtype != torch.int64 or part.ndim != 2 or part.shape[1] != 2 or not part.is_cpu:
@@ -314,7 +320,7 @@ def find_rows(parts: Sequence[torch.Tensor], widths: Sequence[int], dtype: torch
     if not tables:
         nothing = np.empty(0, dtype=np.int64)
         return HostRows(nothing, nothing)
-    code = _DTYPES.index(dtype)
+    code = DTYPE_CODES[dtype]
     if len(tables) == 1:
         entries, begin, end = tables[0][:, 1], begins[0], ends[0]
     else:

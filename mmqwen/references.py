@@ -1,7 +1,7 @@
 """Rows by reference: signed tokens that stand for rows sent before. Standard library only.
 
 A server that was asked to gives a token for the rows of each message; a later message holds the
-token in the place of its rows. Why a token is made so: docs/adr/0007-rows-by-reference.md.
+token in the place of its rows. Why a token is made so: docs/adr/0008-rows-by-reference.md.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ def test_report_is_json_and_names_what_matters(capsys, monkeypatch):
     assert found["versions"]["torch"]
     assert found["devices"]
     assert ":" in found["backend"], "the backend comes with its reason"
+    assert "in use" in found["native_helper"], "and so does the native helper"
     assert "secret" not in text
 
 
@@ -39,6 +40,21 @@ def test_broken_parts_are_reported_not_raised(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "_imports", lambda: {"vllm": "ImportError: boom"})
     assert main(["doctor"]) == 0
     assert "torchvision::nms" in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.parametrize(("value", "line"), [("0", "MMQWEN_NATIVE=0"), (None, "compiled")])
+def test_the_native_helper_is_named_with_a_reason(monkeypatch, value, line):
+    from mmqwen_kernels import native
+
+    if value is None:
+        monkeypatch.delenv("MMQWEN_NATIVE", raising=False)
+    else:
+        monkeypatch.setenv("MMQWEN_NATIVE", value)
+    helper, reason = native._load()
+    monkeypatch.setattr(native, "helper", helper)
+    monkeypatch.setattr(native, "_reason", reason)
+    assert line in doctor._native()
+    assert doctor._native().startswith("in use" if helper else "not in use, Python does its work")
 
 
 def test_an_import_that_crashes_is_a_line(monkeypatch, tmp_path):

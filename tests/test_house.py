@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = [*ROOT.glob("mmqwen/**/*.py"), *ROOT.glob("kernels/mmqwen_kernels/*.py")]
+FILES = [*ROOT.glob("mmqwen/**/*.py"), *ROOT.glob("kernels/mmqwen_kernels/**/*.py")]
 
 LAYERS = (
     ("cli", "serve", "doctor", "pipeline", "engines", "named_rows", "sampling", "demo", "training"),

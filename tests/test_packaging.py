@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -18,13 +19,17 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import mmqwen
+from native_builds import compiler
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "mmqwen", "kernels")
 
 
-def run(*command: str, cwd: Path) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+def run(*command: str, cwd: Path, **variables: str) -> str:
+    environment = {**os.environ, **variables}
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment
+    )
     assert done.returncode == 0, f"{command}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
     return done.stdout
 
@@ -32,17 +37,21 @@ def run(*command: str, cwd: Path) -> str:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     """The wheel, built in a copy: a checkout's `build/` would bring in files long deleted."""
-    folder = tmp_path_factory.mktemp("source")
-    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    folder = copy_of_sources(tmp_path_factory.mktemp("source"))
+    # Without --wheel the wheel is built from the sdist, so a file that the sdist lacks shows.
+    run(sys.executable, "-m", "build", "--no-isolation", cwd=folder)
+    (found,) = (folder / "dist").glob("*.whl")
+    return found
+
+
+def copy_of_sources(folder: Path) -> Path:
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so")
     for name in SOURCES:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=ignore)
         else:
             shutil.copyfile(ROOT / name, folder / name)
-    # Without --wheel the wheel is built from the sdist, so a file that the sdist lacks shows.
-    run(sys.executable, "-m", "build", "--no-isolation", cwd=folder)
-    (found,) = (folder / "dist").glob("*.whl")
-    return found
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +107,53 @@ def test_every_module_is_in_the_wheel(wheel):
     assert {"mmqwen/py.typed", "mmqwen_kernels/py.typed"} <= packed
     tops = {name.split("/")[0] for name in packed if ".dist-info" not in name}
     assert tops == {"mmqwen", "mmqwen_kernels"}
+
+
+NATIVE = "mmqwen_kernels/native/_native.abi3.so"
+SHOW_NATIVE = "from mmqwen_kernels import native; print(native.select_native())"
+
+
+def test_one_wheel_with_the_native_helper_serves_every_python(wheel, target):
+    """abi3: the interpreter that runs it need not be the one that it was compiled for."""
+    assert "-cp311-abi3-" in wheel.name
+    if compiler() is None:
+        pytest.skip("no C compiler")
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    assert NATIVE in packed
+    assert not any(name.endswith(".c") for name in packed)
+    out = in_target(target, SHOW_NATIVE)
+    assert "in_use=True, reason='compiled'" in out
+
+
+def test_the_installed_wheel_needs_no_compiler(target):
+    assert (target / NATIVE).exists() == (compiler() is not None)
+    out = in_target(
+        target,
+        "import os; os.environ.update(PATH='', CC='/nowhere/cc')\n" + SHOW_NATIVE + "\n"
+        "import torch; from mmqwen.packs import *; from mmqwen_kernels import plan_rows\n"
+        "part = directory(pack_rows([(0, torch.ones(2, 3))]))\n"
+        "rows = find_rows([part], [3], torch.float32)\n"
+        "mask = torch.tensor([True, False, True])\n"
+        "plan = plan_rows(rows, mask, 3, [3], dtype=torch.float32, device='cpu')\n"
+        "print(plan.order.tolist(), plan.rows[0].sum().item())",
+    )
+    assert f"in_use={compiler() is not None}" in out
+    assert "[1, 0, 2] 6.0" in out
+
+
+def test_without_a_compiler_the_build_goes_on_without_the_helper(tmp_path):
+    folder = copy_of_sources(tmp_path)
+    run(
+        sys.executable, "-m", "build", "--no-isolation", "--wheel", cwd=folder, CC="false",
+        CXX="false",
+    )  # fmt: skip
+    (found,) = (folder / "dist").glob("*.whl")
+    packed = set(zipfile.ZipFile(found).namelist())
+    assert NATIVE not in packed
+    assert "mmqwen_kernels/native/__init__.py" in packed
+    place = tmp_path / "installed"
+    zipfile.ZipFile(found).extractall(place)
+    assert "in_use=False, reason='not compiled'" in in_target(place, SHOW_NATIVE)
 
 
 def test_metadata(target):

@@ -9,7 +9,8 @@ they are. A modality's rows travel or stay, never both.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import struct
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from mmqwen_kernels import native
 from mmqwen_kernels.row_tables import (
     ALIGN_BYTES,
     ENTRY_BYTES,
@@ -159,6 +161,10 @@ def plan_rows(
         device = torch.device("cuda", torch.cuda.current_device())
     if len(widths) > MAX_MODALITIES:
         raise ValueError(f"{len(widths)} modalities, expected {MAX_MODALITIES} at most")
+    if isinstance(sources, HostRows) and native.helper is not None:
+        made = _plan_natively(sources, slots, num_tokens, widths, dtype, device)
+        if made is not None:
+            return made
     text, positions = _split_tokens(slots, num_tokens)
     parts: list[list[torch.Tensor]] = [[] for _ in widths]
     if isinstance(sources, HostRows):
@@ -178,9 +184,45 @@ def plan_rows(
         _check_total(sum(counts), positions)
         if max(counts, default=0) < len(positions):
             positions = _grouped(positions, runs, len(widths))
-    plan = _lay_out(parts, address, counts, text, positions, widths, dtype, device)
+
+    def write(raw: np.ndarray, order_at: int, rows_at: list[int]) -> None:
+        """`positions` are grouped by modality, and so is `address`, of the rows that travel."""
+        order = raw[order_at : order_at + 8 * num_tokens].view(np.int64)
+        order[: len(text)] = text
+        order[len(text) :] = positions
+        first = 0
+        for m, count in enumerate(counts):
+            if rows_at[m] >= 0:
+                copy_rows(raw, rows_at[m], address[first : first + count], widths[m] * itemsize)
+                first += count
+
+    itemsize = dtype.itemsize
+    plan = _lay_out(parts, counts, num_tokens, widths, dtype, device, write)
     del held  # copied now
     return plan
+
+
+def _plan_natively(
+    rows: HostRows,
+    slots: torch.Tensor | np.ndarray | Sequence[int],
+    num_tokens: int,
+    widths: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> RowPlan | None:
+    """The plan of rows by address and a mask; None: look at it in Python, which may refuse it."""
+    modality, address = rows
+    counts = native.helper.count_rows(address, modality, slots, num_tokens, len(widths))
+    if counts is None:
+        return None
+    row_bytes = tuple([width * dtype.itemsize for width in widths])
+
+    def write(raw: np.ndarray, order_at: int, rows_at: list[int]) -> None:
+        native.helper.write_rows(
+            address, modality, slots, raw, counts, row_bytes, order_at, rows_at
+        )
+
+    return _lay_out([[]] * len(widths), counts, num_tokens, widths, dtype, device, write)
 
 
 def plan_of_rows(rows: torch.Tensor) -> RowPlan:
@@ -321,25 +363,24 @@ def _refuse(modality: int, rows: torch.Tensor, widths: Sequence[int]) -> None:
 
 
 def _lay_out(
-    parts: list[list[torch.Tensor]],
-    address: np.ndarray,
+    parts: Sequence[Sequence[torch.Tensor]],
     counts: Sequence[int],
-    text: np.ndarray,
-    positions: np.ndarray,
+    num_tokens: int,
     widths: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
+    write: Callable[[np.ndarray, int, list[int]], None],
 ) -> RowPlan:
     """One buffer: [entries][row addresses][order][rows of modality 0] ...
 
-    `positions` are grouped by modality, and so is `address`, of the rows that travel.
+    `write(raw, order_at, rows_at)` writes the order of the tokens and the rows that travel.
     """
-    itemsize, total = dtype.itemsize, len(positions)
-    by_address = any(len(part) > 1 or any(map(is_far, part)) for part in parts)
+    itemsize, total = dtype.itemsize, sum(counts)
+    by_address = any(len(part) > 1 or is_far(part[0]) for part in parts if part)
     entries_here = num_entries(len(counts))
     addresses_at = entries_here * ENTRY_BYTES
     order_at = addresses_at + (aligned(8 * total) if by_address else 0)
-    rows_at, size = [-1] * len(widths), order_at + 8 * (len(text) + total)
+    rows_at, size = [-1] * len(widths), order_at + 8 * num_tokens
     for m, count in enumerate(counts):
         if count and not parts[m]:
             size = rows_at[m] = aligned(size)
@@ -353,14 +394,7 @@ def _lay_out(
         up = uploader(device)
         staging = up.lend(size)
         raw = staging.bytes
-    order = raw[order_at : order_at + 8 * (len(text) + total)].view(np.int64)
-    order[: len(text)] = text
-    order[len(text) :] = positions
-    first = 0
-    for m, count in enumerate(counts):
-        if rows_at[m] >= 0:
-            copy_rows(raw, rows_at[m], address[first : first + count], widths[m] * itemsize)
-            first += count
+    write(raw, order_at, rows_at)
 
     spans: list[list[Span]] = []
     align = ALIGN_BYTES
@@ -370,9 +404,9 @@ def _lay_out(
         nonlocal align
         for part, width, at, count in zip(parts, widths, rows_at, counts, strict=True):
             here = [(base + at, width, count)] if at >= 0 else []
-            spans.append([span_of(rows, width) for rows in part] or here)
+            spans.append([span_of(rows, width) for rows in part] if part else here)
         entries, addresses, align = tables_of(spans, counts, widths, itemsize, by_address)
-        raw[: entries.nbytes].view(np.int64)[:] = entries.reshape(-1)
+        struct.pack_into(f"{len(entries)}q", raw.data, 0, *entries)
         if addresses is not None:
             raw[addresses_at : addresses_at + 8 * total].view(np.int64)[:] = addresses
 
@@ -384,7 +418,7 @@ def _lay_out(
     return RowPlan(
         counts=tuple(counts),
         widths=tuple(widths),
-        num_tokens=len(text) + total,
+        num_tokens=num_tokens,
         dtype=dtype,
         parts=tuple(map(tuple, parts)),
         buffer=moved,

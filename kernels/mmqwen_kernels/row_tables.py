@@ -40,31 +40,31 @@ def tables_of(
     widths: Sequence[int],
     itemsize: int,
     by_address: bool,
-) -> tuple[np.ndarray, np.ndarray | None, int]:
-    """The entries `[A, 8]` (see `triton_kernels.py`), the row addresses `[R]` if wanted, and the
-    alignment in bytes."""
-    active = [m for m, count in enumerate(counts) if count]
-    table: list[tuple[int, ...]] = []
+) -> tuple[list[int], np.ndarray | None, int]:
+    """The entries `[A, 8]` (see `triton_kernels.py`), flat; the row addresses `[R]` if wanted; and
+    the alignment in bytes."""
+    table: list[int] = []
     first, align = 0, ALIGN_BYTES
-    for m in active:
+    for m, (count, width) in enumerate(zip(counts, widths, strict=True)):
+        if not count:
+            continue
         address, stride, _ = spans[m][0]
-        table.append((m, first, counts[m], address, stride, 0, 0, 0))
-        first += counts[m]
-        align = math.gcd(align, widths[m] * itemsize)
+        table += (m, first, count, address, stride, 0, 0, 0)
+        first += count
+        align = math.gcd(align, width * itemsize)
         if not by_address:
             align = math.gcd(align, address, stride * itemsize)
-    table += [(0,) * ENTRY_FIELDS] * (num_entries(len(counts)) - len(table))
-    entries = np.array(table, dtype=np.int64)
+    table += [0] * (ENTRY_FIELDS * num_entries(len(counts)) - len(table))
     if not by_address:
-        return entries, None, align
-    flat = [span for m in active for span in spans[m]]
+        return table, None, align
+    flat = [span for of, count in zip(spans, counts, strict=True) if count for span in of]
     bases, steps, rows = np.array(flat, dtype=np.int64).T
     steps = steps * itemsize
     # Row r of the step lies r steps behind where row 0 would, if its part began there.
     origins = bases - (rows.cumsum() - rows) * steps
     addresses = np.arange(first, dtype=np.int64) * steps.repeat(rows)
     addresses += origins.repeat(rows)
-    return entries, addresses, math.gcd(align, *bases.tolist(), *steps.tolist())
+    return table, addresses, math.gcd(align, *bases.tolist(), *steps.tolist())
 
 
 def aligned(at: int) -> int:

@@ -517,7 +517,7 @@ def _project_down_kernel(
     out_stride = out_stride // ALIGN * ALIGN
     table_stride = table_stride // ALIGN * ALIGN
     columns = columns // ALIGN * ALIGN
-    # Triton's own dispatch takes an address below 2^31 for an int32, which the branch cannot change.
+    # Triton's own dispatch takes an address below 2^31 for an int32, which no branch can change.
     w_address, b_address = w_address.to(tl.int64), b_address.to(tl.int64)
     pid = tl.program_id(0)
     if NUM_ENTRIES == 1:

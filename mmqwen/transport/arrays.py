@@ -130,8 +130,11 @@ def array_to_tensor(array: np.ndarray) -> torch.Tensor:
     if array.dtype.name == "bfloat16":
         bits = np.ascontiguousarray(array).view(np.int16)
         return torch.from_numpy(bits if bits.flags.writeable else bits.copy()).view(torch.bfloat16)
-    # torch takes neither negative strides nor, without a warning, read-only memory.
-    if not (array.flags.c_contiguous and array.flags.writeable):
+    # torch takes neither negative strides (which a single row may have and be contiguous) nor,
+    # without a warning, read-only memory.
+    flags, size = array.flags, array.itemsize
+    odd = any(stride < 0 or stride % size for stride in array.strides)
+    if odd or not (flags.c_contiguous and flags.writeable):
         array = array.copy()
     return torch.from_numpy(array)
 

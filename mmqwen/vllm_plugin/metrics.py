@@ -7,12 +7,12 @@ Latencies are vLLM's own: see `vllm:time_to_first_token_seconds`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from prometheus_client import Counter
+    from prometheus_client import Counter, Gauge
 
 
 @cache
@@ -35,9 +35,9 @@ def _counters() -> dict[str, Counter]:
 
 
 @cache
-def _child(kind: str, modality: str) -> Any:
-    # labels() takes a lock and costs more than the increment.
-    return _counters()[kind].labels(modality)
+def _adders(modality: str) -> tuple[Callable[[float], None], ...]:
+    """What adds to a modality's items, rows and bytes: labels() costs more than the increment."""
+    return tuple(_counters()[kind].labels(modality).inc for kind in ("items", "rows", "bytes"))
 
 
 def count_accepted(accepted: Iterable[tuple[str, int, int, int]]) -> None:
@@ -48,9 +48,10 @@ def count_accepted(accepted: Iterable[tuple[str, int, int, int]]) -> None:
     """
     _counters()["requests"].inc()
     for name, items, rows, nbytes in accepted:
-        _child("items", name).inc(items)
-        _child("rows", name).inc(rows)
-        _child("bytes", name).inc(nbytes)
+        add_items, add_rows, add_bytes = _adders(name)
+        add_items(items)
+        add_rows(rows)
+        add_bytes(nbytes)
 
 
 def count_refusal(reason: str) -> None:
@@ -73,8 +74,25 @@ def count_references(result: str, number: int) -> None:
         _counters()["references"].labels(result).inc(number)
 
 
-def prepare(modalities: Iterable[str]) -> None:
-    """Make the counters appear, at zero, before the first request."""
+@cache
+def _native_gauge() -> Gauge:
+    from prometheus_client import Gauge
+
+    return Gauge(
+        "mmqwen_native_helper",
+        "1 where rows are packed by the native helper, 0 where Python packs them.",
+        multiprocess_mode="livemin",
+    )
+
+
+def prepare(modalities: Iterable[str], native: bool) -> None:
+    """Make the counters appear, at zero, before the first request.
+
+    Args:
+        modalities: their names.
+        native: whether the native helper is in use; of several processes, whether in all.
+    """
+    _native_gauge().set(int(native))
     counters = _counters()
     for name in modalities:
         for kind in ("items", "rows", "bytes"):

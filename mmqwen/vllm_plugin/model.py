@@ -37,7 +37,8 @@ from mmqwen.vllm_plugin import compat
 from mmqwen.vllm_plugin.compat.text_model import build_text_model, plain_table
 from mmqwen.vllm_plugin.engine_config import refuse_drafter
 from mmqwen.vllm_plugin.modality_table import modality_table, text_config_of
-from mmqwen.vllm_plugin.processing import DummyInputs, PackingProcessor, ProcessingInfo
+from mmqwen.vllm_plugin.parsing import DummyInputs, ProcessingInfo
+from mmqwen.vllm_plugin.processing import PackingProcessor
 from mmqwen.vllm_plugin.projector import ModalityProjectors
 from mmqwen_kernels import RowPlan, fuse_embeddings, plan_rows, select_backend, warm_up
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections import UserDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, cached_property, partial
 from itertools import pairwise
 from os import urandom
+from struct import pack as to_bytes
 from typing import Any
 
 import numpy as np
@@ -19,22 +21,14 @@ from vllm.multimodal.inputs import (
     MultiModalKwargsItems,
     PlaceholderRange,
 )
-from vllm.multimodal.parse import ModalityDataItems, MultiModalDataItems, MultiModalDataParser
-from vllm.multimodal.processing import (
-    BaseDummyInputsBuilder,
-    BaseMultiModalProcessor,
-    BaseProcessingInfo,
-)
+from vllm.multimodal.processing import BaseMultiModalProcessor
 
 from mmqwen import transport
 from mmqwen.modalities import Expansion, ModalityError, ModalitySpec, expand_markers
-from mmqwen.packs import allocate_pack
-from mmqwen.tokens import add_placeholder_tokens
+from mmqwen.packs import DTYPE_CODES, allocate_pack
 from mmqwen.vllm_plugin import compat
-from mmqwen.vllm_plugin.modality_table import modality_table
-
-PACK_MODALITY = "mmqwen_pack"
-"""vLLM's name for the one item that carries a message's rows; users never see it."""
+from mmqwen.vllm_plugin.parsing import PACK_MODALITY, ModalityItems, ProcessingInfo, RowsParser
+from mmqwen_kernels import native
 
 CUT_GAP = 256
 """Text tokens between two rows from which a new pack begins.
@@ -47,113 +41,12 @@ prefill of some hundreds of tokens costs.
 TURN_TOKENS = ("<|im_end|>", "<|endoftext|>")
 """Spellings that end a message: packs never reach across one, so earlier turns stay cached."""
 
+Span = tuple[torch.Tensor, list[int], int, int, torch.Tensor | bytearray | None]
+"""A pack, the rows of each of its items, where in the prompt it begins, how far it reaches, and
+which of those tokens are rows (None: all), as bools."""
 
-class ModalityItems(ModalityDataItems[torch.Tensor, torch.Tensor]):
-    """The items of one modality, checked but for their values.
-
-    Attributes:
-        data: all rows `[R, d]` in the dtype in which they came.
-        counts: rows of each item.
-    """
-
-    def __init__(self, rows: torch.Tensor, counts: list[int], modality: str) -> None:
-        super().__init__(rows, modality)
-        self.counts = counts
-
-    def get_count(self) -> int:
-        return len(self.counts)
-
-    def get(self, index: int) -> torch.Tensor:
-        begin = sum(self.counts[:index])
-        return self.data[begin : begin + self.counts[index]]
-
-    def get_processor_data(self) -> Mapping[str, object]:
-        return {}
-
-    def get_passthrough_data(self) -> Mapping[str, object]:
-        return {}
-
-
-class RowsParser(MultiModalDataParser):
-    """`multi_modal_data` -> joined rows, under the user's own modality names."""
-
-    def __init__(self, specs: Mapping[str, ModalitySpec]) -> None:
-        super().__init__()
-        self._specs = specs
-
-    def parse_mm_data(self, mm_data: Mapping[str, Any]) -> MultiModalDataItems:
-        """See `join` for what is accepted."""
-        return MultiModalDataItems(self.join(mm_data))
-
-    def join(self, mm_data: Mapping[str, Any]) -> dict[str, ModalityItems]:
-        """See `transport.join_items` for what is accepted; values are looked at when packed.
-
-        Raises:
-            EmbeddingError: an unknown modality, or an item that cannot be served.
-        """
-        items: dict[str, ModalityItems] = {}
-        for name, value in mm_data.items():
-            spec = self._specs.get(name)
-            if spec is None:
-                transport.refuse_unknown(name, self._specs)
-            rows, counts = transport.join_items(transport.as_items(value, name), spec)
-            items[name] = ModalityItems(rows, counts, name)
-        return items
-
-
-class ProcessingInfo(BaseProcessingInfo):
-    """What vLLM asks about the model's inputs."""
-
-    @cached_property
-    def specs(self) -> dict[str, ModalitySpec]:
-        return modality_table(self.ctx.model_config)
-
-    def get_tokenizer(self) -> Any:
-        tokenizer = super().get_tokenizer()
-        add_placeholder_tokens(tokenizer, self.specs)
-        return tokenizer
-
-    def get_hf_processor(self, **kwargs: object) -> Any:
-        """The tokenizer: no other part of an HF processor is needed to serve."""
-        return self.get_tokenizer()
-
-    def get_data_parser(self) -> MultiModalDataParser:
-        return RowsParser(self.specs)
-
-    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        return {**dict.fromkeys(self.specs, None), PACK_MODALITY: None}
-
-    def validate_num_items(self, modality: str, num_items: int) -> None:
-        """Refuse more items than `--limit-mm-per-prompt` allows, where the user set a limit.
-
-        vLLM's own default of 999 items is no limit of ours: items cost nothing each here.
-        """
-        if modality in (self.ctx.get_mm_config().limit_per_prompt or {}):
-            super().validate_num_items(modality, num_items)
-
-    def get_mm_max_tokens_per_item(
-        self, seq_len: int, mm_counts: Mapping[str, int]
-    ) -> Mapping[str, int]:
-        return {PACK_MODALITY: seq_len}
-
-
-class DummyInputs(BaseDummyInputsBuilder[ProcessingInfo]):
-    """The largest input, for profiling: rows of the widest modality as long as the sequence."""
-
-    def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
-        return ""
-
-    def get_dummy_mm_data(
-        self, seq_len: int, mm_counts: Mapping[str, int], *args: Any, **kwargs: Any
-    ) -> Mapping[str, Any]:
-        spec = max(self.info.specs.values(), key=lambda spec: spec.dim)
-        # Half: the expanded prompt needs room to generate.
-        remaining = max(1, seq_len // 2)
-        counts: list[int] = []
-        while remaining > 0:
-            counts.append(min(remaining, spec.max_rows))
-            remaining -= counts[-1]
-        return {spec.name: [torch.zeros(count, spec.dim) for count in counts]}
+Accepted = tuple[str, int, int, int]
+"""Of one modality of a prompt: its name, items, rows, and bytes of the rows as they came."""
 
 
 class PackingProcessor(BaseMultiModalProcessor[ProcessingInfo]):
@@ -179,6 +72,46 @@ class PackingProcessor(BaseMultiModalProcessor[ProcessingInfo]):
             token_ids = compat.prompt_token_ids(inputs, self.info)
             return self.pack(token_ids, dict(inputs.mm_data_items.items()))
 
+    def process(
+        self, token_ids: list[int], mm_data: Mapping[str, Any]
+    ) -> tuple[Any, list[Accepted]]:
+        """vLLM's input of a prompt with one marker, or none at all, per item; and what came.
+
+        Raises:
+            EmbeddingError, ModalityError: as `join` and `pack`.
+            ValueError: more items than `--limit-mm-per-prompt` allows.
+        """
+        if native.helper is not None:
+            made = self._process_natively(token_ids, mm_data)
+            if made is not None:
+                return made
+        with compat.single_threaded():
+            items = self.join(mm_data)
+            processed = self.pack(token_ids, items)
+        return processed, [
+            (name, len(entry.counts), len(entry.data), entry.data.nbytes)
+            for name, entry in items.items()
+        ]
+
+    def _process_natively(
+        self, token_ids: list[int], mm_data: Mapping[str, Any]
+    ) -> tuple[Any, list[Accepted]] | None:
+        """`process` by the native helper; None: look at it in Python, which may refuse it."""
+        rows = self._native_table
+        if self._limited or not mm_data.keys() <= rows.keys():
+            return None
+        table = [(*rows[name], value) for name, value in mm_data.items()]
+        if len(rows) > len(table):
+            table += [(*row, ()) for name, row in rows.items() if name not in mm_data]
+        made = native.helper.pack_message(
+            token_ids, table, self._turn_ids, CUT_GAP, self._max_tokens, DTYPE_CODES[self._dtype]
+        )
+        if made is None:
+            return None
+        expanded, spans, came = made
+        accepted = [(name, *found) for name, found in zip(mm_data, came, strict=False)]
+        return self._assemble(expanded, spans), accepted
+
     def join(self, mm_data: Mapping[str, Any]) -> dict[str, ModalityItems]:
         """What a prompt brings, joined by modality; see `RowsParser.join`.
 
@@ -203,12 +136,13 @@ class PackingProcessor(BaseMultiModalProcessor[ProcessingInfo]):
             token_ids, self._specs, {name: entry.counts for name, entry in items.items()}
         )
         self._check_length(expansion.token_ids, items)
+        return self._assemble(expansion.token_ids, self._spans(expansion, items))
+
+    def _spans(self, expansion: Expansion, items: Mapping[str, ModalityItems]) -> Iterator[Span]:
+        """What is packed together; the native helper's `pack_message` does the same."""
         marked = expansion.unmarked < len(expansion.names)
         tokens = np.asarray(expansion.token_ids, dtype=np.int64) if marked else None
         left = {name: entry.data for name, entry in items.items() if entry.counts}
-        packs: list[torch.Tensor] = []
-        hashes: list[str] = []
-        ranges: list[PlaceholderRange] = []
         for first, last in self._cut(expansion, tokens):
             counts = expansion.counts[first:last]
             if marked:
@@ -218,8 +152,6 @@ class PackingProcessor(BaseMultiModalProcessor[ProcessingInfo]):
                 needed = {name: len(rows) for name, rows in left.items()}
                 order, runs = list(needed), list(needed.values())
             pack = self._fill(order, runs, needed, left, items)
-            packs.append(pack)
-            hashes.append(self._name(pack, counts))
             offset = expansion.starts[first]
             length = expansion.starts[last - 1] + counts[-1] - offset
             mask = None
@@ -227,9 +159,20 @@ class PackingProcessor(BaseMultiModalProcessor[ProcessingInfo]):
                 assert tokens is not None
                 inside = tokens[offset : offset + length]
                 mask = torch.from_numpy(self._is_placeholder.take(inside, mode="clip"))
+            yield pack, counts, offset, length, mask
+
+    def _assemble(self, token_ids: list[int], spans: Iterable[Span]) -> Any:
+        packs: list[torch.Tensor] = []
+        hashes: list[str] = []
+        ranges: list[PlaceholderRange] = []
+        for pack, counts, offset, length, mask in spans:
+            if isinstance(mask, bytearray):
+                mask = torch.frombuffer(mask, dtype=torch.bool)
+            packs.append(pack)
+            hashes.append(self._name(pack, counts))
             ranges.append(PlaceholderRange(offset=offset, length=length, is_embed=mask))
         return mm_input(
-            prompt_token_ids=expansion.token_ids,
+            prompt_token_ids=token_ids,
             mm_kwargs=_kwargs_items(packs),
             mm_hashes={PACK_MODALITY: hashes},
             mm_placeholders={PACK_MODALITY: ranges},
@@ -305,12 +248,28 @@ class PackingProcessor(BaseMultiModalProcessor[ProcessingInfo]):
         return self._table_of([s.token_id for s in self._specs.values() if s.token_id is not None])
 
     @cached_property
-    def _ends_turn(self) -> np.ndarray:
+    def _turn_ids(self) -> tuple[int, ...]:
         vocab = self.info.get_tokenizer().get_vocab()
-        return self._table_of([vocab[token] for token in TURN_TOKENS if token in vocab])
+        return tuple(vocab[token] for token in TURN_TOKENS if token in vocab)
+
+    @cached_property
+    def _ends_turn(self) -> np.ndarray:
+        return self._table_of(self._turn_ids)
+
+    @cached_property
+    def _native_table(self) -> dict[str, tuple[int, int | None, int, int]]:
+        """What the native helper is told of each modality."""
+        return {
+            name: (at, spec.token_id, spec.dim, spec.max_rows)
+            for at, (name, spec) in enumerate(self._specs.items())
+        }
+
+    @cached_property
+    def _max_tokens(self) -> int:
+        return int(self.info.ctx.model_config.max_model_len)
 
     def _check_length(self, token_ids: Sequence[int], items: Mapping[str, ModalityItems]) -> None:
-        limit = self.info.ctx.model_config.max_model_len
+        limit = self._max_tokens
         if len(token_ids) > limit:
             rows = {name: sum(entry.counts) for name, entry in items.items()}
             raise ModalityError(
@@ -347,12 +306,28 @@ _FIELDS = {"pack": MultiModalFieldConfig.batched(PACK_MODALITY, keep_on_cpu=True
 _FIELD = _FIELDS["pack"].field
 
 
+PLAIN_DICTS = (
+    MultiModalKwargsItem.__init__ is UserDict.__init__
+    and MultiModalKwargsItems.__init__ is UserDict.__init__
+)
+"""Whether vLLM's dicts are made by `UserDict`, which looks at what it is given for 1 us each."""
+
+
+def _dict_of(kind: Any, data: dict[str, Any]) -> Any:
+    if not PLAIN_DICTS:
+        return kind(data)
+    made = kind.__new__(kind)
+    made.data = data
+    return made
+
+
 def _kwargs_items(packs: Sequence[torch.Tensor]) -> MultiModalKwargsItems:
     # Each pack in a list of its own: vLLM stacks (copies) bare tensors of equal length.
     members = [
-        MultiModalKwargsItem({"pack": MultiModalFieldElem([pack], _FIELD)}) for pack in packs
+        _dict_of(MultiModalKwargsItem, {"pack": MultiModalFieldElem([pack], _FIELD)})
+        for pack in packs
     ]
-    return MultiModalKwargsItems({PACK_MODALITY: members} if members else {})
+    return _dict_of(MultiModalKwargsItems, {PACK_MODALITY: members} if members else {})
 
 
 def _total_by_name(names: Sequence[str], counts: Sequence[int]) -> dict[str, int]:
@@ -375,16 +350,16 @@ def content_hash(pack: torch.Tensor, counts: Sequence[int], algorithm: str = "bl
         counts: rows of each item.
         algorithm: "blake3", or a name that hashlib knows.
     """
-    boundaries = np.asarray([*counts, len(counts)], dtype="<i8")
-    digest = _new_hash(algorithm)
-    digest.update(pack.numpy().view(np.uint8).data)
-    digest.update(boundaries.tobytes() + b"mmqwen-pack-3\0")
+    digest = _hash_of(algorithm)(pack.numpy().view(np.uint8).data)
+    digest.update(to_bytes(f"<{len(counts) + 1}q", *counts, len(counts)) + b"mmqwen-pack-3\0")
     return str(digest.hexdigest())
 
 
-def _new_hash(algorithm: str) -> Any:
+@cache
+def _hash_of(algorithm: str) -> Callable[[Any], Any]:
+    """What makes a hash of a first piece."""
     if algorithm == "blake3":
         from blake3 import blake3
 
-        return blake3()
-    return hashlib.new(algorithm)
+        return blake3
+    return partial(hashlib.new, algorithm)

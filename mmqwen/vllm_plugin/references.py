@@ -1,6 +1,6 @@
 """Rows by reference in a vLLM front end: which packs are held, for whom, and prompts made of them.
 
-See docs/adr/0007-rows-by-reference.md.
+See docs/adr/0008-rows-by-reference.md.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,9 @@ from mmqwen.vllm_plugin.engine_config import settle_references
 from mmqwen.vllm_plugin.limits import wire_limits
 from mmqwen.vllm_plugin.metrics import count_accepted, count_refusal, prepare
 from mmqwen.vllm_plugin.modality_table import is_ours, modality_table
+from mmqwen.vllm_plugin.processing import Accepted
 from mmqwen.vllm_plugin.references import LEDGER, LOST, HeldPacks, References
+from mmqwen_kernels.native import select_native
 
 logger = init_logger("vllm.mmqwen.renderer")
 
@@ -61,7 +63,10 @@ class MultimodalQwen3Renderer(HookedRenderer):
                 self._other_kinds.add("prompt_embeds")
             if tokenizer is not None:
                 add_placeholder_tokens(tokenizer, self._specs)
-            prepare(self._specs)
+            helper = select_native()
+            state = "in use" if helper.in_use else "not in use, Python packs rows"
+            logger.info("Native helper: %s (%s)", state, helper.reason)
+            prepare(self._specs, helper.in_use)
             compat.guard_batch(partial(_look_at_line, self._specs))
         super().__init__(config, tokenizer)
         if self._specs and self.mm_processor is not None:  # None: --language-model-only
@@ -174,15 +179,14 @@ class MultimodalQwen3Renderer(HookedRenderer):
 
     # -- every prompt ---------------------------------------------------------------------------
 
-    @contextmanager
-    def tokens_looked_at(self, prompt: Any) -> Iterator[None]:
+    def tokens_looked_at(self, prompt: Any) -> AbstractContextManager[None]:
         """Check the prompt first; count what is refused then and after."""
         if not self._specs:
-            yield
-            return
-        with _refusals_counted():
+            return nullcontext()
+        counted = _refusals_counted()
+        with counted:
             self._check(prompt)
-            yield
+        return counted
 
     def pack(self, prompt: Any, mm_data: Any, dry: bool = False) -> Any:
         """Packs, without what serves other processors: ids, timing, cache statistics.
@@ -191,7 +195,7 @@ class MultimodalQwen3Renderer(HookedRenderer):
         """
         if not self._specs or isinstance(prompt, str):
             return None
-        accepted: list[tuple[str, int, int, int]] = []
+        accepted: list[Accepted] = []
         pack = partial(self._pack_rows, accepted)
         if self._references is not None and isinstance(mm_data, ChatRows) and mm_data.turns:
             processed = self._references.render(prompt, mm_data, pack, dry=dry)
@@ -200,18 +204,10 @@ class MultimodalQwen3Renderer(HookedRenderer):
         count_accepted(accepted)
         return processed
 
-    def _pack_rows(
-        self, accepted: list[tuple[str, int, int, int]], prompt: Any, mm_data: Any
-    ) -> Any:
+    def _pack_rows(self, accepted: list[Accepted], prompt: Any, mm_data: Any) -> Any:
         """A prompt, or a stretch of one, whose rows came with it; what is accepted is noted."""
-        processor = self.get_mm_processor()
-        with compat.single_threaded():
-            items = processor.join(mm_data)
-            processed = processor.pack(prompt, items)
-        accepted += (
-            (name, len(entry.counts), len(entry.data), entry.data.nbytes)
-            for name, entry in items.items()
-        )
+        processed, found = self.get_mm_processor().process(prompt, mm_data)
+        accepted += found
         return processed
 
     def _check(self, prompt: Any) -> None:
@@ -246,26 +242,21 @@ def check_prompt_fields(prompt: Mapping[str, Any], specs: Mapping[str, ModalityS
         MessageError: a field that seems to hold rows and is none of vLLM's; `multi_modal_data` that
             is no dict; `multi_modal_uuids` in the place of rows.
     """
-    name = next(iter(specs))
-    expected = f"give items as {{'prompt': ..., 'multi_modal_data': {{{name!r}: [...]}}}}"
     found = misplaced_rows(prompt, specs, compat.prompt_fields())
-    if found is not None:
-        raise MessageError(
-            f"{found!r:.60} is no field of a prompt, what it holds would be dropped; {expected}",
-            "misplaced",
-        )
     data = prompt.get("multi_modal_data")
-    if data is not None and not isinstance(data, Mapping):
-        raise MessageError(
-            f"'multi_modal_data' is a dict from modality to items, got {type(data).__name__}; "
-            f"{expected}",
-            "misplaced",
-        )
-    if not data and prompt.get("multi_modal_uuids"):
-        raise MessageError(
-            f"'multi_modal_uuids' without items: rows are not looked up by uuid; {expected}",
-            "misplaced",
-        )
+    if found is not None:
+        problem = f"{found!r:.60} is no field of a prompt, what it holds would be dropped"
+    elif data is not None and not isinstance(data, Mapping):
+        problem = f"'multi_modal_data' is a dict from modality to items, got {type(data).__name__}"
+    elif not data and prompt.get("multi_modal_uuids"):
+        problem = "'multi_modal_uuids' without items: rows are not looked up by uuid"
+    else:
+        return
+    raise MessageError(
+        f"{problem}; give items as {{'prompt': ..., 'multi_modal_data': {{{next(iter(specs))!r}: "
+        "[...]}}",
+        "misplaced",
+    )
 
 
 def reuses_rows(config: Any) -> bool:
@@ -296,15 +287,18 @@ def _bytes_of(items: Mapping[str, Any]) -> int:
     return total
 
 
-@contextmanager
-def _refusals_counted() -> Iterator[None]:
+class _RefusalsCounted(AbstractContextManager[None]):
     """Log and count refusals. Messages repeat at most some characters of a caller's own text."""
-    try:
-        yield
-    except RowsMissing as error:  # part of the protocol, and counted where it is found
-        logger.info("Asked for rows again: %s", error)
-        raise
-    except (EmbeddingError, ModalityError) as error:
-        count_refusal(getattr(error, "reason", "markers"))
-        logger.warning("Refused a request: %s", error)
-        raise
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, RowsMissing):  # part of the protocol, and counted where it is found
+            logger.info("Asked for rows again: %s", error)
+        elif isinstance(error, (EmbeddingError, ModalityError)):
+            count_refusal(getattr(error, "reason", "markers"))
+            logger.warning("Refused a request: %s", error)
+
+
+@cache
+def _refusals_counted() -> _RefusalsCounted:
+    """One for all: it keeps nothing, and a generator's context costs a request 1.5 us each."""
+    return _RefusalsCounted()
