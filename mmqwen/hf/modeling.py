@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -16,10 +17,12 @@ from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mmqwen.checkpoint.index import drop_replaced_files
+from mmqwen.checkpoint.names import LEFT_OUT, NESTED_PREFIX
 from mmqwen.checkpoint.trained import CONFIG_FIELD, read_trained
 from mmqwen.hf.configuration import MultimodalQwen3Config
 from mmqwen.hf.generation import NO_ROWS, GeneratesWithRows, Rows
 from mmqwen.hf.loss import is_plain_head, token_loss
+from mmqwen.hf.samples import keep_samples_apart
 from mmqwen.modalities import ModalitySpec
 from mmqwen.text_models import refuse_text_model
 
@@ -94,6 +97,9 @@ class MultimodalQwen3ForConditionalGeneration(GeneratesWithRows, PreTrainedModel
     _supports_flex_attn = True
     _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 - transformers' own form
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
+        rf"^{re.escape(prefix)}" for prefix in LEFT_OUT
+    ]
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: MultimodalQwen3Config) -> None:
@@ -116,6 +122,8 @@ class MultimodalQwen3ForConditionalGeneration(GeneratesWithRows, PreTrainedModel
                 f"text model type {text.model_type!r}: {type(causal_lm).__name__} consists of "
                 f"{parts}, expected model and lm_head"
             )
+        keep_samples_apart(causal_lm)
+        self._is_stateful = bool(getattr(causal_lm, "_is_stateful", False))
         self.model, self.lm_head = causal_lm.model, causal_lm.lm_head
         # Past nn.Module's registry: its weights are this model's, under this model's names.
         self.__dict__["_causal_lm"] = causal_lm
@@ -145,8 +153,12 @@ class MultimodalQwen3ForConditionalGeneration(GeneratesWithRows, PreTrainedModel
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """As transformers does; also reads which projectors were ever trained."""
+        """As transformers does; also reads which projectors were ever trained.
+
+        A text model that comes inside a vision-language one is found under its names there.
+        """
         path = pretrained_model_name_or_path
+        kwargs.setdefault("key_mapping", {rf"^{re.escape(NESTED_PREFIX)}": "model."})
         loaded = super().from_pretrained(path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if path is not None:
