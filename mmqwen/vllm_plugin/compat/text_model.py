@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -51,7 +52,16 @@ def text_class_of(model_config: Any) -> Any:
         ValueError: as `text_architectures`; or vLLM has no such class.
     """
     names = text_architectures(text_config_of(model_config.hf_config))
-    return model_config.registry.resolve_model_cls(names, model_config)[0]
+    try:
+        return model_config.registry.resolve_model_cls(names, model_config)[0]
+    except ValueError as error:
+        if find_spec("torchvision") is None:
+            raise ValueError(
+                f"{error} torchvision is not installed, and vLLM imports it with the text models "
+                "that it keeps beside their vision towers (Qwen3.5); install the build that fits "
+                "your torch"
+            ) from error
+        raise
 
 
 def refuse_text_class(text_class: type, hybrid: bool) -> None:
