@@ -163,6 +163,7 @@ def make_lora(path: Path, checkpoint: Path, rank: int = 8, seed: int = 5) -> Pat
     generator = torch.Generator().manual_seed(seed)
     weights: dict[str, torch.Tensor] = {}
     targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    targets += ("in_proj_qkv", "in_proj_z", "out_proj")
     for file in sorted(Path(checkpoint).glob("*.safetensors")):
         for name, weight in load_file(file).items():
             layer = name.removesuffix(".weight")
