@@ -181,6 +181,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
         {**EAGER, "num_gpu_blocks_override": 24, "max_model_len": 256},
         checkpoint=QWEN35,
         preempted=True,
+        longest=85,
     ),
     "qwen35-lora-eager": Configuration(
         "bfloat16",
@@ -196,10 +197,16 @@ CONFIGURATIONS: dict[str, Configuration] = {
     ),
     "qwen35-moe-eager": Configuration("bfloat16", EAGER, checkpoint=QWEN35_MOE),
     "qwen35-tp2": Configuration(
-        "bfloat16", {"tensor_parallel_size": 2, **TWO_RANKS}, checkpoint=QWEN35
+        "bfloat16", {"tensor_parallel_size": 2, **TWO_RANKS}, checkpoint=QWEN35, cpu=False
     ),
     "qwen35-pp2": Configuration(
-        "bfloat16", {"pipeline_parallel_size": 2, **TWO_RANKS}, checkpoint=QWEN35
+        "bfloat16", {"pipeline_parallel_size": 2, **TWO_RANKS}, checkpoint=QWEN35, cpu=False
+    ),
+    "next-tp2": Configuration(
+        "bfloat16", {"tensor_parallel_size": 2, **TWO_RANKS}, checkpoint=NEXT
+    ),
+    "next-pp2": Configuration(
+        "bfloat16", {"pipeline_parallel_size": 2, **TWO_RANKS}, checkpoint=NEXT
     ),
 }
 CHILD_SECONDS = 280
