@@ -85,6 +85,8 @@ KERNELS = {"MMQWEN_BACKEND": "triton"}
 TRITON_ATTENTION = {"attention_backend": "TRITON_ATTN"}
 MOE, QWEN2 = {"family": "qwen3_moe"}, {"family": "qwen2"}
 NEXT, QWEN35 = {"family": "qwen3_next"}, {"family": "qwen3_5_text"}
+# A rank without a layer of each kind would lay out its cache in another way than the others.
+FOUR_LAYERS = {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2}
 QWEN35_MOE = {"family": "qwen3_5_moe_text"}
 CACHED = {"enable_prefix_caching": True}
 TWO_RANKS = {"distributed_executor_backend": "mp"}
@@ -200,13 +202,18 @@ CONFIGURATIONS: dict[str, Configuration] = {
         "bfloat16", {"tensor_parallel_size": 2, **TWO_RANKS}, checkpoint=QWEN35, cpu=False
     ),
     "qwen35-pp2": Configuration(
-        "bfloat16", {"pipeline_parallel_size": 2, **TWO_RANKS}, checkpoint=QWEN35, cpu=False
+        "bfloat16",
+        {"pipeline_parallel_size": 2, **TWO_RANKS},
+        checkpoint={**QWEN35, **FOUR_LAYERS},
+        cpu=False,
     ),
     "next-tp2": Configuration(
         "bfloat16", {"tensor_parallel_size": 2, **TWO_RANKS}, checkpoint=NEXT
     ),
     "next-pp2": Configuration(
-        "bfloat16", {"pipeline_parallel_size": 2, **TWO_RANKS}, checkpoint=NEXT
+        "bfloat16",
+        {"pipeline_parallel_size": 2, **TWO_RANKS},
+        checkpoint={**NEXT, **FOUR_LAYERS},
     ),
 }
 CHILD_SECONDS = 280

@@ -153,7 +153,11 @@ def make_base(
 
 
 def make_vl_base(
-    path: str | Path, family: str = "qwen3_5_text", dtype: str = "float32", seed: int = 0
+    path: str | Path,
+    family: str = "qwen3_5_text",
+    dtype: str = "float32",
+    seed: int = 0,
+    **overrides: Any,
 ) -> Path:
     """As `make_base`, but inside a vision-language model, beside a vision tower and a drafter.
 
@@ -164,7 +168,7 @@ def make_vl_base(
     tokenizer = make_tokenizer()
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5]}
     rope |= {"mrope_interleaved": True, "partial_rotary_factor": 0.25}
-    text = _fields(tokenizer, family, {"rope_parameters": rope})
+    text = _fields(tokenizer, family, {"rope_parameters": rope, **overrides})
     vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
     vision |= {"out_hidden_size": 64, "patch_size": 4}
     config = AutoConfig.for_model(
