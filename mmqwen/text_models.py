@@ -42,7 +42,9 @@ RECURRENT = frozenset(
 def has_recurrent_layers(text_config: Any) -> bool:
     """Whether layers of a text model carry a state from token to token, by its config."""
     fields = ("layer_types", "layers_block_type")
-    return any(kind in RECURRENT for name in fields for kind in getattr(text_config, name, None) or ())
+    return any(
+        kind in RECURRENT for name in fields for kind in getattr(text_config, name, None) or ()
+    )
 
 
 class UntestedTextModelWarning(UserWarning):

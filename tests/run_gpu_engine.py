@@ -191,9 +191,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
         checkpoint=QWEN35,
         lora=True,
     ),
-    "qwen35-fp8": Configuration(
-        "bfloat16", {"quantization": "fp8"}, checkpoint=QWEN35, cpu=False
-    ),
+    "qwen35-fp8": Configuration("bfloat16", {"quantization": "fp8"}, checkpoint=QWEN35, cpu=False),
     "qwen35-moe": Configuration(
         "bfloat16", CACHED, checkpoint=QWEN35_MOE, group="qwen35-moe", longest=200
     ),

@@ -112,9 +112,9 @@ def test_rows_with_a_cache_and_padding_are_answered_as_alone(family, tmp_path):
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
-    batch = model.generate(
-        ids, attention_mask=mask, embeddings={"m1": torch.cat(rows)}, **options
-    )[:, width:]
+    batch = model.generate(ids, attention_mask=mask, embeddings={"m1": torch.cat(rows)}, **options)[
+        :, width:
+    ]
     for own, row, got in zip(prompts, rows, batch, strict=True):
         alone = model.generate(
             torch.tensor([own]),

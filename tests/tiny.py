@@ -149,7 +149,9 @@ def make_base(
     path = Path(path)
     tokenizer = make_tokenizer()
     fields = _fields(tokenizer, family, overrides)
-    return _save(AutoConfig.for_model(family, **fields), path, tokenizer, dtype, seed, max_shard_size)
+    return _save(
+        AutoConfig.for_model(family, **fields), path, tokenizer, dtype, seed, max_shard_size
+    )
 
 
 def make_vl_base(
