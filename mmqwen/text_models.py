@@ -47,6 +47,30 @@ def has_recurrent_layers(text_config: Any) -> bool:
     )
 
 
+SAMPLES_APART = frozenset({"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"})
+"""Types whose recurrent layers begin anew with each of the samples that stand end to end."""
+
+
+def refuse_end_to_end(text_config: Any, *, recurrent: bool | None = None) -> None:
+    """Refuse samples end to end for a text model that would carry a state from one to the next.
+
+    Args:
+        text_config: of the text model.
+        recurrent: whether it carries a state; None: as its config says.
+
+    Raises:
+        ValueError: it would.
+    """
+    if recurrent is None:
+        recurrent = has_recurrent_layers(text_config)
+    if recurrent and text_config.model_type not in SAMPLES_APART:
+        raise ValueError(
+            f"text model type {text_config.model_type!r}: its recurrent layers carry a state from "
+            "one sample into the next one of a pass, so that it cannot be trained; expected a text "
+            f"model without such layers, or one of {', '.join(sorted(SAMPLES_APART))}"
+        )
+
+
 class UntestedTextModelWarning(UserWarning):
     """Rows were never tried beside this type of text model."""
 

@@ -8,7 +8,12 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 
 from engines import TOLERANCE
 from mmqwen.checkpoint import CheckpointError, LeftOutWarning, build_checkpoint, read_config
@@ -17,6 +22,7 @@ from mmqwen.checkpoint.names import ARCHITECTURE, HYBRID_ARCHITECTURE
 from mmqwen.hf import MultimodalQwen3Config, MultimodalQwen3ForConditionalGeneration
 from mmqwen.hf.samples import SampleRows
 from mmqwen.training import TrainSettings, train
+from mmqwen.training.config import TrainingError
 from tiny import CHAT_TEMPLATE, make_base, make_composite, make_vl_base
 from training_runs import losses, write_data
 
@@ -159,6 +165,24 @@ def test_a_text_model_inside_a_vision_language_one_is_trained(nested, stage, tmp
     assert read_config(out).architectures == [HYBRID_ARCHITECTURE]
     trained = load(out)
     assert trained.projectors_trained["m1"]
+
+
+@pytest.mark.filterwarnings("ignore::mmqwen.checkpoint.UntestedTextModelWarning")
+def test_recurrent_layers_that_cannot_be_told_of_samples_are_not_trained(tmp_path):
+    fields = {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "hidden_size": 64}
+    fields |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 467}
+    text = AutoConfig.for_model("lfm2", **fields)
+    specs = {"m1": {"dim": 24, "token_id": 403}}
+    config = MultimodalQwen3Config(text_config=text, modalities=specs)
+    assert config.architectures == [HYBRID_ARCHITECTURE]
+    model = MultimodalQwen3ForConditionalGeneration(config)
+    ids, bounds = torch.arange(20, 40)[None], torch.tensor([0, 8, 20], dtype=torch.int32)
+    message = "'lfm2': its recurrent layers carry a state from one sample into the next"
+    with pytest.raises(ValueError, match=message):
+        model(ids, cu_seq_lens_q=bounds, use_cache=False)
+    config.save_pretrained(tmp_path / "model")
+    with pytest.raises(TrainingError, match=message):
+        train(TrainSettings(*(str(tmp_path / name) for name in ("model", "data", "out")), cpu=True))
 
 
 # -- samples end to end ------------------------------------------------------------------------

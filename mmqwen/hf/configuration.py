@@ -94,9 +94,10 @@ class MultimodalQwen3Config(PretrainedConfig):
         return self.text_config
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it; `architectures` is vLLM's name, where transformers has set its class's."""
+        """As JSON has it; `architectures` is vLLM's name, not the transformers class's."""
         fields: dict[str, Any] = super().to_dict()
-        if fields.get("architectures") == [ARCHITECTURE] and has_recurrent_layers(self.text_config):
+        hybrid = has_recurrent_layers(self.text_config)
+        if hybrid and fields.get("architectures") == [ARCHITECTURE]:
             fields["architectures"] = [HYBRID_ARCHITECTURE]
         return fields
 

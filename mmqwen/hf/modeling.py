@@ -24,7 +24,7 @@ from mmqwen.hf.generation import NO_ROWS, GeneratesWithRows, Rows
 from mmqwen.hf.loss import is_plain_head, token_loss
 from mmqwen.hf.samples import keep_samples_apart
 from mmqwen.modalities import ModalitySpec
-from mmqwen.text_models import refuse_text_model
+from mmqwen.text_models import refuse_end_to_end, refuse_text_model
 
 
 class MultiModalProjector(nn.Module):
@@ -306,7 +306,8 @@ class MultimodalQwen3ForConditionalGeneration(GeneratesWithRows, PreTrainedModel
                 `[K]` of the one batch row predict. Only the loss is computed, without the logits
                 of all K in memory at once.
             **kwargs: passed on to the text model (`output_hidden_states`, ...) and to the loss
-                (`num_items_in_batch`).
+                (`num_items_in_batch`). With `cu_seq_lens_q` `[S + 1]`, the bounds of samples that
+                stand end to end in the one batch row, recurrent layers begin anew at each.
 
         Returns:
             What the text model's class returns: `loss` (with labels), `logits` `[B, T, V]`,
@@ -331,6 +332,8 @@ class MultimodalQwen3ForConditionalGeneration(GeneratesWithRows, PreTrainedModel
             positions = (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
             position_ids = positions[:, past : past + cast(Tensor, inputs_embeds).shape[1]]
 
+        if kwargs.get("cu_seq_lens_q") is not None:
+            refuse_end_to_end(self.config.text_config, recurrent=self._is_stateful)
         num_items = kwargs.pop("num_items_in_batch", None)
         text = self._text_model()
         if shift_labels is not None:

@@ -1,17 +1,17 @@
 """Recurrent layers among samples that stand end to end: each sample begins with an empty state.
 
-Attention is told where samples begin; a recurrent layer (Qwen3-Next's and Qwen3.5's gated delta net)
-carries its state on, and its convolution looks back, from one sample into the next. The kernels of
-flash-linear-attention could be told of the bounds, transformers' own code not. So such a layer
-is given each sample as a row of its own: rows of about one length as one batch, padded on the right,
-where nothing that is kept looks.
+Attention is told where samples begin; a recurrent layer (the gated delta net of Qwen3-Next and
+Qwen3.5) carries its state on, and its convolution looks back, from one sample into the next. The
+kernels of flash-linear-attention could be told of the bounds, transformers' own code not. So such a
+layer is given each sample as a row of its own: rows of about one length as one batch, padded on the
+right, where nothing that is kept looks.
 """
 
 from __future__ import annotations
 
 import itertools
 from functools import cache
-from typing import Any
+from typing import Any, cast
 from weakref import ref
 
 import torch
@@ -136,4 +136,4 @@ def keep_samples_apart(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         if name.rpartition(".")[2] == RECURRENT_MODULE:
-            module.__class__ = _by_samples(type(module))
+            module.__class__ = _by_samples(cast(Any, type(module)))

@@ -1,7 +1,7 @@
-"""The vLLM model class for text models that mix attention with recurrent layers (Qwen3.5, Qwen3-Next).
+"""The vLLM model class for text models that mix attention with recurrent layers (Qwen3.5).
 
-vLLM asks the outer class, before any model exists, whether a model is hybrid, and for the shapes and
-types of its recurrent states: the flags stand here, the answers are the text class's.
+vLLM asks the outer class, before any model exists, whether a model is hybrid, and for the shapes
+and types of its recurrent states: the flags stand here, the answers are the text class's.
 """
 
 from __future__ import annotations

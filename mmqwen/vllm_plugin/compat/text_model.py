@@ -1,4 +1,4 @@
-"""vLLM's text models from inside: which can be served, how they are built, what vLLM asks of them."""
+"""vLLM's text models from inside: which can be served, how they are built, what vLLM asks them."""
 
 from __future__ import annotations
 
