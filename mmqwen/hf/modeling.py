@@ -333,7 +333,7 @@ class MultimodalQwen3ForConditionalGeneration(GeneratesWithRows, PreTrainedModel
             position_ids = positions[:, past : past + cast(Tensor, inputs_embeds).shape[1]]
 
         if kwargs.get("cu_seq_lens_q") is not None:
-            refuse_end_to_end(self.config.text_config, recurrent=self._is_stateful)
+            refuse_end_to_end(self.config.text_config, recurrent=self._is_stateful or None)
         num_items = kwargs.pop("num_items_in_batch", None)
         text = self._text_model()
         if shift_labels is not None:
