@@ -168,7 +168,7 @@ def make_vl_base(
     """
     path = Path(path)
     tokenizer = make_tokenizer()
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5]}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [12, 10, 10]}
     rope |= {"mrope_interleaved": True, "partial_rotary_factor": 0.25}
     text = _fields(tokenizer, family, {"rope_parameters": rope, **overrides})
     vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
