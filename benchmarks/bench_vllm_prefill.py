@@ -57,6 +57,19 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "tie_word_embeddings": False,
     },
+    "qwen3.5": {  # three of four layers recurrent; the least of the family, by its proportions
+        "model_type": "qwen3_5_text",
+        "hidden_size": 1024,
+        "intermediate_size": 3584,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 16,
+        "mamba_ssm_dtype": "float32",
+        "tie_word_embeddings": True,
+    },
     "tiny": {
         "hidden_size": 128,
         "intermediate_size": 256,
@@ -85,7 +98,7 @@ def text_fields(shape: str) -> dict[str, Any]:
 def write_checkpoint(folder: Path, shape: str) -> Path:
     """A config and a small tokenizer, no weights: engines start with `load_format="dummy"`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config
+    from transformers import AutoConfig, PreTrainedTokenizerFast
 
     from mmqwen import MultimodalQwen3Config
 
@@ -100,7 +113,11 @@ def write_checkpoint(folder: Path, shape: str) -> Path:
         name: {"dim": width, "token_id": first + at}
         for at, (name, width) in enumerate(WIDTHS.items())
     }
-    text = Qwen3Config(**fields, max_position_embeddings=40960, architectures=["Qwen3ForCausalLM"])
+    family = fields.pop("model_type", "qwen3")
+    architecture = "Qwen3_5ForCausalLM" if family == "qwen3_5_text" else "Qwen3ForCausalLM"
+    text = AutoConfig.for_model(
+        family, **fields, max_position_embeddings=40960, architectures=[architecture]
+    )
     text.dtype = "bfloat16"
     MultimodalQwen3Config(text, modalities).save_pretrained(folder / "ours")
     text.save_pretrained(folder / "plain")

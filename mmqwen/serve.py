@@ -8,7 +8,7 @@ from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from importlib.metadata import entry_points
 from typing import Any
 
-from mmqwen.checkpoint.names import ARCHITECTURE
+from mmqwen.checkpoint.names import ARCHITECTURES
 from mmqwen.vllm_plugin import compat
 
 PLUGIN = "mmqwen.vllm_plugin:register"
@@ -66,7 +66,7 @@ def check_model(args: Namespace, default: str | None) -> None:
         if "://" in model or compat.uses_modelscope():
             return  # vLLM fetches it from where transformers does not look
         found = _architectures(model, args)
-    if ARCHITECTURE not in found:
+    if not any(name in ARCHITECTURES for name in found):
         raise ServeError(
             f"{model} is not one of our checkpoints ({', '.join(map(str, found)) or 'no model'}): "
             f"it takes text alone; `mmqwen build --base {model} --modality NAME=WIDTH -o FOLDER` "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 TESTED = frozenset(
     {
         "cohere2",
@@ -13,7 +15,10 @@ TESTED = frozenset(
         "mistral",
         "qwen2",
         "qwen3",
+        "qwen3_5_moe_text",
+        "qwen3_5_text",
         "qwen3_moe",
+        "qwen3_next",
     }
 )
 """Model types whose answers about rows are tested in both engines (docs/text-models.md)."""
@@ -26,6 +31,44 @@ _REFUSED = {
     "gemma4_text": _IDS_IN_EVERY_LAYER,
     "gemma4_unified_text": _IDS_IN_EVERY_LAYER,
 }
+
+
+RECURRENT = frozenset(
+    {"linear_attention", "mamba", "mamba2", "recurrent", "conv", "hybrid", "hybrid_sliding"}
+)
+"""What configs call layers that carry a state from token to token."""
+
+
+def has_recurrent_layers(text_config: Any) -> bool:
+    """Whether layers of a text model carry a state from token to token, by its config."""
+    fields = ("layer_types", "layers_block_type")
+    return any(
+        kind in RECURRENT for name in fields for kind in getattr(text_config, name, None) or ()
+    )
+
+
+SAMPLES_APART = frozenset({"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"})
+"""Types whose recurrent layers begin anew with each of the samples that stand end to end."""
+
+
+def refuse_end_to_end(text_config: Any, *, recurrent: bool | None = None) -> None:
+    """Refuse samples end to end for a text model that would carry a state from one to the next.
+
+    Args:
+        text_config: of the text model.
+        recurrent: whether it carries a state; None: as its config says.
+
+    Raises:
+        ValueError: it would.
+    """
+    if recurrent is None:
+        recurrent = has_recurrent_layers(text_config)
+    if recurrent and text_config.model_type not in SAMPLES_APART:
+        raise ValueError(
+            f"text model type {text_config.model_type!r}: its recurrent layers carry a state from "
+            "one sample into the next one of a pass, so that it cannot be trained; expected a text "
+            f"model without such layers, or one of {', '.join(sorted(SAMPLES_APART))}"
+        )
 
 
 class UntestedTextModelWarning(UserWarning):

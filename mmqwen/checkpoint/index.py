@@ -18,6 +18,7 @@ from typing import Any
 from mmqwen.checkpoint.names import (
     BASE_PREFIX,
     INDEX_FILE,
+    LEFT_OUT,
     PROJECTOR_FILE,
     SINGLE_FILE,
     SMALL_SUFFIXES,
@@ -225,14 +226,20 @@ def write_index(folder: Path, weight_map: Mapping[str, str] | None = None) -> No
 
     Args:
         folder: where the shards are.
-        weight_map: tensor name to the name of its shard; None: whatever the shards there hold.
+        weight_map: tensor name to the name of its shard; None: whatever the shards there hold that
+            is read.
 
     Raises:
         CheckpointError: a shard cannot be read.
     """
     if weight_map is None:
         shards = sorted(folder.glob("*.safetensors"))
-        weight_map = {name: shard.name for shard in shards for name in read_header(shard)[0]}
+        weight_map = {
+            name: shard.name
+            for shard in shards
+            for name in read_header(shard)[0]
+            if not name.startswith(LEFT_OUT)
+        }
     size = sum((folder / shard).stat().st_size for shard in set(weight_map.values()))
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -10,6 +10,10 @@ from mmqwen.modalities import ModalitySpec
 MODEL_TYPE = "multimodal_qwen3"
 ARCHITECTURE = "MultimodalQwen3ForConditionalGeneration"
 """The name under `architectures` in `config.json` that selects the model class."""
+HYBRID_ARCHITECTURE = "MultimodalQwen3HybridForConditionalGeneration"
+"""That of a text model with recurrent layers beside attention: vLLM asks the class whether there
+are any before it reads a config."""
+ARCHITECTURES = (ARCHITECTURE, HYBRID_ARCHITECTURE)
 
 PROJECTOR_FILE = "projectors.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -23,6 +27,10 @@ SMALL_FILES = (*(f"*{suffix}" for suffix in SMALL_SUFFIXES), "LICENSE*")
 
 BASE_TENSORS = ("model.", "lm_head.")
 """How the tensors of a text model begin, which keep their names."""
+NESTED_PREFIX = "model.language_model."
+"""What the text model's `model.` is called inside a vision-language checkpoint."""
+LEFT_OUT = ("model.visual.", "mtp.")
+"""Parts of a base that nothing here reads: its vision tower, its drafter."""
 PROJECTOR_PREFIX = "projectors."
 _PARTS = ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias")
 PROJECTOR_PARTS = ("norm.weight", "norm.bias", *_PARTS)

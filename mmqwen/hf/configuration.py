@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PretrainedConfig, Qwen3Config
 
-from mmqwen.checkpoint.names import ARCHITECTURE, MODEL_TYPE
+from mmqwen.checkpoint.names import ARCHITECTURE, HYBRID_ARCHITECTURE, MODEL_TYPE
 from mmqwen.modalities import ModalityError, ModalitySpec, parse_modalities
+from mmqwen.text_models import has_recurrent_layers
 
 MIRRORED = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 """Fields of the text config that transformers and vLLM also look for at the top level."""
@@ -62,7 +63,8 @@ class MultimodalQwen3Config(PretrainedConfig):
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
             kwargs["dtype"] = text.dtype
         if not kwargs.get("architectures"):
-            kwargs["architectures"] = [ARCHITECTURE]
+            hybrid = has_recurrent_layers(text)
+            kwargs["architectures"] = [HYBRID_ARCHITECTURE if hybrid else ARCHITECTURE]
         super().__init__(**kwargs)
         for field in MIRRORED:
             setattr(self, field, getattr(text, field, None))
@@ -91,6 +93,14 @@ class MultimodalQwen3Config(PretrainedConfig):
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
         """The text model's config, whatever is asked for: there is one text model."""
         return self.text_config
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; `architectures` is vLLM's name, not the transformers class's."""
+        fields: dict[str, Any] = super().to_dict()
+        hybrid = has_recurrent_layers(self.text_config)
+        if hybrid and fields.get("architectures") == [ARCHITECTURE]:
+            fields["architectures"] = [HYBRID_ARCHITECTURE]
+        return fields
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, MultimodalQwen3Config):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -15,14 +16,16 @@ from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mmqwen.checkpoint.index import drop_replaced_files
+from mmqwen.checkpoint.names import LEFT_OUT, NESTED_PREFIX
 from mmqwen.checkpoint.projector_record import check_recorded
 from mmqwen.checkpoint.trained import CONFIG_FIELD, projector_file, read_trained
 from mmqwen.hf.configuration import MultimodalQwen3Config
 from mmqwen.hf.generation import NO_ROWS, GeneratesWithRows, Rows
 from mmqwen.hf.loss import is_plain_head, token_loss
 from mmqwen.hf.projector import MultiModalProjector, RowNorm
+from mmqwen.hf.samples import keep_samples_apart
 from mmqwen.modalities import ModalitySpec
-from mmqwen.text_models import refuse_text_model
+from mmqwen.text_models import refuse_end_to_end, refuse_text_model
 
 
 class MultimodalQwen3ForConditionalGeneration(GeneratesWithRows, PreTrainedModel, GenerationMixin):
@@ -58,6 +61,9 @@ class MultimodalQwen3ForConditionalGeneration(GeneratesWithRows, PreTrainedModel
     _supports_flex_attn = True
     _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 - transformers' own form
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
+        rf"^{re.escape(prefix)}" for prefix in LEFT_OUT
+    ]
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: MultimodalQwen3Config) -> None:
@@ -80,6 +86,8 @@ class MultimodalQwen3ForConditionalGeneration(GeneratesWithRows, PreTrainedModel
                 f"text model type {text.model_type!r}: {type(causal_lm).__name__} consists of "
                 f"{parts}, expected model and lm_head"
             )
+        keep_samples_apart(causal_lm)
+        self._is_stateful = bool(getattr(causal_lm, "_is_stateful", False))
         self.model, self.lm_head = causal_lm.model, causal_lm.lm_head
         # Past nn.Module's registry: its weights are this model's, under this model's names.
         self.__dict__["_causal_lm"] = causal_lm
@@ -114,10 +122,13 @@ class MultimodalQwen3ForConditionalGeneration(GeneratesWithRows, PreTrainedModel
     ) -> Any:
         """As transformers does; also reads which projectors were ever trained.
 
+        A text model that comes inside a vision-language one is found under its names there.
+
         Raises:
             CheckpointError: `projectors.safetensors` records other projectors than the config.
         """
         path = pretrained_model_name_or_path
+        kwargs.setdefault("key_mapping", {rf"^{re.escape(NESTED_PREFIX)}": "model."})
         loaded = super().from_pretrained(path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if path is not None:
@@ -265,7 +276,8 @@ class MultimodalQwen3ForConditionalGeneration(GeneratesWithRows, PreTrainedModel
                 `[K]` of the one batch row predict. Only the loss is computed, without the logits
                 of all K in memory at once.
             **kwargs: passed on to the text model (`output_hidden_states`, ...) and to the loss
-                (`num_items_in_batch`).
+                (`num_items_in_batch`). With `cu_seq_lens_q` `[S + 1]`, the bounds of samples that
+                stand end to end in the one batch row, recurrent layers begin anew at each.
 
         Returns:
             What the text model's class returns: `loss` (with labels), `logits` `[B, T, V]`,
@@ -290,6 +302,8 @@ class MultimodalQwen3ForConditionalGeneration(GeneratesWithRows, PreTrainedModel
             positions = (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
             position_ids = positions[:, past : past + cast(Tensor, inputs_embeds).shape[1]]
 
+        if kwargs.get("cu_seq_lens_q") is not None:
+            refuse_end_to_end(self.config.text_config, recurrent=self._is_stateful or None)
         num_items = kwargs.pop("num_items_in_batch", None)
         text = self._text_model()
         if shift_labels is not None:

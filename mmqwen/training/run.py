@@ -21,6 +21,7 @@ from mmqwen.checkpoint.trained import read_trained, untrained
 from mmqwen.data.encoding import stop_ids
 from mmqwen.hf import MultimodalQwen3Config, MultimodalQwen3ForConditionalGeneration
 from mmqwen.stops import read_generation_config
+from mmqwen.text_models import refuse_end_to_end
 from mmqwen.tokens import add_placeholder_tokens
 from mmqwen.training.arguments import trainer_arguments
 from mmqwen.training.attention import VARLEN
@@ -79,6 +80,10 @@ def train(settings: TrainSettings, *, callbacks: Sequence[Any] = ()) -> Path:
     from mmqwen.training.trainer import last_checkpoint
 
     config = read_config(settings.model)
+    try:
+        refuse_end_to_end(config.text_config)
+    except ValueError as error:
+        raise TrainingError(f"{settings.model}: {error}") from error
     arguments = trainer_arguments(settings)
     tokenizer = _load_tokenizer(settings, config)
     run = settings.run_folder

@@ -7,7 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 
-from mmqwen.checkpoint.names import ARCHITECTURE
+from mmqwen.checkpoint.names import ARCHITECTURE, HYBRID_ARCHITECTURE
+
+_CLASSES = {
+    ARCHITECTURE: "mmqwen.vllm_plugin.model:MultimodalQwen3Model",
+    HYBRID_ARCHITECTURE: "mmqwen.vllm_plugin.hybrid:MultimodalQwen3HybridModel",
+}
 
 
 def register() -> None:
@@ -26,8 +31,9 @@ def register() -> None:
     from mmqwen.vllm_plugin.engine_config import settle
 
     register_auto_classes()
-    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model(ARCHITECTURE, "mmqwen.vllm_plugin.model:MultimodalQwen3Model")
-    compat.settle_engines(ARCHITECTURE, settle)
+    for architecture, place in _CLASSES.items():
+        if architecture not in ModelRegistry.get_supported_archs():
+            ModelRegistry.register_model(architecture, place)
+        compat.settle_engines(architecture, settle)
     compat.use_renderer("mmqwen.vllm_plugin.renderer", "MultimodalQwen3Renderer")
     compat.guard_http("mmqwen.vllm_plugin.door", "Door")

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mmqwen.vllm_plugin.modality_table import modality_table
+from mmqwen.checkpoint.names import HYBRID_ARCHITECTURE
+from mmqwen.text_models import has_recurrent_layers
+from mmqwen.vllm_plugin.modality_table import modality_table, text_config_of
 
 DRAFTERS_WITHOUT_EMBEDDINGS = frozenset({"ngram", "ngram_gpu", "suffix"})
 """Speculative methods that read token ids alone; others would be fed raw rows."""
@@ -25,6 +27,7 @@ def settle(vllm_config: Any) -> None:
         ValueError: a feature is asked for with which rows would be lost or misread.
     """
     refuse_unserved(vllm_config)
+    refuse_of_hybrids(vllm_config)
     multimodal = vllm_config.model_config.multimodal_config
     if multimodal is not None and not settle_references(vllm_config)["engine_half"]:
         # It spares a second conversion and transfer of equal items. Packs take part where tokens
@@ -117,6 +120,37 @@ def refuse_unserved(vllm_config: Any) -> None:
         raise ValueError(
             f"tokenizer_mode {mode!r} bypasses the renderer that takes rows and checks prompts; "
             f"expected one of {sorted(TOKENIZER_MODES)}"
+        )
+
+
+def refuse_of_hybrids(vllm_config: Any) -> None:
+    """Refuse what vLLM forbids of text models with recurrent layers, before it asserts it.
+
+    With prefix caching, their states are kept at the ends of whole blocks ("align"), so that steps
+    must be free to end there.
+
+    Raises:
+        ValueError: such a setting, or the architecture of a text model without recurrent layers.
+    """
+    model_config, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+    recurrent = has_recurrent_layers(text_config_of(model_config.hf_config))
+    if recurrent and HYBRID_ARCHITECTURE not in model_config.hf_config.architectures:
+        raise ValueError(
+            f"the text model has recurrent layers: got architecture "
+            f"{model_config.hf_config.architectures[0]!r}, expected {HYBRID_ARCHITECTURE!r}, as "
+            "`mmqwen build` writes it into config.json; set it there or in hf_overrides"
+        )
+    if not (recurrent and vllm_config.cache_config.enable_prefix_caching):
+        return
+    reason = None
+    if scheduler.disable_chunked_mm_input:
+        reason = "disable_chunked_mm_input: a step may have to end within a message's rows"
+    elif not scheduler.enable_chunked_prefill:
+        reason = "enable_chunked_prefill=False: a step may have to end within a prompt"
+    if reason is not None:
+        raise ValueError(
+            f"{reason}, since recurrent states are cached at the ends of blocks; serve without "
+            "this setting, or with enable_prefix_caching=False"
         )
 
 

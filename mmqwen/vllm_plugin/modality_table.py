@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from mmqwen.checkpoint.names import ARCHITECTURE
+from mmqwen.checkpoint.names import ARCHITECTURES
 from mmqwen.modalities import ModalityError, ModalitySpec, assign_token_ids, parse_modalities
 from mmqwen.tokens import next_token_id
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 def is_ours(model_config: ModelConfig) -> bool:
     """Whether the model that vLLM serves is this package's."""
-    return ARCHITECTURE in (getattr(model_config.hf_config, "architectures", None) or ())
+    found = getattr(model_config.hf_config, "architectures", None) or ()
+    return any(name in ARCHITECTURES for name in found)
 
 
 def text_config_of(hf_config: PretrainedConfig) -> PretrainedConfig:

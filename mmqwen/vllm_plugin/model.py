@@ -21,7 +21,7 @@ from vllm.model_executor.models.module_mapping import MultiModelKeys
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from mmqwen.checkpoint.names import PROJECTOR_PREFIX
+from mmqwen.checkpoint.names import LEFT_OUT, NESTED_PREFIX, PROJECTOR_PREFIX
 from mmqwen.checkpoint.projector_files import complete_specs
 from mmqwen.checkpoint.projector_record import check_recorded
 from mmqwen.checkpoint.trained import (
@@ -69,6 +69,8 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
 
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_prefix={
+            NESTED_PREFIX: "language_model.model.",
+            **dict.fromkeys(LEFT_OUT),
             "model.": "language_model.model.",
             "lm_head.": "language_model.lm_head.",
         }

@@ -280,13 +280,31 @@ def is_stopping(state: Any) -> bool:
 
 
 def settle_engines(architecture: str, settle: Callable[[Any], None]) -> None:
-    """Have `settle` look at the config of each engine of an architecture, before it starts."""
+    """Have `settle` look at the config of each engine of an architecture, before it starts.
+
+    What vLLM would do to the config of the text model alone is done as well.
+    """
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
     class EngineConfig(VerifyAndUpdateConfig):
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
+            from mmqwen.vllm_plugin.compat.text_model import seen_as_text, text_hook
+
+            hook = text_hook(vllm_config.model_config)
+            if hook is not None:
+                with seen_as_text(vllm_config.model_config):
+                    hook.verify_and_update_config(vllm_config)
             settle(vllm_config)
+
+        @staticmethod
+        def verify_and_update_model_config(model_config: Any) -> None:
+            from mmqwen.vllm_plugin.compat.text_model import seen_as_text, text_hook
+
+            hook = text_hook(model_config)
+            if hook is not None:
+                with seen_as_text(model_config):
+                    hook.verify_and_update_model_config(model_config)
 
     MODELS_CONFIG_MAP[architecture] = EngineConfig
 
