@@ -13,7 +13,20 @@ ROOT = Path(__file__).parents[1]
 FILES = [*ROOT.glob("mmqwen/**/*.py"), *ROOT.glob("kernels/mmqwen_kernels/*.py")]
 
 LAYERS = (
-    ("cli", "serve", "doctor", "pipeline", "engines", "sampling", "demo", "training"),
+    (
+        "cli",
+        "serve",
+        "doctor",
+        "pipeline",
+        "attempts",
+        "engines",
+        "reference_engine",
+        "sampling",
+        "scoring",
+        "demo",
+        "training",
+        "evaluation",
+    ),
     ("vllm_plugin",),
     ("checkpoint.build",),
     ("hf",),
