@@ -1,4 +1,4 @@
-"""The command line: `mmqwen demo | build | train | serve | doctor`."""
+"""The command line: `mmqwen build`, `train`, `eval`, `serve` and others."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from mmqwen._version import __version__
+from mmqwen.commands.data import app as data_app
+from mmqwen.commands.generate import command as generate_command
+from mmqwen.evaluation.cli import command as eval_command
 from mmqwen.modalities import ModalityError
 from mmqwen.training.cli import command as train_command
 
@@ -104,6 +107,9 @@ def build(
 
 
 app.command("train")(train_command)
+app.command("eval")(eval_command)
+app.command("generate")(generate_command)
+app.add_typer(data_app, name="data")
 
 
 @app.command(context_settings=PASS_THROUGH)

@@ -85,6 +85,20 @@ class MultimodalQwen3Pipeline:
         elif projector is not None:
             raise ValueError("projector is given without modalities; name them and their widths")
 
+    @property
+    def engine(self) -> str:
+        """`"vllm"` or `"transformers"`."""
+        return self._engine_name
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, with the placeholder tokens.
+
+        Raises:
+            ValueError: no modalities are known yet, so that no engine has started.
+        """
+        return self._require_engine().tokenizer
+
     # -- generate -------------------------------------------------------------------------------
 
     @overload

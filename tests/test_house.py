@@ -15,6 +15,7 @@ FILES = [*ROOT.glob("mmqwen/**/*.py"), *ROOT.glob("kernels/mmqwen_kernels/*.py")
 LAYERS = (
     (
         "cli",
+        "commands",
         "serve",
         "doctor",
         "pipeline",
