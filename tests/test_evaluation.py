@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from collections import Counter
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
@@ -276,6 +278,27 @@ def test_the_command_prints_a_table_and_writes_json(checkpoint, data, tmp_path, 
     assert found["figures"]["all"]["rows"]["answers"] == 14
     assert len(found["answers"]) == 14
     assert set(found["answers"][0]["given"]) == set(CONTROLS)
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+SNIPPETS = dict(re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", PAGE, flags=re.DOTALL))
+
+
+def test_the_pages_snippets_run_as_printed(pipeline, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with DatasetWriter(tmp_path / "data", WIDTHS) as writer:
+        for at in range(4):
+            answer = (" cat", " dog")[at % 2]
+            writer.add("The photo <|m1|> shows a", answer, {"m1": [rows(at, 24)]})
+    assert set(SNIPPETS) == {"evaluate", "score", "http"}  # the last: tests/test_server.py
+    names = {"pipeline": pipeline, "rows": rows(0, 24)}
+    for name in ("evaluate", "score"):
+        exec(compile(SNIPPETS[name], "evaluation.md", "exec"), names)
+    assert len(names["wrong"]) == round(4 * (1 - names["report"].accuracy()))
+    assert names["best"] in names["scores"]
+    assert [len(found) for found in names["many"]] == [2, 1]
+    assert len(names["full"]) == 3
+    assert capsys.readouterr().out
 
 
 def test_both_engines_find_the_same(checkpoint, pipeline, data):

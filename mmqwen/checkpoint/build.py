@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-import shutil
 import warnings
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
+from mmqwen.checkpoint import surgery
 from mmqwen.checkpoint.index import read_header, read_weight_map, refuse_pointers, write_index
 from mmqwen.checkpoint.names import (
     BASE_PREFIX,
@@ -27,11 +27,12 @@ from mmqwen.checkpoint.names import (
     projector_tensor,
 )
 from mmqwen.checkpoint.projectors import cast_projectors, load_projectors, save_projectors
-from mmqwen.checkpoint.shards import check_output, copy_with_rows, place_file, staged
+from mmqwen.checkpoint.shards import check_output, copy_with_rows, staged
+from mmqwen.checkpoint.surgery import copy_extras, place_text_shard
 from mmqwen.checkpoint.trained import read_trained, warn_untrained
 from mmqwen.hf.configuration import MultimodalQwen3Config
 from mmqwen.hf.modeling import MultiModalProjector
-from mmqwen.modalities import assign_token_ids, parse_modalities
+from mmqwen.modalities import ModalityError, ModalitySpec, assign_token_ids, parse_modalities
 from mmqwen.text_models import UntestedTextModelWarning, refuse_text_model, untested_warning
 from mmqwen.tokens import add_placeholder_tokens, next_token_id
 
@@ -49,20 +50,28 @@ def build_checkpoint(
     output: str | Path,
     *,
     projector: str | Path | Iterable[str | Path] | None = None,
+    drop: Collection[str] = (),
+    rename: Mapping[str, str] | None = None,
     copy: bool = False,
     seed: int = 0,
     revision: str | None = None,
 ) -> Path:
-    """Make a composite checkpoint from a text model, without loading its weights.
+    """Make a composite checkpoint from a text model, or from another composite one, without loading
+    its weights.
 
     Args:
-        base: directory of a text checkpoint with safetensors weights, or a model id on the Hub.
+        base: directory of a text checkpoint with safetensors weights, or a model id on the Hub. Of
+            a composite one, all that it holds is kept.
         modalities: `{"m1": 768}` or `{"m1": {"dim": 768, ...}}`. Missing token ids are assigned at
             unused rows of the embedding table; a missing `hidden_dim` is the projector file's, or
             else the text model's hidden size.
         output: directory to create; it may exist if it is empty. It appears whole or not at all.
         projector: safetensors file or files, or composite directories, with trained projectors.
-            What they record as never trained stays so recorded.
+            What they record as never trained stays so recorded. They replace what the base has.
+        drop: modalities of a composite base to leave out. A placeholder token that others follow
+            stays in the tokenizer, so that their ids do not change.
+        rename: modalities of a composite base to call otherwise, old names to new ones; their
+            placeholders keep their ids.
         copy: copy the base's shards. Otherwise they are hard-linked, so that they outlive the
             base's directory; across file systems, linked symbolically.
         seed: seed of projectors that no file gives. Each modality draws from its own stream, so
@@ -75,7 +84,8 @@ def build_checkpoint(
     Raises:
         CheckpointError: the base or a projector file is missing, truncated or not usable, or the
             output is not empty or not writable.
-        ModalityError: a modality's description is wrong, or its token id is taken.
+        ModalityError: a modality's description is wrong, or its token id is taken; one to drop or
+            rename is not there, or two would have one name.
 
     Warns:
         UntrainedProjectorsWarning: a modality has no trained projector.
@@ -83,20 +93,22 @@ def build_checkpoint(
     """
     output = Path(output)
     check_output(output)
-    specs = parse_modalities(modalities)
-    if not specs:
-        raise CheckpointError("no modality given; a composite checkpoint needs at least one")
+    added = parse_modalities(modalities)
     folder = _find_base(base, revision)
-    text = _read_base_config(folder)
-    weight_map = _read_base_map(folder, tied=bool(getattr(text, "tie_word_embeddings", False)))
-    tokenizer = _read_tokenizer(folder)
+    held = _read_base(folder, drop, rename or {}, added)
+    specs = parse_modalities({**held.specs, **added})
+    if not specs:
+        raise CheckpointError(
+            "no modality given, or left: a composite checkpoint needs at least one (`mmqwen "
+            "extract text` makes a plain model)"
+        )
+    text, weight_map, tokenizer = held.text, held.weight_map, held.tokenizer
     first_free = next_token_id(tokenizer)
     specs = assign_token_ids(specs, tokenizer.get_added_vocab(), first_free)
     add_placeholder_tokens(tokenizer, specs)
 
     files = [projector] if isinstance(projector, (str, Path)) else list(projector or ())
-    given: dict[str, Tensor] = {}
-    trained: dict[str, bool] = {}
+    given, trained = held.projectors, held.trained
     for file in files:
         loaded = load_projectors(file, specs, text.hidden_size, require_all=False)
         given.update(loaded)
@@ -122,18 +134,21 @@ def build_checkpoint(
     with staged(output) as stage:
         config.save_pretrained(stage)
         tokenizer.save_pretrained(stage)
-        for extra in [folder / "generation_config.json", *folder.glob("LICENSE*")]:
-            if extra.is_file():
-                shutil.copyfile(extra, stage / extra.name)
-        for shard in sorted(set(weight_map.values())):
-            source, target = folder / shard, stage / (BASE_PREFIX + shard)
+        copy_extras(folder, stage)
+        names = {
+            shard: BASE_PREFIX + shard.removeprefix(BASE_PREFIX) for shard in weight_map.values()
+        }
+        for shard, name in sorted(names.items()):
+            source, target = folder / shard, stage / name
             resized = {n for n in (EMBEDDING, HEAD) if grown and weight_map.get(n) == shard}
-            if resized:
-                copy_with_rows(source, target, resized, grown)
-            else:
-                place_file(source.resolve(), target, copy)
+            if not resized:
+                place_text_shard(source, target, copy)
+                continue
+            place_text_shard(source, plain := stage / f".{name}")
+            copy_with_rows(plain.resolve(), target, resized, grown)
+            plain.unlink()
         save_projectors(tensors, stage / PROJECTOR_FILE, trained=trained)
-        joined = {name: BASE_PREFIX + shard for name, shard in weight_map.items()}
+        joined = {name: names[shard] for name, shard in weight_map.items()}
         joined.update(dict.fromkeys(tensors, PROJECTOR_FILE))
         write_index(stage, joined)
 
@@ -195,10 +210,34 @@ def _read_config(folder: Path) -> PretrainedConfig:
         raise CheckpointError(f"{folder}: config.json cannot be read: {error}") from error
 
 
-def _read_base_config(folder: Path) -> PretrainedConfig:
+def extract_text(checkpoint: str | Path, output: str | Path) -> Path:
+    """Write the text model of a composite checkpoint as a plain one; see `surgery.extract_text`."""
+    folder = _find_base(checkpoint, None)
+    return surgery.extract_text(folder, read_config(folder), _read_tokenizer(folder), output)
+
+
+def extract_projector(checkpoint: str | Path, name: str, output: str | Path) -> Path:
+    """Write one projector as a file by itself; see `surgery.extract_projector`."""
+    folder = _find_base(checkpoint, None)
+    return surgery.extract_projector(folder, read_config(folder), name, output)
+
+
+def _read_base(
+    folder: Path, drop: Collection[str], rename: Mapping[str, str], add: Mapping[str, ModalitySpec]
+) -> surgery.Held:
+    """What a text model or a composite checkpoint brings along."""
     config = _read_config(folder)
     if isinstance(config, MultimodalQwen3Config):
-        raise CheckpointError(f"{folder} is a composite checkpoint already; give its text model")
+        tokenizer = _read_tokenizer(folder)
+        return surgery.take_over(folder, config, tokenizer, drop=drop, rename=rename, add=add)
+    for name in (*drop, *rename):
+        raise ModalityError(f"{folder} is a text model, which has no modality {name!r}")
+    text = _read_base_config(folder, config)
+    weight_map = _read_base_map(folder, tied=bool(getattr(text, "tie_word_embeddings", False)))
+    return surgery.Held(text, weight_map, _read_tokenizer(folder))
+
+
+def _read_base_config(folder: Path, config: PretrainedConfig) -> PretrainedConfig:
     if not hasattr(config, "hidden_size") or not hasattr(config, "vocab_size"):
         raise CheckpointError(f"{folder}: {config.model_type!r} is not a plain text model")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,6 +27,8 @@ from mmqwen.checkpoint.names import (
 )
 from mmqwen.checkpoint.trained import trained_metadata
 from mmqwen.modalities import ModalitySpec
+
+SPECS_KEY = "mmqwen.modalities"
 
 
 def load_projectors(
@@ -91,6 +94,7 @@ def save_projectors(
     path: str | Path,
     *,
     trained: Mapping[str, bool] | None = None,
+    specs: Mapping[str, ModalitySpec] | None = None,
 ) -> Path:
     """Write projectors to a safetensors file, whole or not at all.
 
@@ -100,6 +104,7 @@ def save_projectors(
         path: a file, or a directory in which `projectors.safetensors` is written.
         trained: modality to whether its projector was ever trained, for the file's metadata;
             what is not known is left out. None asks the model.
+        specs: modalities whose entries of `config.json`, less their tokens, go into the metadata.
 
     Raises:
         CheckpointError: there are no projectors, or the file cannot be written.
@@ -117,12 +122,21 @@ def save_projectors(
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, part, metadata={"format": "pt", **trained_metadata(trained)})
+        about = {"format": "pt", **trained_metadata(trained), **_specs_metadata(specs or {})}
+        save_file(tensors, part, metadata=about)
         part.replace(path)
     except (OSError, SafetensorError) as error:
         part.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {path}: {error}") from error
     return path
+
+
+def _specs_metadata(specs: Mapping[str, ModalitySpec]) -> dict[str, str]:
+    entries = {
+        name: {k: v for k, v in spec.to_dict().items() if k not in ("token", "token_id")}
+        for name, spec in specs.items()
+    }
+    return {SPECS_KEY: json.dumps(entries)} if entries else {}
 
 
 def cast_projectors(

@@ -48,6 +48,23 @@ def read_widths(given: Sequence[str]) -> dict[str, ModalitySpec]:
     return parse_modalities(widths)
 
 
+def read_renames(given: Sequence[str]) -> dict[str, str]:
+    """`OLD=NEW` of modalities.
+
+    Raises:
+        ModalityError: one is not of this form, or names a modality twice.
+    """
+    renames: dict[str, str] = {}
+    for one in given:
+        old, _, new = one.partition("=")
+        if not old or not new:
+            raise ModalityError(f"--rename {one!r}: expected OLD=NEW, as in m1=vitals")
+        if old in renames:
+            raise ModalityError(f"--rename names {old!r} twice")
+        renames[old] = new
+    return renames
+
+
 def read_rows(given: Sequence[str]) -> dict[str, list[Any]]:
     """`NAME=FILE` or `NAME=FILE.safetensors:TENSOR`, an item each, to the items of each modality.
 
