@@ -28,7 +28,7 @@ from mmqwen.checkpoint.names import (
 )
 from mmqwen.checkpoint.projectors import cast_projectors, load_projectors, save_projectors
 from mmqwen.checkpoint.shards import check_output, copy_with_rows, staged
-from mmqwen.checkpoint.surgery import copy_extras, place_text_shard
+from mmqwen.checkpoint.surgery import EMBEDDING, copy_extras, place_text_shard
 from mmqwen.checkpoint.trained import read_trained, warn_untrained
 from mmqwen.hf.configuration import MultimodalQwen3Config
 from mmqwen.hf.modeling import MultiModalProjector
@@ -36,7 +36,6 @@ from mmqwen.modalities import ModalityError, ModalitySpec, assign_token_ids, par
 from mmqwen.text_models import UntestedTextModelWarning, refuse_text_model, untested_warning
 from mmqwen.tokens import add_placeholder_tokens, next_token_id
 
-EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 TABLE_MULTIPLE = 64
 """A grown embedding table is padded to a multiple of this, which is vLLM's vocabulary padding."""

@@ -34,6 +34,7 @@ from mmqwen.checkpoint.shards import check_output, copy_tensors, place_file, sta
 from mmqwen.checkpoint.trained import read_trained
 from mmqwen.modalities import ModalityError, ModalitySpec
 
+EMBEDDING = "model.embed_tokens.weight"
 ADAPTER_FOLDER = "adapter"
 
 
@@ -147,6 +148,11 @@ def extract_text(checkpoint: str | Path, config: Any, tokenizer: Any, output: st
     folder, output = Path(checkpoint), Path(output)
     check_output(output)
     weight_map = base_map(folder)
+    if EMBEDDING not in weight_map:
+        raise CheckpointError(
+            f"{folder} has no {EMBEDDING}: its text model's tensors have other names than a plain "
+            "one's; take the text model that the checkpoint was built on"
+        )
     text = _text_config(config)
     text.name_or_path = ""
     if not text.architectures:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mmqwen.commands.options import messages_of, read_options, read_rows
+from mmqwen.commands.options import messages_of, quiet_engine, read_options, read_rows
 
 
 def command(
@@ -47,6 +47,7 @@ def command(
     options = read_options(option or [])
     items = read_rows(rows or [])
     text = sys.stdin.read() if prompt == "-" else prompt
+    quiet_engine()
     from mmqwen.pipeline import MultimodalQwen3Pipeline
 
     asked: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,12 @@ from typing import Any
 from mmqwen.modalities import ModalityError, ModalitySpec, parse_modalities
 
 SAFETENSORS = ".safetensors"
+
+
+def quiet_engine() -> None:
+    """Keep vLLM's log off a command's own output, unless the user has set where it goes."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
 
 
 def read_options(given: Sequence[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from mmqwen.commands.options import read_options
+from mmqwen.commands.options import quiet_engine, read_options
 
 _CONTROLS = "rows,shuffled,none"
 
@@ -52,6 +52,7 @@ def command(
     options = read_options(option or [])
     if json_file is not None and not json_file.parent.is_dir():
         raise ValueError(f"--json {json_file}: there is no folder {json_file.parent}")
+    quiet_engine()
     from mmqwen.evaluation import evaluate
 
     own = choices == "dataset"
