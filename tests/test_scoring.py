@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from engines import TOLERANCE, reference, rows_of
+from mmqwen.data import DatasetWriter
 from mmqwen.pipeline import MultimodalQwen3Pipeline
 from mmqwen.scoring import Completion, plan_reads, reads_are_cheaper
+from mmqwen.training import TrainSettings, train
 from tiny import make_composite
 
 pytest.importorskip("vllm")
@@ -191,6 +193,33 @@ def test_a_bad_input_comes_back_in_place(pipeline):
         pipeline.score(["a", "b"], [[" c"]])
     with pytest.raises(ValueError, match="lora_request"):
         pipeline.score("dog", [" a"], lora_request=object())
+
+
+def test_an_adapter_answers_and_scores_as_the_merged_model(checkpoint, tmp_path):
+    from vllm.lora.request import LoRARequest
+
+    with DatasetWriter(tmp_path / "data", {"m1": 24, "m2": 40}) as writer:
+        writer.add("look <|m1|>", " the river", {"m1": [ITEMS["m1"][0]]})
+    fields = {"model": checkpoint, "data": tmp_path / "data", "stage": "lora", "lr": 1e-2}
+    fields |= {"max_steps": 3, "tokens_per_step": 64, "cpu": True, "progress": False}
+    apart = train(TrainSettings(**fields, output=tmp_path / "apart", merge=False))
+    merged = train(TrainSettings(**fields, output=tmp_path / "merged"))
+    lora = LoRARequest("trained", 1, str(apart / "adapter"))
+    options = {"dtype": "float32", "max_model_len": 128}
+    fast = {"enforce_eager": True, "block_size": 32, "num_gpu_blocks_override": 64}
+    one = {"prompt": "look <|m1|>", "multi_modal_data": {"m1": [ITEMS["m1"][0]]}}
+    with MultimodalQwen3Pipeline(merged, engine="transformers", **options) as twin:
+        (wanted,) = twin.generate(one, max_tokens=4, return_full=True)
+        scores = [score.logprob for score in twin.score(one, CHOICES)]
+    with MultimodalQwen3Pipeline(apart, enable_lora=True, **options, **fast) as pipeline:
+        pipeline._engine.llm.llm_engine.add_lora(lora)  # first, as docs/training.md says
+        (full,) = pipeline.generate(one, max_tokens=4, return_full=True, lora_request=lora)
+        found = [score.logprob for score in pipeline.score(one, CHOICES, lora_request=lora)]
+        (without,) = pipeline.generate(one, max_tokens=4, return_full=True)
+    assert full.token_ids == wanted.token_ids
+    assert close(full.logprobs, wanted.logprobs)
+    assert close(found, scores)
+    assert not close(without.logprobs, full.logprobs)
 
 
 def test_what_is_read_after_what():

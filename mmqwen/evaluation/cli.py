@@ -48,7 +48,10 @@ def command(
     ] = None,
     progress: Annotated[bool, typer.Option(help="Show a bar.")] = True,
 ) -> None:
-    """Accuracy and perplexity of a dataset's answers: with rows, with rows shuffled, without."""
+    """Accuracy and perplexity of a dataset's answers: with rows, with rows shuffled, without.
+
+    `mmqwen eval CKPT DATA`; `mmqwen eval CKPT DATA --choices cat,dog --json figures.json`
+    """
     options = read_options(option or [])
     if json_file is not None and not json_file.parent.is_dir():
         raise ValueError(f"--json {json_file}: there is no folder {json_file.parent}")
