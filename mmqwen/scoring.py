@@ -182,6 +182,8 @@ def score_by_transformers(model: Any, batch: Any, asked: Sequence[list[int]]) ->
 
     with torch.inference_mode():
         begun = model(**batch, use_cache=True, logits_to_keep=1)
+        if not can_branch(begun.past_key_values):
+            return [_score_whole(model, batch, tokens) for tokens in asked]
         first = begun.logits[0, -1].float().log_softmax(-1)
         found = [[float(first[tokens[0]])] for tokens in asked]
         length = batch["input_ids"].shape[1]
@@ -194,10 +196,33 @@ def score_by_transformers(model: Any, batch: Any, asked: Sequence[list[int]]) ->
                 input_ids=ids, attention_mask=mask, past_key_values=cache, embeddings=NO_ROWS
             ).logits
             for row, at in zip(logits, part, strict=True):
-                targets = torch.tensor(asked[at][1:], device=row.device)
-                logprobs = row[: len(targets)].float().log_softmax(-1)
-                found[at] += logprobs.gather(1, targets[:, None])[:, 0].tolist()
+                found[at] += _pick(row[: len(asked[at]) - 1], asked[at][1:])
     return found
+
+
+def can_branch(cache: Any) -> bool:
+    """Whether several continuations can go on from one cache: not from a recurrent state, which
+    transformers takes up for a single token alone."""
+    return all(hasattr(layer, "batch_repeat_interleave") for layer in getattr(cache, "layers", [0]))
+
+
+def _score_whole(model: Any, batch: Any, tokens: list[int]) -> list[float]:
+    """The prompt and one continuation in a pass, without a cache."""
+    import torch
+
+    ids = batch["input_ids"]
+    more = torch.tensor([tokens[:-1]], dtype=ids.dtype, device=ids.device)
+    mask = torch.ones(1, ids.shape[1] + len(tokens) - 1, dtype=ids.dtype, device=ids.device)
+    whole = {**batch, "input_ids": torch.cat([ids, more], 1), "attention_mask": mask}
+    return _pick(model(**whole, logits_to_keep=len(tokens)).logits[0], tokens)
+
+
+def _pick(logits: Any, tokens: list[int]) -> list[float]:
+    """`[L, V]` logits to the log-probability of each of L tokens."""
+    import torch
+
+    targets = torch.tensor(tokens, device=logits.device)
+    return logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0].tolist()
 
 
 def _passes(numbers: Sequence[int], asked: Sequence[list[int]]) -> Iterator[list[int]]:

@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
+from transformers import DynamicCache, Qwen3Config, Qwen3NextConfig
 
 from engines import TOLERANCE, reference, rows_of
 from mmqwen.data import DatasetWriter
 from mmqwen.pipeline import MultimodalQwen3Pipeline
-from mmqwen.scoring import Completion, plan_reads, reads_are_cheaper
+from mmqwen.scoring import Completion, can_branch, plan_reads, reads_are_cheaper
 from mmqwen.training import TrainSettings, train
 from tiny import make_composite
 
@@ -157,6 +158,18 @@ def test_more_labels_than_vllm_reads_at_once(by_vllm, by_transformers):
     labels = [[token] for token in range(300)]
     one, other = (p.score("the lazy", labels) for p in (by_vllm, by_transformers))
     assert close([s.logprob for s in one], [s.logprob for s in other])
+
+
+def test_a_recurrent_state_is_not_shared(by_transformers, monkeypatch):
+    """Hybrids: transformers goes on from such a state by single tokens alone."""
+    shared = by_transformers.score(PLAIN, CHOICES)
+    monkeypatch.setattr("mmqwen.scoring.can_branch", lambda cache: False)
+    for one, other in zip(by_transformers.score(PLAIN, CHOICES), shared, strict=True):
+        assert close(one.token_logprobs, other.token_logprobs)
+    assert can_branch(DynamicCache(config=Qwen3Config(num_hidden_layers=2)))
+    layers = ["linear_attention", "full_attention"]
+    config = Qwen3NextConfig(num_hidden_layers=2, layer_types=layers)
+    assert not can_branch(DynamicCache(config=config))
 
 
 def test_a_long_continuation_is_run_whole(by_vllm, by_transformers):
