@@ -28,7 +28,7 @@ from mmqwen.checkpoint.names import (
 from mmqwen.checkpoint.trained import trained_metadata
 from mmqwen.modalities import ModalitySpec
 
-SPECS_KEY = "mmqwen.modalities"
+SPECS_KEY = "mmqwen.projectors"
 
 
 def load_projectors(
@@ -104,7 +104,7 @@ def save_projectors(
         path: a file, or a directory in which `projectors.safetensors` is written.
         trained: modality to whether its projector was ever trained, for the file's metadata;
             what is not known is left out. None asks the model.
-        specs: modalities whose entries of `config.json`, less their tokens, go into the metadata.
+        specs: what the projectors are, for the file's metadata.
 
     Raises:
         CheckpointError: there are no projectors, or the file cannot be written.
@@ -133,7 +133,9 @@ def save_projectors(
 
 def _specs_metadata(specs: Mapping[str, ModalitySpec]) -> dict[str, str]:
     entries = {
-        name: {k: v for k, v in spec.to_dict().items() if k not in ("token", "token_id")}
+        name: {
+            k: v for k, v in spec.to_dict().items() if k not in ("token", "token_id", "max_rows")
+        }
         for name, spec in specs.items()
     }
     return {SPECS_KEY: json.dumps(entries)} if entries else {}
