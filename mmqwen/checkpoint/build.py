@@ -32,7 +32,7 @@ from mmqwen.checkpoint.surgery import EMBEDDING, copy_extras, place_text_shard
 from mmqwen.checkpoint.trained import read_trained, warn_untrained
 from mmqwen.hf.configuration import MultimodalQwen3Config
 from mmqwen.hf.modeling import MultiModalProjector
-from mmqwen.modalities import ModalityError, ModalitySpec, assign_token_ids, parse_modalities
+from mmqwen.modalities import ModalityError, assign_token_ids, parse_modalities
 from mmqwen.text_models import UntestedTextModelWarning, refuse_text_model, untested_warning
 from mmqwen.tokens import add_placeholder_tokens, next_token_id
 
@@ -94,7 +94,8 @@ def build_checkpoint(
     check_output(output)
     added = parse_modalities(modalities)
     folder = _find_base(base, revision)
-    held = _read_base(folder, drop, rename or {}, added)
+    spelled = {name: spec.token for name, spec in added.items()}
+    held = _read_base(folder, drop, rename or {}, spelled)
     specs = parse_modalities({**held.specs, **added})
     if not specs:
         raise CheckpointError(
@@ -222,7 +223,7 @@ def extract_projector(checkpoint: str | Path, name: str, output: str | Path) -> 
 
 
 def _read_base(
-    folder: Path, drop: Collection[str], rename: Mapping[str, str], add: Mapping[str, ModalitySpec]
+    folder: Path, drop: Collection[str], rename: Mapping[str, str], add: Mapping[str, str]
 ) -> surgery.Held:
     """What a text model or a composite checkpoint brings along."""
     config = _read_config(folder)

@@ -66,7 +66,7 @@ def take_over(
     *,
     drop: Collection[str] = (),
     rename: Mapping[str, str] | None = None,
-    add: Mapping[str, ModalitySpec] | None = None,
+    add: Mapping[str, str] | None = None,
 ) -> Held:
     """What a composite checkpoint holds, less what is dropped, under new names.
 
@@ -79,7 +79,7 @@ def take_over(
         tokenizer: its tokenizer.
         drop: modalities to leave out.
         rename: old names to new ones.
-        add: modalities that will be added.
+        add: modalities that will be added, each with the spelling of its placeholder.
 
     Raises:
         ModalityError: a modality to drop or rename is not there, or two would have one name.
@@ -110,8 +110,7 @@ def take_over(
         for name, new in names.items()
         if old[name].token != specs[new].token
     }
-    again = {spec.token for spec in add.values()}
-    gone = [token for token in _own_tokens(old, drop) if token not in again]
+    gone = [token for token in _own_tokens(old, drop) if token not in add.values()]
     loaded = load_projectors(folder, old, config.hidden_size)
     record = read_trained(folder)
     if (folder / ADAPTER_FOLDER).is_dir():
