@@ -20,6 +20,7 @@ from mmqwen.checkpoint import (
     extract_projector,
     extract_text,
     read_config,
+    save_projectors,
 )
 from mmqwen.checkpoint.surgery import respelled
 from mmqwen.checkpoint.trained import read_trained
@@ -130,9 +131,9 @@ def test_a_modality_is_replaced_by_another_of_its_name(two, tmp_path):
 def test_projectors_of_a_file_replace_what_is_there(two, tmp_path):
     other = build_checkpoint(two, {}, tmp_path / "other", drop=["m2"])
     tensors = load_file(other / FILE)
-    from safetensors.torch import save_file
-
-    save_file({n: t + 1 for n, t in tensors.items()}, tmp_path / "new.safetensors")
+    changed = {name: tensor + 1 for name, tensor in tensors.items()}
+    specs = read_config(other).modality_specs
+    save_projectors(changed, tmp_path / "new.safetensors", trained={"m1": True}, specs=specs)
     out = build_checkpoint(two, {}, tmp_path / "out", projector=tmp_path / "new.safetensors")
     assert torch.equal(
         load_file(out / FILE)["projectors.m1.linear_1.bias"],
