@@ -126,14 +126,17 @@ def score_by_vllm(engine: Any, asks: Sequence[Ask], lora: Any) -> list[list[list
     """For each prompt, the log-probabilities of the tokens of each of its continuations."""
     from vllm import SamplingParams
 
-    cache = engine.llm.llm_engine.vllm_config.cache_config
+    config = engine.llm.llm_engine.vllm_config
+    cache = config.cache_config
     block = cache.block_size if cache.enable_prefix_caching else None
     fields: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}
     whole = SamplingParams(**fields, prompt_logprobs=0)
     first: list[tuple[Any, Any, Any]] = []  # a prompt, its parameters, and where the answer goes
     later: list[tuple[Any, Any, Any]] = []
     for number, ask in enumerate(asks):
-        if not reads_are_cheaper(ask.ready.length, ask.continuations, block):
+        # With LoRA, logits of a prompt end vLLM 0.32: its adapters expect one row of a sequence.
+        may_run_whole = config.lora_config is None
+        if may_run_whole and not reads_are_cheaper(ask.ready.length, ask.continuations, block):
             for tokens in ask.continuations:
                 first.append((_longer(ask.ready.prompt, tokens), whole, (number, tuple(tokens))))
             continue
