@@ -21,13 +21,14 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from mmqwen import MultimodalQwen3Pipeline, build_checkpoint
+from mmqwen import build_checkpoint
 from mmqwen.data import DatasetWriter
+from mmqwen.evaluation import Report, evaluate
 from mmqwen.training import TrainSettings, train
 
 PROMPT = "Utterance <|vowel|> Speaker"
 WORDS = ("<|end|>", "<|other|>", "Utterance", "Speaker", *"123456789")
-KINDS = ("with rows", "rows shuffled", "without rows")
+KINDS = {"rows": "with rows", "shuffled": "rows shuffled", "none": "without rows"}
 NOISE, COPIES = 0.3, 32  # the noise, in units of the rows' spread, is another for each copy
 
 
@@ -53,29 +54,28 @@ def make_base(path: Path) -> Path:
     return path
 
 
-def run(data: Path, folder: Path, engine: Any) -> list[tuple[Any, ...]]:
-    """Train and serve; for each test utterance its speaker, its rows, and the three answers."""
+def write(path: Path, utterances: list[torch.Tensor], names: list[str]) -> Path:
+    """A dataset of utterances and who says them."""
+    with DatasetWriter(path, {"vowel": 12}) as writer:
+        for rows, name in zip(utterances, names, strict=True):
+            writer.add(PROMPT, f" {name}", {"vowel": [rows]})
+    return path
+
+
+def run(data: Path, folder: Path, engine: Any) -> tuple[Report, list[int]]:
+    """Train and serve; what is right, and the rows of each test utterance."""
     torch.manual_seed(0)
     known, names = read(data / "JapaneseVowels_TRAIN.ts")
     test, speakers = read(data / "JapaneseVowels_TEST.ts")
     std, mean = torch.std_mean(torch.cat(known), 0)
-    with DatasetWriter(folder / "data", {"vowel": 12}) as writer:
-        for rows, name in list(zip(known, names, strict=True)) * COPIES:
-            item = (rows - mean) / std + NOISE * torch.randn(rows.shape)
-            writer.add(PROMPT, f" {name}", {"vowel": [item]})
+    noisy = [(rows - mean) / std + NOISE * torch.randn(rows.shape) for rows in known * COPIES]
+    learnt = write(folder / "data", noisy, names * COPIES)
     start = build_checkpoint(make_base(folder / "base"), {"vowel": 12}, folder / "start")
-    files = {"model": start, "data": folder / "data", "output": folder / "trained"}
+    files = {"model": start, "data": learnt, "output": folder / "trained"}
     options: dict[str, Any] = {"stage": "full", "lr": 2e-3, "weight_decay": 0.1, "cpu": True}
     trained = train(TrainSettings(**files, **options, tokens_per_step=256))
-
-    items = [(rows - mean) / std for rows in test]
-    asked = items + [items[at] for at in torch.randperm(len(items)).tolist()]
-    prompts = [{"prompt": PROMPT, "multi_modal_data": {"vowel": [item]}} for item in asked]
-    prompts += [{"prompt": PROMPT.replace("<|vowel|>", "")}] * len(items)
-    with MultimodalQwen3Pipeline(trained, engine=engine, dtype="float32") as pipeline:
-        answers = [text.strip() for text in pipeline.generate(prompts, max_tokens=2)]
-    thirds = [answers[at :: len(items)] for at in range(len(items))]
-    return [(who, len(i), *three) for who, i, three in zip(speakers, items, thirds, strict=True)]
+    asked = write(folder / "test", [(rows - mean) / std for rows in test], speakers)
+    return evaluate(trained, asked, engine=engine, dtype="float32"), [len(rows) for rows in test]
 
 
 def main() -> None:
@@ -88,11 +88,12 @@ def main() -> None:
         parser.error("no data: pip install --no-deps aeon, or --data FOLDER")
     data = arguments.data or Path(aeon.origin).parent / "datasets/data/JapaneseVowels"
     with tempfile.TemporaryDirectory() as folder:
-        asked = run(data, Path(folder), arguments.engine)
-    for at, kind in enumerate(KINDS, 2):
-        print(f"{kind:16}{sum(answer[0] == answer[at] for answer in asked) / len(asked):6.1%}")
-    for speaker, rows, answer, *_ in asked[::37]:
-        print(f"{rows:2} rows of speaker {speaker}: the model says {answer!r}")
+        report, lengths = run(data, Path(folder), arguments.engine)
+    for control, kind in KINDS.items():
+        print(f"{kind:16}{report.accuracy(control):6.1%}")
+    for rows, one in list(zip(lengths, report.answers, strict=True))[::37]:
+        said = one["given"]["rows"]
+        print(f"{rows:2} rows of speaker {one['expected']}: the model says {said!r}")
 
 
 if __name__ == "__main__":

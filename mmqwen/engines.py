@@ -1,39 +1,23 @@
-"""vLLM and the reference model behind the pipeline: prepare a prompt, run prepared ones.
+"""vLLM behind the pipeline: prepare a prompt, run prepared ones.
 
-Both engines may be used by several threads, and by several streams at once.
+It may be used by several threads, and by several streams at once.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import count
-from queue import SimpleQueue
-from threading import Lock, Thread, current_thread, main_thread
+from threading import Lock
 from typing import Any
 
 from mmqwen.named_rows import NamedRows, is_lost
 from mmqwen.references import ChatRows
-from mmqwen.sampling import check_fields
+from mmqwen.sampling import check_count, check_fields
+from mmqwen.scoring import Ask, Completion, Ready, score_by_vllm
 from mmqwen.vllm_plugin import compat, register
 from mmqwen.vllm_plugin.engine_config import REFERENCES_SWITCH
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A checked prompt.
-
-    Attributes:
-        prompt: what the engine takes.
-        length: its tokens, with one per row.
-        with_rows: the same with all rows, where `prompt` names some that the engine may have lost.
-    """
-
-    prompt: Any
-    length: int
-    with_rows: Callable[[], Any] | None = None
 
 
 class VllmEngine:
@@ -102,8 +86,13 @@ class VllmEngine:
         except compat.refusal() as error:
             raise ValueError(str(error)) from error
 
-    def options(self, fields: Mapping[str, Any], *, stream: bool) -> Any:
+    def options(self, fields: Mapping[str, Any], *, stream: bool, full: bool = False) -> Any:
         """Sampling parameters, and the LoRA request or None.
+
+        Args:
+            fields: by name.
+            stream: pieces are wanted, not the whole.
+            full: `complete` is called, not `generate` or `stream`; `n` may be given.
 
         Raises:
             ValueError: a field is unknown, out of range, or asks for more than a text.
@@ -113,21 +102,33 @@ class VllmEngine:
         from vllm.sampling_params import RequestOutputKind
 
         fields = dict(fields)
-        lora = fields.pop("lora_request", None)
-        if lora is not None and self.llm.llm_engine.vllm_config.lora_config is None:
-            raise ValueError("lora_request: start the pipeline with enable_lora=True")
+        lora = self.check_lora(fields.pop("lora_request", None))
+        more: dict[str, Any] = {}
+        if full:
+            more = {"n": check_count(fields), "logprobs": 0}
+            fields.pop("n", None)
         known = {name for name in SamplingParams.__struct_fields__ if not name.startswith("_")}
         check_fields(fields, known - {"output_kind"}, self._ONE_TEXT, "vLLM's SamplingParams")
         fields.pop("best_of", None)
         kind = RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY
         try:
-            params = SamplingParams(**fields, output_kind=kind)
+            params = SamplingParams(**fields, **more, output_kind=kind)
             # A value of a wrong type would end vLLM's engine process, which reads them this way.
             sent = msgspec.msgpack.encode(params, enc_hook=lambda _: None)
             msgspec.msgpack.decode(sent, type=SamplingParams)
         except (TypeError, msgspec.ValidationError, compat.refusal()) as error:
             raise ValueError(f"sampling fields: {error}") from error
         return params, lora
+
+    def check_lora(self, lora: Any) -> Any:
+        """The LoRA request, which goes to vLLM as it is.
+
+        Raises:
+            ValueError: the engine was started without LoRA.
+        """
+        if lora is not None and self.llm.llm_engine.vllm_config.lora_config is None:
+            raise ValueError("lora_request: start the pipeline with enable_lora=True")
+        return lora
 
     def generate(self, prompts: Sequence[Ready], options: Any) -> list[str]:
         """The text of each prompt."""
@@ -139,13 +140,44 @@ class VllmEngine:
     def stream(self, prompts: Sequence[Ready], options: Any) -> Iterator[tuple[int, str]]:
         """Pieces of text, each with its prompt's index, as they come."""
         params, lora = options
+        for index, output in self.outputs([(r.prompt, params, r.with_rows) for r in prompts], lora):
+            if output.outputs[0].text:
+                yield index, output.outputs[0].text
+
+    def complete(self, prompts: Sequence[Ready], options: Any) -> list[list[Completion]]:
+        """All that is known of the texts of each prompt."""
+        params, lora = options
+        found: list[list[Completion]] = [[] for _ in prompts]
+        for index, output in self.outputs([(r.prompt, params, r.with_rows) for r in prompts], lora):
+            for one in output.outputs:
+                ids = list(one.token_ids)
+                logprobs = [
+                    row[token].logprob for row, token in zip(one.logprobs, ids, strict=True)
+                ]
+                found[index].append(Completion(one.text, ids, one.finish_reason, logprobs))
+        return found
+
+    def score(self, asks: Sequence[Ask], lora: Any = None) -> list[list[list[float]]]:
+        """For each prompt, the log-probabilities of the tokens of each of its continuations."""
+        return score_by_vllm(self, asks, lora)
+
+    def outputs(
+        self, requests: Sequence[tuple[Any, Any, Any]], lora: Any
+    ) -> Iterator[tuple[int, Any]]:
+        """vLLM's outputs, each with its request's index, as they come.
+
+        Args:
+            requests: prompts as `prepare` renders them, each with its sampling parameters, and what
+                makes it with all rows, or None.
+            lora: LoRA request of all of them, or None.
+        """
         inbox: deque[Any] = deque()
         running: dict[str, int] = {}
         try:
             with self._turn() as engine:
-                for index, ready in enumerate(prompts):
+                for index, (prompt, params, _) in enumerate(requests):
                     name = next(self._names)
-                    self._add(engine, name, ready.prompt, params.clone(), lora)
+                    self._add(engine, name, prompt, params.clone(), lora)
                     self._inboxes[name] = inbox
                     running[name] = index
             while running:
@@ -157,16 +189,15 @@ class VllmEngine:
                     index = running[output.request_id]
                     if output.finished:
                         del running[output.request_id]
-                    again = prompts[index].with_rows
+                    again = requests[index][2]
                     if again is not None and is_lost(output):
                         with self._turn() as engine:
                             name = next(self._names)
-                            self._add(engine, name, again(), params.clone(), lora)
+                            self._add(engine, name, again(), requests[index][1].clone(), lora)
                             self._inboxes[name] = inbox
                             running[name] = index
                         continue
-                    if output.outputs[0].text:
-                        yield index, output.outputs[0].text
+                    yield index, output
         finally:
             for name in running:  # the caller stopped early, or the engine failed
                 self._inboxes.pop(name, None)
@@ -215,180 +246,3 @@ class VllmEngine:
                 inbox.append(output)
                 if output.finished:
                     del self._inboxes[output.request_id]
-
-
-class TransformersEngine:
-    """The reference model behind the pipeline: one call of its `generate` at a time."""
-
-    _ONE_TEXT: Mapping[str, Any] = {
-        "num_return_sequences": 1,
-        "return_dict_in_generate": False,
-        "output_scores": False,
-        "output_logits": False,
-        "output_attentions": False,
-        "output_hidden_states": False,
-    }
-    _OBJECTS = frozenset({"logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn"})
-    """Arguments of `generate` that are no fields of its config."""
-
-    def __init__(self, checkpoint: str, device: str, options: Mapping[str, Any]) -> None:
-        import torch
-
-        from mmqwen.hf import MultimodalQwen3ForConditionalGeneration, MultimodalQwen3Processor
-
-        fields = dict(options)
-        limit = fields.pop("max_model_len", None)
-        placed = fields.get("device_map")
-        if placed is not None and device != "auto":
-            raise ValueError(
-                f"device {device!r} beside device_map={placed!r}: the map says where each part of "
-                "the model lies; leave one of them out"
-            )
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if placed is None:
-            check_device(device)
-        self.model = MultimodalQwen3ForConditionalGeneration.from_pretrained(checkpoint, **fields)
-        # Loading places what it quantises, too; accelerate refuses to move what it has placed.
-        if placed is None and not hasattr(self.model, "hf_device_map"):
-            self.model.to(device)
-        self.model.eval()
-        self._device = _input_device(self.model)
-        self.processor = MultimodalQwen3Processor.from_pretrained(checkpoint)
-        self.tokenizer = self.processor.tokenizer
-        self.max_model_len = limit or self.model.config.text_config.max_position_embeddings
-        self._using = Lock()
-
-    def prepare(self, token_ids: list[int], items: Mapping[str, Any]) -> Ready:
-        """Check a prompt and expand its markers.
-
-        Raises:
-            ValueError: it cannot be served.
-        """
-        ids, rows = self.processor.expand(token_ids, items, self.model.dtype)
-        return Ready((ids, rows), len(ids))
-
-    def options(self, fields: Mapping[str, Any], *, stream: bool) -> Any:
-        """Arguments of transformers' `generate`.
-
-        Raises:
-            ValueError: a field is unknown, or asks for more than a text.
-        """
-        from transformers import GenerationConfig
-
-        fields = dict(fields)
-        max_tokens, temperature = fields.pop("max_tokens"), fields.pop("temperature")
-        known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
-        known -= {"max_new_tokens", "max_length", "do_sample"}
-        check_fields(fields, known | self._OBJECTS, self._ONE_TEXT, "transformers' generate")
-        if stream and (fields.get("num_beams") or 1) != 1:
-            raise ValueError(
-                f"num_beams={fields['num_beams']!r}: beams have no text before they end; leave "
-                "stream out"
-            )
-        if fields.get("stop_strings"):
-            fields["tokenizer"] = self.tokenizer
-        fields["max_new_tokens"] = max_tokens
-        fields["do_sample"] = temperature > 0
-        if temperature > 0:
-            fields["temperature"] = temperature
-        return fields
-
-    def generate(self, prompts: Sequence[Ready], options: Any) -> list[str]:
-        """The text of each prompt."""
-        if not prompts:
-            return []
-        with self._using:
-            new = self._run(prompts, options)
-        return self.tokenizer.batch_decode(new, skip_special_tokens=True)
-
-    def stream(self, prompts: Sequence[Ready], options: Any) -> Iterator[tuple[int, str]]:
-        """Pieces of text, each with its prompt's index; one prompt after the other."""
-        for index, ready in enumerate(prompts):
-            pieces = _pieces(self.tokenizer)
-            thread = Thread(target=self._fill, args=(pieces, ready, options))
-            thread.start()
-            try:
-                while (piece := pieces.queue.get()) is not None:
-                    if isinstance(piece, BaseException):
-                        raise piece
-                    yield index, piece
-            finally:
-                pieces.closed = True
-                if thread is not current_thread():  # garbage is collected in any thread
-                    thread.join()
-
-    def _fill(self, pieces: Any, ready: Ready, options: Mapping[str, Any]) -> None:
-        """Generate into a streamer's queue; None ends it, after the error if there is one."""
-        try:
-            # In turns: who closes a stream may have the model, and waits for this thread.
-            while not self._using.acquire(timeout=0.05):
-                pieces.check_open()
-            try:
-                self._run([ready], {**options, "streamer": pieces})
-            finally:
-                self._using.release()
-        except _StreamClosed:
-            pass
-        except BaseException as error:
-            pieces.queue.put(error)
-        finally:
-            pieces.queue.put(None)
-
-    def _run(self, prompts: Sequence[Ready], options: Mapping[str, Any]) -> Any:
-        batch = self.processor.join([ready.prompt for ready in prompts]).to(self._device)
-        return self.model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
-
-
-def _input_device(model: Any) -> Any:
-    """Where a model takes token ids: accelerate brings weights that it keeps elsewhere there."""
-    hook = getattr(model, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    return model.device if device is None else device
-
-
-class _StreamClosed(Exception):
-    """Nobody reads the stream any more."""
-
-
-def _pieces(tokenizer: Any) -> Any:
-    """A streamer of transformers' that puts text into a queue until it is closed."""
-    from transformers import TextStreamer
-
-    class Pieces(TextStreamer):
-        queue: SimpleQueue[Any]
-        closed = False
-
-        def check_open(self) -> None:
-            # The main thread's end, too: threads that are waited for at exit would hold it up.
-            if self.closed or not main_thread().is_alive():
-                raise _StreamClosed
-
-        def put(self, value: Any) -> None:
-            self.check_open()
-            super().put(value)
-
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            if text:
-                self.queue.put(text)
-
-    pieces = Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    pieces.queue = SimpleQueue()
-    return pieces
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that torch cannot use here.
-
-    Raises:
-        ValueError: no such kind, none of this number, or torch was built without it.
-    """
-    import torch
-
-    try:
-        torch.empty(1, device=device)
-    except Exception as error:  # AssertionError, RuntimeError, ...: each backend raises its own
-        raise ValueError(
-            f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); choose 'auto' "
-            f"or 'cpu'; torch {torch.__version__} sees {torch.cuda.device_count()} CUDA device(s)"
-        ) from error

@@ -10,13 +10,16 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, overload
 
+from mmqwen.attempts import Attempt, add_widths, attempts, is_single, joined, only
 from mmqwen.chat import check_parts_kept, render_chat
 from mmqwen.checkpoint.names import MODEL_TYPE
 from mmqwen.checkpoint.trained import read_trained, warn_untrained
-from mmqwen.engines import Ready, TransformersEngine, VllmEngine
-from mmqwen.inputs import Prompt, check_ids, check_unicode, read_messages, read_prompt
+from mmqwen.engines import VllmEngine
+from mmqwen.inputs import Prompt, check_ids, check_unicode, read_ids, read_messages, read_prompt
 from mmqwen.modalities import ModalitySpec
+from mmqwen.reference_engine import TransformersEngine
 from mmqwen.sampling import check_limits
+from mmqwen.scoring import Ask, Ready, Score
 
 Engine = Literal["vllm", "transformers"]
 OnError = Literal["raise", "return"]
@@ -90,8 +93,26 @@ class MultimodalQwen3Pipeline:
         elif projector is not None:
             raise ValueError("projector is given without modalities; name them and their widths")
 
+    @property
+    def engine(self) -> str:
+        """`"vllm"` or `"transformers"`."""
+        return self._engine_name
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, with the placeholder tokens.
+
+        Raises:
+            ValueError: no modalities are known yet, so that no engine has started.
+        """
+        return self._require_engine().tokenizer
+
     # -- generate -------------------------------------------------------------------------------
 
+    @overload
+    def generate(
+        self, inputs: Any, *, return_full: Literal[True], **sampling: Any
+    ) -> list[Any]: ...
     @overload
     def generate(
         self, inputs: str | Mapping[str, Any], *, stream: Literal[False] = ..., **sampling: Any
@@ -110,6 +131,7 @@ class MultimodalQwen3Pipeline:
         max_tokens: int = 256,
         temperature: float = 0.0,
         stream: bool = False,
+        return_full: bool = False,
         on_error: OnError = "raise",
         **sampling: Any,
     ) -> Any:
@@ -122,29 +144,28 @@ class MultimodalQwen3Pipeline:
             temperature: 0 is greedy.
             stream: yield pieces of text as they come. A stream that is closed, or collected as
                 garbage, ends what it had running.
+            return_full: give all that is known of each text, and `n` of them for each input.
             on_error: what to do with an input that cannot be served: `"raise"` before anything
                 runs, or `"return"` the exception in its place and serve the others.
             **sampling: further fields of `vllm.SamplingParams` (and `lora_request`), or of
-                transformers' `generate`. Those that ask for more than one text an input (`n`,
-                `logprobs`, `num_return_sequences`, ...) are refused.
+                transformers' `generate`; with `return_full` also `n` on either engine. Those that
+                ask for what would be lost (`logprobs`, `num_return_sequences`, ...) are refused.
 
         Returns:
-            A str for one input, a list for a list. With `stream`, an iterator of str for one
-            input, of (index, str) for a list; exceptions that are returned come first.
+            A str for one input, a list for a list. With `return_full`, in the place of a str a
+            list of `n` `mmqwen.scoring.Completion`s: text, token ids, finish reason and
+            log-probabilities. With `stream`, an iterator of str for one input, of (index, str) for
+            a list; exceptions that are returned come first.
 
         Raises:
             ValueError: an input cannot be served (`EmbeddingError`, `ModalityError`); the message
                 names the modality, what was got and what was expected. Also a sampling field that
                 is unknown, refused or out of range.
         """
-        single = isinstance(inputs, (str, Mapping))
-        if not single and (isinstance(inputs, bytes) or not isinstance(inputs, Iterable)):
-            raise ValueError(
-                f"inputs are a str, a dict, or a list of these, got {type(inputs).__name__}"
-            )
+        single = is_single(inputs)
         values = [inputs] if single else list(inputs)
         options = {"max_tokens": max_tokens, "temperature": temperature, **sampling}
-        return self._serve(values, read_prompt, single, stream, on_error, options)
+        return self._serve(values, read_prompt, single, stream, return_full, on_error, options)
 
     def chat(
         self,
@@ -162,7 +183,8 @@ class MultimodalQwen3Pipeline:
             **options: as for `generate`.
 
         Returns:
-            The answer; an iterator of pieces with `stream=True`.
+            The answer; an iterator of pieces with `stream=True`, a list of `n` completions with
+            `return_full=True`.
 
         Raises:
             ValueError: as for `generate`; also text that spells a placeholder token.
@@ -175,11 +197,70 @@ class MultimodalQwen3Pipeline:
             raise ValueError(f"chat_template_kwargs: {sorted(taken)} are set by the pipeline")
         limits = {"max_tokens": 256, "temperature": 0.0}
         stream, on_error = options.pop("stream", False), options.pop("on_error", "raise")
+        full = options.pop("return_full", False)
 
         def read(value: Any) -> Prompt:
             return self._read_chat(value, template)
 
-        return self._serve([messages], read, True, stream, on_error, {**limits, **options})
+        return self._serve([messages], read, True, stream, full, on_error, {**limits, **options})
+
+    def score(
+        self,
+        inputs: Any,
+        continuations: Sequence[Any],
+        *,
+        on_error: OnError = "raise",
+        lora_request: Any = None,
+    ) -> Any:
+        """How probable each of some given continuations of a prompt is, for one prompt or many.
+
+        Nothing is sampled. Continuations of one prompt share it: it is computed once.
+
+        Args:
+            inputs: as for `generate`; also `{"messages": [...]}`, a conversation as for `chat`.
+            continuations: for one input a list of what may follow it, each a str or a list of
+                token ids; for a list of inputs, such a list for each. A str is tokenized by itself,
+                so write its leading space.
+            on_error: as for `generate`.
+            lora_request: vLLM's, for all inputs.
+
+        Returns:
+            For one input a list of `mmqwen.scoring.Score`s, one for each continuation, in their
+            order: `logprob`, and `per_token`, which does not favour short ones. For a list of
+            inputs, a list of such lists.
+
+        Raises:
+            ValueError: as for `generate`; also a continuation that is empty, holds a placeholder,
+                or is too long for the model.
+        """
+        single = is_single(inputs)
+        values = [inputs] if single else list(inputs)
+        asked = [continuations] if single else list(continuations)
+        if len(asked) != len(values):
+            raise ValueError(
+                f"got {len(asked)} lists of continuations for {len(values)} inputs, expected one "
+                "for each"
+            )
+        attempt = attempts(on_error, single)
+        with self._reading:
+            results = self._read(values, self._read_any, attempt)
+            if all(isinstance(result, Exception) for result in results):
+                return only(results, single)
+            engine = self._require_engine()
+            lora = engine.check_lora(lora_request)
+            pairs = [
+                prompt if isinstance(prompt, Exception) else (prompt, after)
+                for prompt, after in zip(results, asked, strict=True)
+            ]
+            results = attempt(lambda pair: self._ask(*pair), pairs)
+        good = [index for index, result in enumerate(results) if isinstance(result, Ask)]
+        asks = [results[index] for index in good]
+        for index, found in zip(good, engine.score(asks, lora), strict=True):
+            results[index] = [
+                Score(tokens, logprobs)
+                for tokens, logprobs in zip(results[index].continuations, found, strict=True)
+            ]
+        return only(results, single)
 
     def close(self) -> None:
         """Free the engine and the temporary checkpoint; the pipeline cannot be used again.
@@ -205,52 +286,92 @@ class MultimodalQwen3Pipeline:
         read: Callable[[Any], Prompt],
         single: bool,
         stream: bool,
+        full: bool,
         on_error: str,
         fields: Mapping[str, Any],
     ) -> Any:
         """Check everything, then run what can be served."""
-        if on_error not in ("raise", "return"):
-            raise ValueError(f"on_error is {on_error!r}, expected 'raise' or 'return'")
+        if stream and full:
+            raise ValueError("return_full gives texts when they are whole; leave stream out")
+        attempt = attempts(on_error, single)
         max_tokens, temperature = check_limits(fields["max_tokens"], fields["temperature"])
         fields = {**fields, "max_tokens": max_tokens, "temperature": temperature}
-
-        def attempt(step: Callable[[Any], Any], results: Sequence[Any]) -> list[Any]:
-            done: list[Any] = []
-            for index, value in enumerate(results):
-                try:
-                    done.append(value if isinstance(value, Exception) else step(value))
-                except ValueError as error:
-                    if on_error == "raise":
-                        if not single:
-                            error.add_note(f"in input {index} of {len(results)}")
-                        raise
-                    done.append(error)
-            return done
-
         with self._reading:
-            results = attempt(read, values)
-            if self._engine is None and not self._closed:
-                widths: dict[str, int] = {}
-                results = attempt(lambda prompt: add_widths(prompt, widths), results)
-                if widths:
-                    self._start_built(widths)
-                    warnings.warn(
-                        f"modalities {widths} were read off the first inputs; their projectors "
-                        "are untrained",
-                        stacklevel=3,
-                    )
+            results = self._read(values, read, attempt)
             if all(isinstance(result, Exception) for result in results):  # also: no input at all
-                return _joined(results, [], iter(()), single) if stream else _only(results, single)
+                return joined(results, [], iter(()), single) if stream else only(results, single)
             engine = self._require_engine()
-            options = engine.options(fields, stream=stream)
+            options = engine.options(fields, stream=stream, full=full)
             results = attempt(self._prepare, results)
         good = [index for index, result in enumerate(results) if isinstance(result, Ready)]
         ready = [results[index] for index in good]
         if stream:
-            return _joined(results, good, engine.stream(ready, options), single)
-        for index, text in zip(good, engine.generate(ready, options), strict=True):
-            results[index] = text
-        return _only(results, single)
+            return joined(results, good, engine.stream(ready, options), single)
+        done = engine.complete(ready, options) if full else engine.generate(ready, options)
+        for index, answer in zip(good, done, strict=True):
+            results[index] = answer
+        return only(results, single)
+
+    def _read(
+        self, values: Sequence[Any], read: Callable[[Any], Prompt], attempt: Attempt
+    ) -> list[Any]:
+        """Prompts, or why there is none; the first ones start an engine that waits for widths."""
+        results = attempt(read, values)
+        if self._engine is None and not self._closed:
+            widths: dict[str, int] = {}
+            results = attempt(lambda prompt: add_widths(prompt, widths), results)
+            if widths:
+                self._start_built(widths)
+                warnings.warn(
+                    f"modalities {widths} were read off the first inputs; their projectors "
+                    "are untrained",
+                    stacklevel=4,
+                )
+        return results
+
+    def _read_any(self, value: Any) -> Prompt:
+        """A prompt as `generate` takes it, or a conversation in a dict."""
+        if isinstance(value, Mapping) and set(value) == {"messages"}:
+            return self._read_chat(value["messages"], {"add_generation_prompt": True})
+        return read_prompt(value)
+
+    def _ask(self, prompt: Prompt, continuations: Any) -> Ask:
+        """Check a prompt and what may follow it."""
+        if isinstance(continuations, (str, bytes)) or not isinstance(continuations, Iterable):
+            raise ValueError(
+                "continuations of an input are a list of str, or of lists of token ids, got "
+                f"{type(continuations).__name__}"
+            )
+        ready, asked = self._prepare(prompt), []
+        for at, one in enumerate(continuations):
+            try:
+                asked.append(self._read_continuation(one, ready.length))
+            except ValueError as error:
+                raise ValueError(f"continuation {at}: {error}") from None
+        if not asked:
+            raise ValueError("no continuations of an input; give at least one")
+        return Ask(ready, asked)
+
+    def _read_continuation(self, value: Any, before: int) -> list[int]:
+        engine = self._require_engine()
+        if isinstance(value, str):
+            ids = engine.tokenizer.encode(check_unicode(value), add_special_tokens=False)
+        elif hasattr(value, "__len__"):
+            ids = read_ids(value)
+        else:
+            raise ValueError(f"got {type(value).__name__}, expected a str or a list of token ids")
+        check_ids(ids, self._vocab_size)
+        if not ids:
+            raise ValueError("it is empty; give text or token ids")
+        for spec in self.specs.values():
+            if spec.token_id in ids:
+                raise ValueError(f"it holds {spec.token}, but rows are never said")
+        if before + len(ids) >= engine.max_model_len:
+            raise ValueError(
+                f"it is {len(ids)} tokens long after {before} of the prompt, expected fewer than "
+                f"{engine.max_model_len} in all (max_model_len)"
+            )
+        return list(ids)
 
     def _require_engine(self) -> VllmEngine | TransformersEngine:
         if self._closed:
@@ -322,54 +443,6 @@ class MultimodalQwen3Pipeline:
         self._engine = kind(checkpoint, self._device, self._options)
         self._vocab_size = config.vocab_size
         self.specs = config.modality_specs
-
-
-def add_widths(prompt: Prompt, widths: dict[str, int]) -> Prompt:
-    """Note the names and widths of a prompt's modalities that are not yet among `widths`.
-
-    Returns:
-        The prompt.
-
-    Raises:
-        ValueError: a name that cannot be a modality's, or an item whose width cannot be told.
-    """
-    from mmqwen.transport import as_items
-
-    found: dict[str, int] = {}
-    for name, value in prompt.items.items():
-        members = as_items(value, name)
-        if not len(members):
-            continue
-        first = members[0]
-        shape = getattr(first, "shape", None)
-        if shape is None and isinstance(first, (list, tuple)) and first:
-            inner = first[0] if isinstance(first[0], (list, tuple)) else first
-            shape = (len(inner),)
-        if not shape:
-            raise ValueError(f"modality {name!r}: its width cannot be read off {first!r:.40}")
-        found[name] = ModalitySpec(name=name, dim=int(shape[-1])).dim
-    widths.update({name: dim for name, dim in found.items() if name not in widths})
-    return prompt
-
-
-def _only(results: list[Any], single: bool) -> Any:
-    return results[0] if single else results
-
-
-def _joined(
-    results: Sequence[Any], good: Sequence[int], pieces: Iterator[tuple[int, str]], single: bool
-) -> Iterator[Any]:
-    """What could not be served, then the pieces of the others, numbered as the inputs are."""
-    try:
-        for index, result in enumerate(results):
-            if isinstance(result, Exception):
-                yield result if single else (index, result)
-        for at, text in pieces:
-            yield text if single else (good[at], text)
-    finally:
-        close = getattr(pieces, "close", None)
-        if close is not None:
-            close()
 
 
 def _is_composite(model_name: str) -> bool:

@@ -15,7 +15,6 @@ _OTHER_NAMES = {
     "stop": "stop_strings",
     "stop_strings": "stop",
     "num_return_sequences": "n",
-    "n": "num_return_sequences",
 }
 """What a field is called by the other engine, or here."""
 
@@ -32,6 +31,21 @@ def check_limits(max_tokens: Any, temperature: Any) -> tuple[int, float]:
     if not (real and math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature is {temperature!r}, expected a number >= 0; 0 is greedy")
     return int(max_tokens), float(temperature)
+
+
+def check_count(fields: Mapping[str, Any]) -> int:
+    """How many texts of each input `n` among the fields asks for.
+
+    Raises:
+        ValueError: no integer of at least 1, or several where each would be the same.
+    """
+    count: Any = fields.get("n", 1)
+    if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
+        raise ValueError(f"n is {count!r}, expected an integer >= 1")
+    count = int(count)
+    if count > 1 and not fields["temperature"] and (fields.get("num_beams") or 1) < count:
+        raise ValueError(f"n={count} with temperature 0 gives {count} times the same; raise it")
+    return count
 
 
 def check_fields(
@@ -53,8 +67,8 @@ def check_fields(
             if value not in (one_text[name], None):
                 raise ValueError(
                     f"{name}={value!r}: the pipeline gives one text for each input, and what else "
-                    "this asks for would be lost; repeat the input for more texts, or use "
-                    f"{taker} itself"
+                    "this asks for would be lost; return_full=True gives n texts and the "
+                    f"log-probabilities of their tokens, {taker} itself the rest"
                 )
         elif name not in known:
             hint = _OTHER_NAMES.get(name) or next(iter(get_close_matches(name, known, 1)), None)

@@ -563,9 +563,6 @@ def test_nothing_is_left_behind_by_a_failure(base, tmp_path, monkeypatch):
 
 
 def test_wrong_requests_are_refused(base, tmp_path):
-    composite = build_checkpoint(base, MODALITIES, tmp_path / "composite")
-    with pytest.raises(CheckpointError, match="composite checkpoint already"):
-        build_checkpoint(composite, MODALITIES, tmp_path / "out")
     with pytest.raises(CheckpointError, match="at least one"):
         build_checkpoint(base, {}, tmp_path / "out")
     with pytest.raises(ModalityError, match=r"gives new tokens the ids .403."):

@@ -13,7 +13,22 @@ ROOT = Path(__file__).parents[1]
 FILES = [*ROOT.glob("mmqwen/**/*.py"), *ROOT.glob("kernels/mmqwen_kernels/**/*.py")]
 
 LAYERS = (
-    ("cli", "serve", "doctor", "pipeline", "engines", "named_rows", "sampling", "demo", "training"),
+    (
+        "cli",
+        "commands",
+        "serve",
+        "doctor",
+        "pipeline",
+        "attempts",
+        "engines",
+        "named_rows",
+        "reference_engine",
+        "sampling",
+        "scoring",
+        "demo",
+        "training",
+        "evaluation",
+    ),
     ("vllm_plugin",),
     ("checkpoint.build",),
     ("hf",),

@@ -175,6 +175,61 @@ def test_metadata(target):
     assert not any(line.startswith(("vllm", "pytest", "ruff")) for line in plain)
 
 
+@pytest.fixture(scope="module")
+def part(tmp_path_factory):
+    """Builds a part of the package in a copy, and installs it without what it requires."""
+
+    def install(name: str) -> tuple[Path, list[str]]:
+        folder = tmp_path_factory.mktemp(name)
+        ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
+        for tree in ("mmqwen", "kernels", "distributions"):
+            shutil.copytree(ROOT / tree, folder / tree, ignore=ignore)
+        pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index")
+        target = folder / "target"
+        source = str(folder / "distributions" / name)
+        run(*pip, "--no-build-isolation", "--target", str(target), source, cwd=folder)
+        (found,) = importlib.metadata.distributions(path=[str(target)])
+        assert found.version == mmqwen.__version__
+        return target, [Requirement(line).name for line in found.requires]
+
+    return install
+
+
+def test_the_client_alone_needs_numpy_alone(part, tmp_path):
+    target, needs = part("client")
+    assert needs == ["numpy"]
+    libraries = Path(sysconfig.get_path("platlib"))
+    for name in ("numpy", "numpy.libs"):
+        if (libraries / name).exists():
+            (tmp_path / name).symlink_to(libraries / name)
+    code = (
+        f"import sys; sys.path[:0] = {[str(target), str(tmp_path)]!r}\n"
+        "import numpy as np, mmqwen, mmqwen.client as client, mmqwen.transport as transport\n"
+        f"assert mmqwen.__file__.startswith({str(target)!r})\n"
+        "part = client.embeds_part('m1', np.ones((2, 3), np.float32), 'bfloat16')\n"
+        "assert part['m1_embeds']['shape'] == [2, 3]\n"
+        "try: client.embeds_part('m1', np.ones((2, 3), int))\n"
+        "except transport.EmbeddingError as error: print(error.modality)\n"
+    )
+    assert run(sys.executable, "-I", "-S", "-c", code, cwd=tmp_path).strip() == "m1"
+
+
+def test_the_op_alone_computes(part):
+    target, needs = part("op")
+    assert sorted(needs) == ["numpy", "torch", "triton"]
+    out = in_target(
+        target,
+        "import importlib.util, torch, mmqwen_kernels\n"
+        "assert importlib.util.find_spec('mmqwen') is None\n"
+        "w = torch.ones(4, 3), torch.zeros(4), torch.ones(2, 4), torch.zeros(2)\n"
+        "rows = mmqwen_kernels.project_rows(torch.ones(5, 3), mmqwen_kernels.Projector(*w))\n"
+        "print(mmqwen_kernels.__file__, rows.sum().item())",
+    )
+    file, total = out.split()[-2:]
+    assert Path(file).parent == target / "mmqwen_kernels"
+    assert float(total) == 5 * 2 * 12
+
+
 def test_metadata_lives_in_setup_py_alone():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert set(settings) == {"build-system", "tool"}

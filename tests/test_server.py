@@ -7,9 +7,11 @@ import base64
 import json
 import os
 import pickle
+import re
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,9 +21,10 @@ import torch
 from transformers import AutoTokenizer
 
 from conversations import Conversation, rows
-from engines import reference
+from engines import TOLERANCE, reference
 from malformed import CHAT, COMPLETIONS, chat, good_part, malformed, text
 from mmqwen.client import embeds_part
+from mmqwen.pipeline import MultimodalQwen3Pipeline
 from mmqwen_kernels.native import select_native
 from servers import ENGINE_FLAGS, STOCK, TINY_FLAGS, Server, launch, run_batch, running
 from tiny import make_composite
@@ -803,6 +806,23 @@ def test_answers_that_hang_at_the_shutdown_are_ended(begun):
         assert sent[0]["status"] == 503
     assert (b"shutting down" in body) == (begun != "json")
     assert body.endswith(b"data: [DONE]\n\n") == (begun == "stream")
+
+
+def test_given_answers_are_scored_as_the_page_says(client, checkpoint):
+    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"<!-- test: http -->\n```python\n(.*?)```", page, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(block, "evaluation.md", "exec"), names)
+    asked = Conversation().user(rows("m1", 3), "or", rows("m2", 2), "the train?")
+    answers = ["a river", "no", "Answer in one word"]
+    found = names["score"](client, "tiny", asked.messages, answers)
+    with MultimodalQwen3Pipeline(checkpoint, engine="transformers", dtype="float32") as pipeline:
+        items = asked.items
+        parts: list[dict[str, Any]] = [{"type": "m1", "m1": items["m1"][0]}, text("or")]
+        parts += [{"type": "m2", "m2": items["m2"][0]}, text("the train?")]
+        prompt = {"messages": [{"role": "user", "content": parts}]}
+        wanted = [score.logprob for score in pipeline.score(prompt, answers)]
+    assert found == pytest.approx(wanted, abs=20 * TOLERANCE)
 
 
 def test_sigterm_under_load(tmp_path):

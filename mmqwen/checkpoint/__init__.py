@@ -16,11 +16,18 @@ from mmqwen.checkpoint.trained import UntrainedProjectorsWarning
 from mmqwen.text_models import UntestedTextModelWarning
 
 if TYPE_CHECKING:
-    from mmqwen.checkpoint.build import build_checkpoint, read_config
+    from mmqwen.checkpoint.build import (
+        build_checkpoint,
+        extract_projector,
+        extract_text,
+        read_config,
+    )
     from mmqwen.checkpoint.projectors import load_projectors, save_projectors
 
 _HOMES = {
     "build_checkpoint": "mmqwen.checkpoint.build",
+    "extract_projector": "mmqwen.checkpoint.build",
+    "extract_text": "mmqwen.checkpoint.build",
     "load_projectors": "mmqwen.checkpoint.projectors",
     "read_config": "mmqwen.checkpoint.build",
     "save_projectors": "mmqwen.checkpoint.projectors",
@@ -32,6 +39,8 @@ __all__ = [
     "UntestedTextModelWarning",
     "UntrainedProjectorsWarning",
     "build_checkpoint",
+    "extract_projector",
+    "extract_text",
     "load_projectors",
     "read_config",
     "save_projectors",

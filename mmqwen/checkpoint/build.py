@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-import shutil
 import warnings
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
+from mmqwen.checkpoint import surgery
 from mmqwen.checkpoint.index import read_header, read_weight_map, refuse_pointers, write_index
 from mmqwen.checkpoint.names import (
     BASE_PREFIX,
@@ -27,17 +27,28 @@ from mmqwen.checkpoint.names import (
     projector_tensor,
 )
 from mmqwen.checkpoint.nested import add_template, text_part, without_left_out
-from mmqwen.checkpoint.projector_files import complete_fields, gather, read_source
+from mmqwen.checkpoint.projector_files import (
+    complete_fields,
+    find_projectors,
+    gather,
+    read_source,
+)
 from mmqwen.checkpoint.projectors import cast_projectors, read_tensors, save_projectors
-from mmqwen.checkpoint.shards import check_output, copy_with_rows, place_file, staged
+from mmqwen.checkpoint.shards import check_output, copy_with_rows, staged
+from mmqwen.checkpoint.surgery import EMBEDDING, copy_extras, place_text_shard
 from mmqwen.checkpoint.trained import read_trained, warn_untrained
 from mmqwen.hf.configuration import MultimodalQwen3Config
 from mmqwen.hf.projector import MultiModalProjector
-from mmqwen.modalities import ModalitySpec, assign_token_ids, parse_modalities, spec_fields
+from mmqwen.modalities import (
+    ModalityError,
+    ModalitySpec,
+    assign_token_ids,
+    parse_modalities,
+    spec_fields,
+)
 from mmqwen.text_models import UntestedTextModelWarning, refuse_text_model, untested_warning
 from mmqwen.tokens import add_placeholder_tokens, next_token_id
 
-EMBEDDING = "model.embed_tokens.weight"
 NESTED_EMBEDDING = NESTED_PREFIX + EMBEDDING.removeprefix("model.")
 HEAD = "lm_head.weight"
 TABLE_MULTIPLE = 64
@@ -52,15 +63,19 @@ def build_checkpoint(
     output: str | Path,
     *,
     projector: str | Path | Iterable[str | Path] | None = None,
+    drop: Collection[str] = (),
+    rename: Mapping[str, str] | None = None,
     copy: bool = False,
     seed: int = 0,
     revision: str | None = None,
 ) -> Path:
-    """Make a composite checkpoint from a text model, without loading its weights.
+    """Make a composite checkpoint from a text model, or from another composite one, without loading
+    its weights.
 
     Args:
         base: directory of a text checkpoint with safetensors weights, or a model id on the Hub;
-            also of a vision-language one, of which the text model is taken.
+            also of a vision-language one, of which the text model is taken, or of a composite one,
+            of which all is kept.
         modalities: `{"m1": 768}` or `{"m1": {"dim": 768, ...}}`. Missing token ids are assigned at
             unused rows of the embedding table. What else is missing (`dim`, `hidden_dim`,
             `activation`, ...) is the projector file's, or else the text model's hidden size and
@@ -69,7 +84,11 @@ def build_checkpoint(
         projector: safetensors file or files, or directories of composite checkpoints or LLaVA
             models, with trained projectors; as text also `NAME=FILE` and `NAME=FILE:OLD`. See
             `checkpoint.projector_files` for whose names are known. What they record as never
-            trained stays so recorded.
+            trained stays so recorded. They replace what a composite base has.
+        drop: modalities of a composite base to leave out. A placeholder token that others follow
+            stays in the tokenizer, so that their ids do not change.
+        rename: modalities of a composite base to call otherwise, old names to new ones; their
+            placeholders keep their ids.
         copy: copy the base's shards. Otherwise they are hard-linked, so that they outlive the
             base's directory; across file systems, linked symbolically.
         seed: seed of projectors that no file gives. Each modality draws from its own stream, so
@@ -83,7 +102,8 @@ def build_checkpoint(
         CheckpointError: the base or a projector file is missing, truncated or not usable; what was
             asked for, a file and its config disagree, or none tells a projector's activation; or
             the output is not empty or not writable.
-        ModalityError: a modality's description is wrong, or its token id is taken.
+        ModalityError: a modality's description is wrong, or its token id is taken; one to drop or
+            rename is not there, or two would have one name.
 
     Warns:
         LeftOutWarning: a file holds projectors that were not asked for.
@@ -94,10 +114,11 @@ def build_checkpoint(
     output = Path(output)
     check_output(output)
     folder = _find_base(base, revision)
-    text, weight_map = _read_base(folder)
-    tokenizer = _read_tokenizer(folder)
     files = [projector] if isinstance(projector, (str, Path)) else list(projector or ())
-    specs, given, trained = _read_projectors(files, modalities, text.hidden_size)
+    added = {name: spec_fields(name, value) for name, value in modalities.items()}
+    held = _read_base(folder, drop, rename or {}, added)
+    text, weight_map, tokenizer = held.text, held.weight_map, held.tokenizer
+    specs, given, trained = _read_projectors(files, added, held)
     specs = assign_token_ids(specs, tokenizer.get_added_vocab(), next_token_id(tokenizer))
     add_placeholder_tokens(tokenizer, specs)
 
@@ -115,20 +136,23 @@ def build_checkpoint(
     with staged(output) as stage:
         config.save_pretrained(stage)
         tokenizer.save_pretrained(stage)
-        for extra in [folder / "generation_config.json", *folder.glob("LICENSE*")]:
-            if extra.is_file():
-                shutil.copyfile(extra, stage / extra.name)
-        for shard in sorted(set(weight_map.values())):
-            source, target = folder / shard, stage / (BASE_PREFIX + shard)
+        copy_extras(folder, stage)
+        names = {
+            shard: BASE_PREFIX + shard.removeprefix(BASE_PREFIX) for shard in weight_map.values()
+        }
+        for shard, name in sorted(names.items()):
+            source, target = folder / shard, stage / name
             resized = {n for n in (embedding, HEAD) if grown and weight_map.get(n) == shard}
-            if resized:
-                copy_with_rows(source, target, resized, grown)
-            else:
-                place_file(source.resolve(), target, copy)
+            if not resized:
+                place_text_shard(source, target, copy)
+                continue
+            place_text_shard(source, plain := stage / f".{name}")
+            copy_with_rows(plain.resolve(), target, resized, grown)
+            plain.unlink()
         save_projectors(
             tensors, stage / PROJECTOR_FILE, trained=trained, specs=config.modality_specs
         )
-        joined = {name: BASE_PREFIX + shard for name, shard in weight_map.items()}
+        joined = {name: names[shard] for name, shard in weight_map.items()}
         joined.update(dict.fromkeys(tensors, PROJECTOR_FILE))
         write_index(stage, joined)
 
@@ -155,25 +179,32 @@ def read_config(path: str | Path) -> MultimodalQwen3Config:
 
 
 def _read_projectors(
-    sources: Iterable[str | Path], modalities: Mapping[str, Any], hidden_size: int
+    sources: Iterable[str | Path], added: Mapping[str, dict[str, Any]], held: surgery.Held
 ) -> tuple[dict[str, ModalitySpec], dict[str, Tensor], dict[str, bool]]:
-    """Complete specs, the weights that files give, and which of these were ever trained."""
-    asked = {name: spec_fields(name, value) for name, value in modalities.items()}
-    sources = list(sources)
-    for source in sources:  # NAME=FILE asks for NAME
-        name = read_source(source)[0]
-        if name is not None:
-            asked.setdefault(name, {})
-    if not asked:
-        raise CheckpointError("no modality given; a composite checkpoint needs at least one")
+    """Complete specs, the weights that files or the base give, and which of these were trained."""
+    sources, hidden_size = list(sources), held.text.hidden_size
+    asked = {name: dict(fields) for name, fields in added.items()}
+    for source in sources:  # NAME=FILE asks for NAME, FILE for those of the base that it has
+        wanted, path, _ = read_source(source)
+        for name in find_projectors(path) if wanted is None else [wanted]:
+            if name in held.specs:
+                asked.setdefault(name, held.specs[name].to_dict())
+            elif wanted is not None:
+                asked.setdefault(wanted, {})
+    if not asked and not held.specs:
+        raise CheckpointError(
+            "no modality given, or left: a composite checkpoint needs at least one (`mmqwen "
+            "extract text` makes a plain model)"
+        )
+    if not asked:  # a file that does not say whose its projector is
+        asked = {name: spec.to_dict() for name, spec in held.specs.items()}
     found = gather(sources, asked)
     complete = {
         name: complete_fields(name, fields, found[name][0] if name in found else None)
         for name, fields in asked.items()
     }
-    specs = parse_modalities(complete)
-    given: dict[str, Tensor] = {}
-    trained: dict[str, bool] = {}
+    specs = parse_modalities({**held.specs, **complete})
+    given, trained = dict(held.projectors), dict(held.trained)
     for name, (projector, path) in found.items():
         given |= read_tensors(projector, specs[name].settled(hidden_size), hidden_size)
         trained[name] = read_trained(path).get(projector.name or name, True)
@@ -216,11 +247,35 @@ def _read_config(folder: Path) -> PretrainedConfig:
         raise CheckpointError(f"{folder}: config.json cannot be read: {error}") from error
 
 
-def _read_base(folder: Path) -> tuple[PretrainedConfig, dict[str, str]]:
-    """The text model's config, and its tensors by shard."""
+def extract_text(checkpoint: str | Path, output: str | Path) -> Path:
+    """Write the text model of a composite checkpoint as a plain one; see `surgery.extract_text`."""
+    folder = _find_base(checkpoint, None)
+    return surgery.extract_text(folder, read_config(folder), _read_tokenizer(folder), output)
+
+
+def extract_projector(checkpoint: str | Path, name: str, output: str | Path) -> Path:
+    """Write one projector as a file by itself; see `surgery.extract_projector`."""
+    folder = _find_base(checkpoint, None)
+    return surgery.extract_projector(folder, read_config(folder), name, output)
+
+
+def _read_base(
+    folder: Path, drop: Collection[str], rename: Mapping[str, str], add: Mapping[str, Any]
+) -> surgery.Held:
+    """What a text model or a composite checkpoint brings along."""
     config = _read_config(folder)
     if isinstance(config, MultimodalQwen3Config):
-        raise CheckpointError(f"{folder} is a composite checkpoint already; give its text model")
+        spelled = {name: fields.get("token") or f"<|{name}|>" for name, fields in add.items()}
+        tokenizer = _read_tokenizer(folder)
+        return surgery.take_over(folder, config, tokenizer, drop=drop, rename=rename, add=spelled)
+    for name in (*drop, *rename):
+        raise ModalityError(f"{folder} is a text model, which has no modality {name!r}")
+    text, weight_map = _read_text(folder, config)
+    return surgery.Held(text, weight_map, _read_tokenizer(folder))
+
+
+def _read_text(folder: Path, config: PretrainedConfig) -> tuple[PretrainedConfig, dict[str, str]]:
+    """The text model's config, and its tensors by shard."""
     weight_map: dict[str, str] = {}
     if getattr(config, "text_config", None) is not None:
         weight_map = read_weight_map(folder)

@@ -58,9 +58,9 @@ def from_npy_folder(
                             known[name, one] = writer.add_item(name, _load(folder, one))
                     items[name] = [known[name, one] for one in files]
                 if sample.prompt is not None and sample.answer is not None:
-                    writer.add(sample.prompt, sample.answer, items)
+                    writer.add(sample.prompt, sample.answer, items, choices=sample.choices)
                 else:
-                    writer.add_messages(sample.messages, items)
+                    writer.add_messages(sample.messages, items, choices=sample.choices)
             except (ValueError, OSError) as error:
                 text = str(error).removeprefix(f"{output}, sample {number}: ")
                 raise DatasetError(f"{file}:{number}: {text}") from error

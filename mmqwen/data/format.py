@@ -86,12 +86,14 @@ class Sample:
         answer: text to be learnt; None for a conversation.
         messages: the conversation; every assistant's message is learnt.
         items: modality to the numbers of its items, in the order of the markers.
+        choices: what the last answer may be, for evaluation; training does not read it.
     """
 
     prompt: str | None = None
     answer: str | None = None
     messages: tuple[dict[str, str], ...] = ()
     items: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    choices: tuple[str, ...] = ()
 
     def questions(self) -> list[str]:
         """The texts that may hold markers."""
@@ -129,22 +131,39 @@ def read_sample(raw: bytes | dict[str, Any] | ValueError, item_type: type = int)
     if not isinstance(fields, dict):
         raise ValueError(f"got a {type(fields).__name__}, expected an object")
     chat = "messages" in fields
-    known = {"messages", "items"} if chat else {"prompt", "answer", "items"}
+    known = {"items", "choices"} | ({"messages"} if chat else {"prompt", "answer"})
     if set(fields) - known:
         raise ValueError(f"unknown fields {sorted(set(fields) - known)}, expected {sorted(known)}")
     items = fields.get("items", {})
     _check_items(items, item_type)
+    choices = read_choices(fields["choices"]) if "choices" in fields else ()
     if chat:
-        sample = Sample(messages=_read_messages(fields["messages"]), items=items)
+        messages = _read_messages(fields["messages"])
+        sample = Sample(messages=messages, items=items, choices=choices)
     else:
         for key in ("prompt", "answer"):
             if not isinstance(fields.get(key), str):
                 raise ValueError(f"field {key!r} is missing or not a string")
-        sample = Sample(prompt=fields["prompt"], answer=fields["answer"], items=items)
+        texts = {key: fields[key] for key in ("prompt", "answer")}
+        sample = Sample(**texts, items=items, choices=choices)
         if not sample.prompt and not any(items.values()):
             raise ValueError("the prompt is empty and there is no item: nothing to answer to")
     check_text(sample)
     return sample
+
+
+def read_choices(value: Any) -> tuple[str, ...]:
+    """What an answer may be.
+
+    Raises:
+        ValueError: no list of at least two texts that differ.
+    """
+    if not isinstance(value, (list, tuple)) or any(not isinstance(c, str) for c in value):
+        raise ValueError("'choices' is not a list of texts")
+    texts = [choice.strip() for choice in value]
+    if len(texts) < 2 or "" in texts or len(set(texts)) < len(texts):
+        raise ValueError(f"choices {list(value)}: expected at least two, that differ, none empty")
+    return tuple(value)
 
 
 def check_text(sample: Sample) -> None:
@@ -156,7 +175,7 @@ def check_text(sample: Sample) -> None:
     if any(not answer.strip() for answer in sample.answers()):
         raise ValueError("an answer is empty; leave the sample out, or give it an answer")
     names = [n for numbers in sample.items.values() for n in numbers if isinstance(n, str)]
-    for text in (*sample.questions(), *sample.answers(), *sample.items, *names):
+    for text in (*sample.questions(), *sample.answers(), *sample.choices, *sample.items, *names):
         try:
             text.encode()
         except UnicodeEncodeError as error:

@@ -1,8 +1,8 @@
 """Samples in `data.parquet` instead of `data.jsonl`; needs pyarrow (`mmqwen[parquet]`).
 
 The columns are the fields of a line: `prompt` and `answer`, or `messages` (a list of structs of
-`role` and `content`), and `items` (a map of lists of integers, or a struct of such lists). A field
-that is null is absent.
+`role` and `content`), `items` (a map of lists of integers, or a struct of such lists) and `choices`
+(a list of strings). A field that is null is absent.
 """
 
 from __future__ import annotations

@@ -99,7 +99,12 @@ class DatasetWriter:
         return number
 
     def add(
-        self, prompt: str, answer: str, items: Mapping[str, Sequence[Any]] | None = None
+        self,
+        prompt: str,
+        answer: str,
+        items: Mapping[str, Sequence[Any]] | None = None,
+        *,
+        choices: Sequence[str] | None = None,
     ) -> None:
         """Add a prompt and its answer; the answer is what will be learnt.
 
@@ -107,26 +112,36 @@ class DatasetWriter:
             prompt: text with one marker per item (`<|m1|>`), or none of a modality.
             answer: text that follows the prompt, with its leading space if it has one.
             items: for each modality its items: arrays, or numbers that `add_item` gave.
+            choices: what the answer may be, for `mmqwen eval`.
 
         Raises:
             EmbeddingError: an item cannot be stored.
             DatasetError: the answer is empty, or markers do not match the items.
         """
-        self._add({"prompt": prompt, "answer": answer}, items or {})
+        self._add({"prompt": prompt, "answer": answer}, items or {}, choices)
 
     def add_messages(
         self,
         messages: Sequence[Mapping[str, str]],
         items: Mapping[str, Sequence[Any]] | None = None,
+        *,
+        choices: Sequence[str] | None = None,
     ) -> None:
         """Add a conversation `[{"role", "content"}, ...]`; what the assistant says is learnt.
 
         Args and raises: see `add`.
         """
         plain = [dict(m) if isinstance(m, Mapping) else m for m in messages]
-        self._add({"messages": plain}, items or {})
+        self._add({"messages": plain}, items or {}, choices)
 
-    def _add(self, fields: dict[str, Any], items: Mapping[str, Sequence[Any]]) -> None:
+    def _add(
+        self,
+        fields: dict[str, Any],
+        items: Mapping[str, Sequence[Any]],
+        choices: Sequence[str] | None,
+    ) -> None:
+        if choices:
+            fields["choices"] = list(choices)
         where = f"{self.path}, sample {self.samples + 1}"
         for name in items:
             if name not in self.specs:
