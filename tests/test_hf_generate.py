@@ -96,14 +96,26 @@ def test_a_padded_batch(either, options):
     assert torch.equal(got, greedy(either, BATCH, BATCH_ROWS, mask=BATCH_MASK))
 
 
+def drafts_may_exit_early(base):
+    """Whether transformers can: 5.17 crops caches of layers that no draft has filled."""
+    torch.manual_seed(0)
+    other = copy.deepcopy(base)
+    for parameter in other.parameters():
+        parameter.data.normal_()  # so that drafts are rejected
+    try:
+        other.generate(PROMPT, max_new_tokens=24, assistant_early_exit=1, do_sample=False)
+    except TypeError:
+        return False
+    return True
+
+
 def test_assistants_of_either_class_and_of_fewer_layers(model, folder):
     expected = greedy(model, PROMPT, ROWS)
     base = load(folder / "qwen3-base")
-    for options in (
-        {"assistant_model": copy.deepcopy(model)},
-        {"assistant_model": base},
-        {"assistant_early_exit": 1},
-    ):
+    ways = [{"assistant_model": copy.deepcopy(model)}, {"assistant_model": base}]
+    if drafts_may_exit_early(base):
+        ways.append({"assistant_early_exit": 1})
+    for options in ways:
         got = model.generate(PROMPT, embeddings=ROWS, max_new_tokens=NEW, **options)
         assert torch.equal(got, expected), options
 

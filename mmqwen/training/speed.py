@@ -174,7 +174,10 @@ def speed_up(
     compiled = settings.compile
     if compiled is None:
         compiled = device.type == "cuda" and settings.fsdp is None and _pays(model, device, tokens)
-    liger = _apply_liger(model, settings.liger, device, layers=not compiled)
+    # Liger's loss reads the head's weight past its module, which FSDP gathers weights by.
+    liger = _apply_liger(
+        model, settings.liger, device, layers=not compiled, loss=settings.fsdp is None
+    )
     if compiled:
         for layer in model.model.layers:
             layer.compile(dynamic=False)
@@ -196,7 +199,7 @@ def _pays(model: Any, device: torch.device, tokens: float) -> bool:
 
 
 def _apply_liger(
-    model: Any, wanted: bool | None, device: torch.device, *, layers: bool
+    model: Any, wanted: bool | None, device: torch.device, *, layers: bool, loss: bool
 ) -> tuple[str, ...]:
     """Use Liger's kernels: the loss without logits, and the layers' parts where not compiled."""
     if wanted is False or (wanted is None and device.type != "cuda"):
@@ -220,10 +223,13 @@ def _apply_liger(
             hidden.to(weight.dtype), weight, targets, bias, reduction="sum", chunk_mem_const=size
         )
 
-    model.fused_loss = fused
+    used: tuple[str, ...] = ()
+    if loss:
+        model.fused_loss = fused
+        used = ("loss",)
     text = model._text_model()
     if not layers or text.config.model_type not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
-        return ("loss",)
+        return used
     # It also puts its classes into transformers' module, where they would meet models that other
     # code of this process makes, on a CPU perhaps.
     module = vars(sys.modules[type(text).__module__])
@@ -231,4 +237,4 @@ def _apply_liger(
     options = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
     monkey_patch._apply_liger_kernel_to_instance(text, **options)
     module.update(before)
-    return ("loss", "layers")
+    return (*used, "layers")

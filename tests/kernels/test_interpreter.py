@@ -21,7 +21,9 @@ def test_kernels_under_the_interpreter() -> None:
     env = os.environ | {
         "TRITON_INTERPRET": "1",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1] / "kernels")]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(HERE), str(HERE.parents[1] / "kernels"), os.environ.get("PYTHONPATH", "")]
+        ),
     }
     done = subprocess.run(
         [
