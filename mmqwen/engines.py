@@ -49,7 +49,13 @@ class VllmEngine:
         "detokenize": True,
     }
 
-    def __init__(self, checkpoint: str, device: str, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        checkpoint: str,
+        device: str,
+        options: Mapping[str, Any],
+        banks: Mapping[str, Any] | None = None,
+    ) -> None:
         kind = compat.device_type()
         if device not in ("auto", kind):
             raise ValueError(
@@ -61,6 +67,9 @@ class VllmEngine:
         from vllm import LLM
 
         register()
+        options = dict(options)
+        if banks:
+            options["hf_overrides"] = {**_overrides(options), "banks": dict(banks)}
         self.llm = LLM(model=checkpoint, **options)
         self.tokenizer = self.llm.get_tokenizer()
         self.max_model_len = self.llm.model_config.max_model_len
@@ -192,6 +201,21 @@ class VllmEngine:
                     del self._inboxes[output.request_id]
 
 
+def _overrides(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`hf_overrides` as a dict.
+
+    Raises:
+        ValueError: it is a function, which cannot be added to.
+    """
+    found = options.get("hf_overrides") or {}
+    if not isinstance(found, Mapping):
+        raise ValueError(
+            f"hf_overrides is a {type(found).__name__}, expected a dict where banks are given; or "
+            "let it set config.banks itself"
+        )
+    return found
+
+
 class TransformersEngine:
     """The reference model behind the pipeline: one call of its `generate` at a time."""
 
@@ -206,7 +230,13 @@ class TransformersEngine:
     _OBJECTS = frozenset({"logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn"})
     """Arguments of `generate` that are no fields of its config."""
 
-    def __init__(self, checkpoint: str, device: str, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        checkpoint: str,
+        device: str,
+        options: Mapping[str, Any],
+        banks: Mapping[str, Any] | None = None,
+    ) -> None:
         import torch
 
         from mmqwen.hf import MultimodalQwen3ForConditionalGeneration, MultimodalQwen3Processor
@@ -230,6 +260,9 @@ class TransformersEngine:
         self.model.eval()
         self._device = _input_device(self.model)
         self.processor = MultimodalQwen3Processor.from_pretrained(checkpoint)
+        if banks:
+            self.processor.banks = dict(banks)
+            _ = self.processor.bank_catalog  # opened now: a bad one is refused at the start
         self.tokenizer = self.processor.tokenizer
         self.max_model_len = limit or self.model.config.text_config.max_position_embeddings
         self._using = Lock()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from mmqwen.vllm_plugin.banks import bank_catalog
+from mmqwen.vllm_plugin.modality_table import modality_table
+
 DRAFTERS_WITHOUT_EMBEDDINGS = frozenset({"ngram", "ngram_gpu", "suffix"})
 """Speculative methods that read token ids alone; others would be fed raw rows."""
 
@@ -12,12 +15,15 @@ TOKENIZER_MODES = frozenset({"auto", "hf", "slow"})
 
 
 def settle(vllm_config: Any) -> None:
-    """Refuse what rows cannot do, turn vLLM's processor cache off, widen its encoder cache.
+    """Refuse what rows cannot do, open banks, turn vLLM's processor cache off, widen its encoder
+    cache.
 
     Raises:
-        ValueError: a feature is asked for with which rows would be lost or misread.
+        ValueError: a feature is asked for with which rows would be lost or misread, or a bank
+            cannot be served.
     """
     refuse_unserved(vllm_config)
+    settle_banks(vllm_config.model_config)
     multimodal = vllm_config.model_config.multimodal_config
     if multimodal is not None:
         # It spares a second conversion and transfer of equal items. Packs never take part, so
@@ -40,6 +46,17 @@ def widen_encoder_cache(vllm_config: Any) -> None:
     steps = vllm_config.parallel_config.pipeline_parallel_size + 2
     rows = steps * scheduler.max_num_batched_tokens
     scheduler.encoder_cache_size = max(scheduler.encoder_cache_size, rows)
+
+
+def settle_banks(model_config: Any) -> None:
+    """Write into the model's config which version of each bank is served, for every process.
+
+    Raises:
+        BankError: as `BankCatalog`.
+    """
+    config = model_config.hf_config
+    if getattr(config, "banks", None):
+        config.banks = bank_catalog(model_config, modality_table(model_config)).to_dict()
 
 
 def refuse_unserved(vllm_config: Any) -> None:
