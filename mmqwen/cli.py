@@ -1,4 +1,4 @@
-"""The command line: `mmqwen demo | build | train | serve | doctor`."""
+"""The command line: `mmqwen demo | build | train | bank | serve | doctor`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from mmqwen._version import __version__
+from mmqwen.banks.cli import app as bank_app
 from mmqwen.modalities import ModalityError
 from mmqwen.training.cli import command as train_command
 
@@ -88,22 +89,34 @@ def build(
     projector: Annotated[
         list[Path] | None, typer.Option(help="Trained projectors (safetensors); repeat for more.")
     ] = None,
+    bank: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FILE[:placement=device|host][:modality=NAME]; repeat for more."),
+    ] = None,
     copy: Annotated[bool, typer.Option("--copy", help="Copy the base's shards.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of fresh projectors.")] = 0,
 ) -> None:
     """Join a text model and projectors into a checkpoint that vLLM serves."""
+    from mmqwen.banks import parse_bank_flags
     from mmqwen.checkpoint import build_checkpoint
 
     modalities = dict(parse_modality_flag(flag) for flag in modality)
     if len(modalities) != len(modality):
         raise ModalityError("--modality names the same modality twice")
     path = build_checkpoint(
-        base, modalities, output, projector=projector or None, copy=copy, seed=seed
+        base,
+        modalities,
+        output,
+        projector=projector or None,
+        banks=parse_bank_flags(bank or []),
+        copy=copy,
+        seed=seed,
     )
     Console().print(f"wrote [bold]{escape(str(path))}[/bold]", highlight=False, soft_wrap=True)
 
 
 app.command("train")(train_command)
+app.add_typer(bank_app, name="bank")
 
 
 @app.command(context_settings=PASS_THROUGH)

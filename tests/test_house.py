@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FILES = [*ROOT.glob("mmqwen/**/*.py"), *ROOT.glob("kernels/mmqwen_kernels/**/*.py")]
 
 LAYERS = (
-    ("cli", "serve", "doctor", "pipeline", "engines", "sampling", "demo", "training"),
+    ("cli", "banks.cli", "serve", "doctor", "pipeline", "engines", "sampling", "demo", "training"),
     ("vllm_plugin",),
     ("checkpoint.build",),
     ("hf",),
@@ -21,8 +21,9 @@ LAYERS = (
     ("checkpoint",),
     ("chat", "tokens", "inputs", "misplaced", "client"),
     ("packs",),
+    ("banks",),
     ("transport",),
-    ("stops", "text_models", "modalities", "_version"),
+    ("banks.rows", "stops", "text_models", "modalities", "_version"),
 )
 """Of `mmqwen`, from the doors down (docs/architecture.md); the longest name that fits counts."""
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmqwen.banks.build import build_bank, check_bank
-    from mmqwen.banks.catalog import BankCatalog, BankSpec, parse_banks
+    from mmqwen.banks.catalog import BankCatalog, BankSpec, parse_bank_flags, parse_banks
     from mmqwen.banks.file import Bank, BankError, open_bank
     from mmqwen.banks.rows import BankRows
 
@@ -25,6 +25,7 @@ _HOMES = {
     "build_bank": "build",
     "check_bank": "build",
     "open_bank": "file",
+    "parse_bank_flags": "catalog",
     "parse_banks": "catalog",
 }
 
@@ -37,6 +38,7 @@ __all__ = [
     "build_bank",
     "check_bank",
     "open_bank",
+    "parse_bank_flags",
     "parse_banks",
 ]
 

@@ -82,6 +82,35 @@ def parse_banks(raw: Any, folder: str | os.PathLike[str] | None = None) -> dict[
     return specs
 
 
+def _parse_flag(text: str) -> tuple[str, dict[str, Any]]:
+    name, separator, rest = text.partition("=")
+    fields: dict[str, Any] = {}
+    while True:
+        head, _, option = rest.rpartition(":")
+        key, equals, value = option.partition("=")
+        if not (head and equals and key in ("placement", "modality")):
+            break
+        rest, fields[key] = head, value
+    if not (separator and name and rest):
+        raise BankError(
+            f"--bank {text!r}: expected NAME=FILE, optionally followed by :placement=device or "
+            ":placement=host, and :modality=NAME"
+        )
+    return name, {"file": rest, **fields}
+
+
+def parse_bank_flags(flags: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """All `--bank` flags of a command: `items=FILE[:placement=host][:modality=item]`.
+
+    Raises:
+        BankError: one cannot be read, or two are of one name.
+    """
+    banks = dict(map(_parse_flag, flags))
+    if len(banks) != len(flags):
+        raise BankError("--bank names the same bank twice")
+    return banks
+
+
 class ServedBank(NamedTuple):
     """A bank of a catalog.
 

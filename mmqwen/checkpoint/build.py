@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
+from mmqwen.banks import BankCatalog, parse_banks
+from mmqwen.checkpoint.banks import place_banks
 from mmqwen.checkpoint.index import read_header, read_weight_map, refuse_pointers, write_index
 from mmqwen.checkpoint.names import (
     BASE_PREFIX,
@@ -49,6 +51,7 @@ def build_checkpoint(
     output: str | Path,
     *,
     projector: str | Path | Iterable[str | Path] | None = None,
+    banks: Mapping[str, Any] | None = None,
     copy: bool = False,
     seed: int = 0,
     revision: str | None = None,
@@ -63,6 +66,8 @@ def build_checkpoint(
         output: directory to create; it may exist if it is empty. It appears whole or not at all.
         projector: safetensors file or files, or composite directories, with trained projectors.
             What they record as never trained stays so recorded.
+        banks: `{"items": FILE}`, or a dict with `file`, `modality` and `placement`: rows that
+            requests may name. Linked as shards are, into the folder `banks`.
         copy: copy the base's shards. Otherwise they are hard-linked, so that they outlive the
             base's directory; across file systems, linked symbolically.
         seed: seed of projectors that no file gives. Each modality draws from its own stream, so
@@ -76,6 +81,7 @@ def build_checkpoint(
         CheckpointError: the base or a projector file is missing, truncated or not usable, or the
             output is not empty or not writable.
         ModalityError: a modality's description is wrong, or its token id is taken.
+        BankError: a bank's file cannot be used, or does not fit its modality.
 
     Warns:
         UntrainedProjectorsWarning: a modality has no trained projector.
@@ -119,7 +125,11 @@ def build_checkpoint(
     tensors, fresh = _complete(given, config, seed)
     trained.update(dict.fromkeys(fresh, False))
 
+    catalog = BankCatalog(parse_banks(banks), specs, config.text_config.dtype)
+
     with staged(output) as stage:
+        if catalog.banks:
+            config.banks = place_banks(catalog, stage, copy)
         config.save_pretrained(stage)
         tokenizer.save_pretrained(stage)
         for extra in [folder / "generation_config.json", *folder.glob("LICENSE*")]:

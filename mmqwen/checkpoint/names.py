@@ -10,6 +10,7 @@ ARCHITECTURE = "MultimodalQwen3ForConditionalGeneration"
 """The name under `architectures` in `config.json` that selects the model class."""
 
 PROJECTOR_FILE = "projectors.safetensors"
+BANKS_FOLDER = "banks"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 BASE_PREFIX = "base-"

@@ -132,7 +132,8 @@ class MultimodalQwen3Processor(ProcessorMixin):
                 (vLLM's `prompt` and `multi_modal_data` are taken as well).
             multimodal_data: for each prompt, its items by modality: `{"m1": [item, ...]}`, with or
                 without the `multimodal_embeddings` level around it. An item is a `[d]` vector or
-                an `[n, d]` matrix: torch, numpy or nested lists; or `BankRows`. A list if `text` is a list.
+                an `[n, d]` matrix: torch, numpy or nested lists; or `BankRows`. A list if `text` is
+                a list.
             return_tensors: "pt", or None for lists of ids.
             padding: True or "longest", "max_length", or False.
             padding_side: "left" (for generation) or "right".
