@@ -61,6 +61,7 @@ bench: $(STAMP)
 
 fuzz: $(STAMP)
 	$(BIN)/python -m pytest -m fuzz
+	$(BIN)/python tests/run_sanitized.py
 
 clean:
 	rm -rf .venv build dist *.egg-info kernels/mmqwen_kernels/native/*.so .mypy_cache .ruff_cache .pytest_cache

@@ -34,6 +34,8 @@ def misplaced_rows(
         specs: the modalities.
         known: fields that are read, whatever they hold.
     """
+    if isinstance(known, frozenset) and fields.keys() <= known:
+        return None
     unknown = {key: fields[key] for key in fields if key not in known and isinstance(key, str)}
     if not unknown:
         return None

@@ -349,4 +349,5 @@ def test_subinterpreters_are_refused(tmp_path: Path) -> None:
         "print(answer)\n"
     )
     done = in_a_process(code)
-    assert "main interpreter alone" in done.stdout + done.stderr
+    refusals = ("main interpreter alone", "does not support loading in subinterpreters")  # 3.12 on
+    assert any(words in done.stdout for words in refusals), done.stdout + done.stderr

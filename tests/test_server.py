@@ -20,6 +20,7 @@ import torch
 from engines import TOLERANCE, reference, rows_of
 from malformed import CHAT, COMPLETIONS, chat, good_part, malformed, text
 from mmqwen.client import embeds_part
+from mmqwen_kernels.native import select_native
 from servers import ENGINE_FLAGS, STOCK, TINY_FLAGS, Server, launch, run_batch, running
 from tiny import make_composite
 
@@ -713,6 +714,7 @@ def test_metrics_count(server, client, checkpoint):
     refuse(server, {}, path="/inference/v1/generate", status=403)
     counted = [server.metric(name) - was for name, was in zip(names, before, strict=True)]
     assert counted == [2, 2, 5, 5 * 24 * 2, 1, 1, 1, 1, 3]
+    assert server.metric("mmqwen_native_helper") == int(select_native().in_use)
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,12 @@ ACCEPTED = {
 }
 
 
+def test_a_single_row_of_a_reversed_array_is_taken():
+    """numpy calls it contiguous, and torch does not take its stride."""
+    got = check_item(BASE.numpy()[:1][::-1], SPEC, index=0, dtype=torch.float32)
+    assert torch.equal(got, BASE[:1])
+
+
 @pytest.mark.parametrize("name", ACCEPTED)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_check_item_takes_every_dense_float(name, dtype):

@@ -103,7 +103,7 @@ class PackingProcessor(BaseMultiModalProcessor[ProcessingInfo]):
             return None
         table = [(*rows[name], value) for name, value in mm_data.items()]
         if len(rows) > len(table):
-            table += [(*row, None) for name, row in rows.items() if name not in mm_data]
+            table += [(*row, ()) for name, row in rows.items() if name not in mm_data]
         made = native.helper.pack_message(
             token_ids, table, self._turn_ids, CUT_GAP, self._max_tokens, DTYPE_CODES[self._dtype]
         )

@@ -179,26 +179,21 @@ def check_prompt_fields(prompt: Mapping[str, Any], specs: Mapping[str, ModalityS
         MessageError: a field that seems to hold rows and is none of vLLM's; `multi_modal_data` that
             is no dict; `multi_modal_uuids` in the place of rows.
     """
-    name = next(iter(specs))
-    expected = f"give items as {{'prompt': ..., 'multi_modal_data': {{{name!r}: [...]}}}}"
     found = misplaced_rows(prompt, specs, compat.prompt_fields())
-    if found is not None:
-        raise MessageError(
-            f"{found!r:.60} is no field of a prompt, what it holds would be dropped; {expected}",
-            "misplaced",
-        )
     data = prompt.get("multi_modal_data")
-    if data is not None and not isinstance(data, Mapping):
-        raise MessageError(
-            f"'multi_modal_data' is a dict from modality to items, got {type(data).__name__}; "
-            f"{expected}",
-            "misplaced",
-        )
-    if not data and prompt.get("multi_modal_uuids"):
-        raise MessageError(
-            f"'multi_modal_uuids' without items: rows are not looked up by uuid; {expected}",
-            "misplaced",
-        )
+    if found is not None:
+        problem = f"{found!r:.60} is no field of a prompt, what it holds would be dropped"
+    elif data is not None and not isinstance(data, Mapping):
+        problem = f"'multi_modal_data' is a dict from modality to items, got {type(data).__name__}"
+    elif not data and prompt.get("multi_modal_uuids"):
+        problem = "'multi_modal_uuids' without items: rows are not looked up by uuid"
+    else:
+        return
+    raise MessageError(
+        f"{problem}; give items as {{'prompt': ..., 'multi_modal_data': {{{next(iter(specs))!r}: "
+        "[...]}}",
+        "misplaced",
+    )
 
 
 def reuses_rows(config: Any) -> bool:

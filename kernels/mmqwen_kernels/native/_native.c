@@ -530,8 +530,8 @@ wrong:
 
 /* pack_message(token_ids, table, turn_ids, gap, max_tokens, dtype code) ->
    (expanded token ids, [(pack, counts, offset, length, mask)], [(items, rows, bytes)]) or None.
-   table: (modality index, placeholder id, width, most rows of an item, items or None) of every
-   modality, those with items first, in the order of the prompt. The last list is one a modality. */
+   table: (modality index, placeholder id, width, most rows of an item, items) of every modality,
+   those that the prompt brings first, in its order; the others with no items. The last list is one a modality. */
 static PyObject *
 pack_message(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -563,7 +563,7 @@ pack_message(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
         m->code = -1;
         if (index < 0 || index > MODALITY_MASK || width < 1 || width > WIDTH_MASK || token < 0)
             goto end;
-        if (items != Py_None && read_items(m, items) != 0)
+        if (read_items(m, items) != 0)
             goto end;
         if (m->code >= 0 && !converts(m->code, to))
             goto end;
@@ -626,7 +626,7 @@ number_of(PyObject *method, PyObject *object)
 static int
 room_of(PyObject *tensor, int64_t *before, int64_t *behind)
 {
-    int64_t offset = number_of(offset_of, tensor);
+    int64_t offset = tensor == NULL ? -1 : number_of(offset_of, tensor);
     PyObject *storage = offset < 0 ? NULL : PyObject_CallFunctionObjArgs(storage_of, tensor, NULL);
     if (storage == NULL)
         return -1;
@@ -636,6 +636,11 @@ room_of(PyObject *tensor, int64_t *before, int64_t *behind)
     *behind = nbytes - *before;
     return nbytes < 0 ? -1 : 0;
 }
+
+typedef struct {
+    const int64_t *entry;
+    int64_t rows;
+} Slice;
 
 /* find_rows(slices, widths, dtype code) -> bytearray or None: the address of each row, int64, then
    the modality of each, int64. */
@@ -658,32 +663,33 @@ find_rows(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
                    (int64_t)code << (DTYPE_AT - WIDTH_AT);
         row_bytes[m] = width * SIZE_OF[code];
     }
+    Slice *slices = PyMem_Malloc(sizeof(Slice) * (size_t)parts);
+    PyObject *found = NULL;
+    if (slices == NULL)
+        goto wrong;
     for (Py_ssize_t i = 0; i < parts; i++) {
         PyObject *o = PyList_GetItem(args[0], i);
         DLTensor t;
         if (o == NULL || (PyObject *)Py_TYPE(o) != tensor_type || exchange->read(o, &t) != 0 ||
             t.device.type != DL_CPU || t.ndim != 2 || t.shape[1] != 2 || t.dtype.lanes != 1 ||
             t.dtype.code != DL_INT || t.dtype.bits != 64 || t.strides[0] != 2 || t.strides[1] != 1)
-            return not_mine();
+            goto wrong;
+        slices[i].entry = (const int64_t *)((char *)t.data + t.byte_offset);
+        slices[i].rows = t.shape[0];
         total += t.shape[0];
-        PREFETCH((char *)t.data + t.byte_offset);
+        PREFETCH(slices[i].entry);
     }
-    PyObject *found = PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)(16 * total));
+    found = PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)(16 * total));
     if (found == NULL)
-        return not_mine();
+        goto wrong;
     int64_t *address = (int64_t *)PyByteArray_AsString(found), *modality = address + total;
     for (Py_ssize_t i = 0; i < parts; i++) {
-        PyObject *o = PyList_GetItem(args[0], i);
-        DLTensor t;
-        int64_t before, behind;
-        if (o == NULL || room_of(o, &before, &behind) != 0 || exchange->read(o, &t) != 0 ||
-            t.ndim != 2 || t.shape[0] > total - at)
-            goto wrong;
-        const int64_t *entry = (const int64_t *)((char *)t.data + t.byte_offset);
-        int64_t rows = t.shape[0];
+        const int64_t *entry = slices[i].entry;
+        int64_t rows = slices[i].rows, before, behind;
         if (rows == 0)
             continue;
-        if ((uintptr_t)entry % sizeof *entry != 0)
+        if ((uintptr_t)entry % sizeof *entry != 0 ||
+            room_of(PyList_GetItem(args[0], i), &before, &behind) != 0)
             goto wrong;
         /* Where the pack begins: it must lie in the storage, and say that it is one. */
         int64_t position = entry[0];
@@ -706,10 +712,11 @@ find_rows(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
             modality[at++] = m;
         }
     }
-    if (at == total)
-        return found;
+    PyMem_Free(slices);
+    return found;
 wrong:
-    Py_DECREF(found);
+    PyMem_Free(slices);
+    Py_XDECREF(found);
     return not_mine();
 }
 
@@ -800,9 +807,10 @@ write_step(Step *s)
         memcpy(s->target[m], (const char *)(intptr_t)s->address[r], (size_t)(run * bytes));
         s->target[m] += run * bytes;
         for (r += run; run > 0; run--) {
-            while (!s->mask[at])
+            while (at < s->tokens && !s->mask[at]) /* bounded: it may be written to meanwhile */
                 s->order[text++] = at++;
-            s->order[s->slot[m]++] = at++;
+            if (at < s->tokens)
+                s->order[s->slot[m]++] = at++;
         }
     }
     while (at < s->tokens)
