@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from mmqwen.banks.rows import is_named
 from mmqwen.inputs import Prompt
 from mmqwen.modalities import ModalitySpec
 
@@ -63,8 +64,8 @@ def add_widths(prompt: Prompt, widths: dict[str, int]) -> Prompt:
 
     found: dict[str, int] = {}
     for name, value in prompt.items.items():
-        members = as_items(value, name)
-        if not len(members):
+        members = [item for item in as_items(value, name) if not is_named(item)]
+        if not members:
             continue
         first = members[0]
         shape = getattr(first, "shape", None)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from mmqwen._version import __version__
+from mmqwen.banks.cli import app as bank_app
 from mmqwen.commands.data import app as data_app
 from mmqwen.commands.extract import app as extract_app
 from mmqwen.commands.generate import command as generate_command
@@ -116,10 +117,15 @@ def build(
             "checkpoint's or a LLaVA model's folder); repeat for more."
         ),
     ] = None,
+    bank: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FILE[:placement=device|host][:modality=NAME]; repeat for more."),
+    ] = None,
     copy: Annotated[bool, typer.Option("--copy", help="Copy the base's shards.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of fresh projectors.")] = 0,
 ) -> None:
     """Join a text model and projectors into a checkpoint that vLLM serves, or change one."""
+    from mmqwen.banks import parse_bank_flags
     from mmqwen.checkpoint import build_checkpoint
 
     modality = modality or []
@@ -133,6 +139,7 @@ def build(
         projector=projector or None,
         drop=drop or (),
         rename=read_renames(rename or []),
+        banks=parse_bank_flags(bank or []),
         copy=copy,
         seed=seed,
     )
@@ -144,6 +151,7 @@ app.command("eval")(eval_command)
 app.command("generate")(generate_command)
 app.add_typer(data_app, name="data")
 app.add_typer(extract_app, name="extract")
+app.add_typer(bank_app, name="bank")
 
 
 @app.command(context_settings=PASS_THROUGH)

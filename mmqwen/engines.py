@@ -38,7 +38,13 @@ class VllmEngine:
         "detokenize": True,
     }
 
-    def __init__(self, checkpoint: str, device: str, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        checkpoint: str,
+        device: str,
+        options: Mapping[str, Any],
+        banks: Mapping[str, Any] | None = None,
+    ) -> None:
         kind = compat.device_type()
         if device not in ("auto", kind):
             raise ValueError(
@@ -56,6 +62,8 @@ class VllmEngine:
             self._named = NamedRows()
             switch = {REFERENCES_SWITCH: True}
             options["additional_config"] = {**(options.get("additional_config") or {}), **switch}
+        if banks:
+            options["hf_overrides"] = {**_overrides(options), "banks": dict(banks)}
         self.llm = LLM(model=checkpoint, **options)
         self.tokenizer = self.llm.get_tokenizer()
         self.max_model_len = self.llm.model_config.max_model_len
@@ -246,3 +254,18 @@ class VllmEngine:
                 inbox.append(output)
                 if output.finished:
                     del self._inboxes[output.request_id]
+
+
+def _overrides(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`hf_overrides` as a dict.
+
+    Raises:
+        ValueError: it is a function, which cannot be added to.
+    """
+    found = options.get("hf_overrides") or {}
+    if not isinstance(found, Mapping):
+        raise ValueError(
+            f"hf_overrides is a {type(found).__name__}, expected a dict where banks are given; or "
+            "let it set config.banks itself"
+        )
+    return found

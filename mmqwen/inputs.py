@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, NoReturn
 
+from mmqwen.banks.rows import is_named
 from mmqwen.misplaced import misplaced_rows
 from mmqwen.modalities import ModalityError, ModalitySpec
 from mmqwen.references import MAX_TOKEN, REFERENCE_KIND, ChatRows, Turn
@@ -176,11 +177,12 @@ def read_messages(
     """Turn chat messages with parts of rows into messages of text, with one marker an item.
 
     A part is `{"type": "text", "text": ...}`; `{"type": NAME, NAME: item}` for a modality NAME and
-    an array; or `{"type": "NAME_embeds", "NAME_embeds": {"data", "dtype", "shape"}}`, the wire
-    format of `transport.decode_rows`. The pieces of a message that holds rows are joined as they
-    stand; messages without rows are passed on, less a part's `uuid`, which could name another's
-    cache entry. Parts of other types (images, pickled tensors) are refused, and so are marker
-    spellings typed into the text of a message: what a user writes never becomes a slot.
+    an array or `BankRows`; or `{"type": "NAME_embeds", "NAME_embeds": ...}` with the wire format of
+    `transport.decode_rows`, or `{"bank": ..., "ids": [...]}`, or "keys". The pieces of a message
+    that holds rows are joined as they stand; messages without rows are passed on, less a part's
+    `uuid`, which could name another's cache entry. Parts of other types (images, pickled tensors)
+    are refused, and so are marker spellings typed into the text of a message: what a user writes
+    never becomes a slot.
 
     Args:
         messages: `[{"role": ..., "content": str or parts}, ...]`.
@@ -343,6 +345,10 @@ class _PartReader:
         return self._specs[name].token
 
     def _decode(self, name: str, payload: Any, index: int) -> Any:
+        if is_named(payload):
+            from mmqwen.banks.catalog import read_fields
+
+            return read_fields(payload, name, index)
         from mmqwen.transport import EmbeddingError, decode_rows
 
         left = self._limits.request_bytes - self._bytes

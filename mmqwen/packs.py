@@ -12,6 +12,10 @@ A *pack* is a 1-D int64 tensor on the CPU, so that it travels like any tensor:
                             its width (20), modality (8) and dtype code (2)
     then, 16-byte aligned   each modality's rows, contiguous, at their own width
 
+Rows of a bank are a group of their own, whose index is the modality's plus `bank_group`'s share for
+the bank's number. An entry then holds the row's id (32 bits), the bank's number (20), the modality
+(8) and `BANK_CODE` (2); what stands in the place of the rows is the bank's version, 32 bytes.
+
 `directory()` returns the `[R, 2]` view of the pack's directory. It shares the pack's storage and
 each of its rows knows its own position in the pack, so any non-empty slice of rows leads back to
 the data: that is what lets an engine that only slices 2-D tensors by rows carry ragged rows. An
@@ -24,7 +28,7 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -45,10 +49,51 @@ MAX_WIDTH = (1 << _WIDTH_BITS) - 1
 MAX_MODALITY = (1 << _MODALITY_BITS) - 1
 _DTYPES = tuple(getattr(torch, name) for name in ROW_DTYPES)
 DTYPE_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
+BANK_CODE = 3
+"""In the place of a dtype's: the row lies in a bank."""
+VERSION_BYTES = 32
 
 
 class PackError(ValueError):
     """A tensor is not a pack, or not a slice of a pack's directory."""
+
+
+class Group(NamedTuple):
+    """What a pack's header says of one group of its rows.
+
+    Attributes:
+        modality: its index.
+        width: of its rows.
+        bank: the number of the bank that they lie in; None: they lie in the pack.
+        version: that bank's, in hex, or "".
+    """
+
+    modality: int
+    width: int
+    bank: int | None
+    version: str
+
+
+class Banks(Protocol):
+    """Finds rows of banks; `mmqwen.vllm_plugin.banks` has them."""
+
+    def find(self, bank: np.ndarray, ids: np.ndarray, modality: np.ndarray) -> HostRows:
+        """The rows `[R]` of these numbers, ids and modalities.
+
+        Raises:
+            PackError: there is no such bank of that modality, or no such row in it.
+        """
+
+
+def bank_group(modality: int, bank: int) -> int:
+    """How `allocate_pack` is told of rows of a bank, in the place of a modality's index."""
+    return modality | (bank + 1) << _MODALITY_BITS
+
+
+def _bank_of(group: int) -> tuple[int, int | None]:
+    """A group's modality, and the number of its bank or None."""
+    bank = group >> _MODALITY_BITS
+    return group & MAX_MODALITY, bank - 1 if bank else None
 
 
 def _align(words: int) -> int:
@@ -116,13 +161,15 @@ def allocate_pack(
     """A pack that is complete but for its rows, so that they can be converted straight into it.
 
     Args:
-        order: the modality index of each item, or of each run of items, in the order of the slots.
+        order: the modality index of each item, or of each run of items, in the order of the slots;
+            of rows of a bank its `bank_group`.
         counts: the rows of each.
-        shapes: per modality (R_m, d_m).
+        shapes: per modality, or group, (R_m, d_m).
         dtype: float32, float16 or bfloat16.
 
     Returns:
-        The pack, 1-D int64, and per modality the view `[R_m, d_m]` to fill.
+        The pack, 1-D int64, and per modality the view `[R_m, d_m]` to fill; `write_ids` fills the
+        groups of banks.
 
     Raises:
         PackError: another dtype, no rows, or shapes that do not hold as many rows as their items.
@@ -161,18 +208,21 @@ def _lay_out(
     first_entries: dict[int, int] = {}
     gaps: list[tuple[int, int]] = []
     places: list[tuple[int, int, int, int]] = []
-    for modality, (count, width) in shapes:
-        words = -(-count * width * itemsize // 8)
-        if count < 1 or not (0 <= modality <= MAX_MODALITY and 0 < width <= MAX_WIDTH):
+    for group, (count, width) in shapes:
+        modality, bank = _bank_of(group)
+        words = -(-count * width * itemsize // 8) if bank is None else VERSION_BYTES // 8
+        if count < 1 or group < 0 or not 0 < width <= MAX_WIDTH or (bank or 0) > MAX_WIDTH:
             raise PackError(
-                f"modality {modality}: {count} rows of width {width}; expected a modality up to "
+                f"modality {group}: {count} rows of width {width}; expected a modality up to "
                 f"{MAX_MODALITY} and a width up to {MAX_WIDTH}"
             )
-        kind = width | modality << _WIDTH_BITS | code << (_DTYPE_AT - _WIDTH_AT)
-        first_entries[modality] = kind << _WIDTH_AT | 8 * at
-        header += [modality, width, count, at]
+        if bank is None:
+            first_entries[group] = _kind(width, modality, code) << _WIDTH_AT | 8 * at
+            places.append((group, count, width, at * 8 // itemsize))
+        else:
+            first_entries[group] = _kind(bank, modality, BANK_CODE) << _WIDTH_AT
+        header += [group, width, count, at]
         gaps += [(filled, at), (at + words - 1, at + words)]
-        places.append((modality, count, width, at * 8 // itemsize))
         filled = at + words
         at = _align(filled)
     gaps.append((filled, at))
@@ -196,12 +246,37 @@ def _lay_out(
         per_row = np.repeat(np.asarray(order, dtype=np.int64), counts)
         found = [np.flatnonzero(per_row == modality) for modality, _ in shapes]
         sizes = [len(rows) for rows in found]
-    for rows, size, (modality, (count, width)) in zip(found, sizes, shapes, strict=True):
+    for rows, size, (group, (count, width)) in zip(found, sizes, shapes, strict=True):
         if size != count:
-            raise PackError(f"modality {modality}: {count} rows for {size} places")
-        entries[rows] = np.arange(count) * (width * itemsize) + first_entries[modality]
+            raise PackError(f"modality {group}: {count} rows for {size} places")
+        step = width * itemsize if _bank_of(group)[1] is None else 0
+        entries[rows] = np.arange(count) * step + first_entries[group]
     head.flags.writeable = False
     return _Layout(at, head, [gap for gap in gaps if gap[0] < gap[1]], places)
+
+
+def _kind(width: int, modality: int, code: int) -> int:
+    """All of an entry but its low half."""
+    return width | modality << _WIDTH_BITS | code << (_DTYPE_AT - _WIDTH_AT)
+
+
+def write_ids(pack: torch.Tensor, group: int, ids: np.ndarray, version: str) -> None:
+    """Fill a group of a pack that `allocate_pack` made with rows of a bank.
+
+    Args:
+        pack: the pack.
+        group: the `bank_group`.
+        ids: int64 `[R]` of its rows, in the order of their slots, each below 2**32.
+        version: of the bank, `VERSION_BYTES` in hex.
+    """
+    words = pack.numpy()
+    begin = _HEADER_WORDS + _GROUP_WORDS * int(words[2])
+    table = words[_HEADER_WORDS:begin].reshape(-1, _GROUP_WORDS)
+    at = int(table[table[:, 0] == group, 3][0])
+    words[at : at + VERSION_BYTES // 8] = np.frombuffer(bytes.fromhex(version), np.int64)
+    entries = words[begin + 1 : begin + 2 * int(words[1]) : 2]
+    modality, bank = _bank_of(group)
+    entries[entries >> _WIDTH_AT == _kind(bank or 0, modality, BANK_CODE)] |= ids
 
 
 _RUNS_KEPT, _ROWS_KEPT = 256, 1024
@@ -232,11 +307,11 @@ def blank_directory(count: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     return entries
 
 
-def open_pack(pack: torch.Tensor) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+def open_pack(pack: torch.Tensor) -> tuple[torch.Tensor, list[Group]]:
     """Check a pack's header; 4 us, whatever the pack holds. `find_rows` looks at the directory.
 
     Returns:
-        Its directory, as `directory` returns it, and (modality index, width) of each of its groups.
+        Its directory, as `directory` returns it, and its groups.
 
     Raises:
         PackError: `pack` is not a pack.
@@ -259,34 +334,42 @@ def open_pack(pack: torch.Tensor) -> tuple[torch.Tensor, list[tuple[int, int]]]:
         raise PackError("the pack's directory does not know its own place")
     table = words[_HEADER_WORDS:begin].tolist()
     itemsize = _DTYPES[code].itemsize
-    kinds: list[tuple[int, int]] = []
+    kinds: list[Group] = []
     rows = 0
     for at in range(0, len(table), _GROUP_WORDS):
-        modality, width, count, first = table[at : at + _GROUP_WORDS]
-        words_of = -(-count * width * itemsize // 8)
+        group, width, count, first = table[at : at + _GROUP_WORDS]
+        modality, bank = _bank_of(group)
+        words_of = -(-count * width * itemsize // 8) if bank is None else VERSION_BYTES // 8
         if width < 1 or count < 1 or first < 0 or first + words_of > size:
             raise PackError("a modality's rows reach past the end of the pack")
-        kinds.append((modality, width))
+        version = "" if bank is None else words[first : first + words_of].tobytes().hex()
+        kinds.append(Group(modality, width, bank, version))
         rows += count
     if rows != total:
         raise PackError(f"the modalities hold {rows} rows, the directory {total}")
     return pack.as_strided((total, 2), (2, 1), pack.storage_offset() + begin), kinds
 
 
-def find_rows(parts: Sequence[torch.Tensor], widths: Sequence[int], dtype: torch.dtype) -> HostRows:
+def find_rows(
+    parts: Sequence[torch.Tensor],
+    widths: Sequence[int],
+    dtype: torch.dtype,
+    banks: Banks | None = None,
+) -> HostRows:
     """The addresses of all rows of many slices: by the native helper, or a few array operations.
 
     Args:
         parts: slices of directories, int64 `[n, 2]`, consecutive rows.
         widths: the width that each modality must have.
         dtype: the dtype that all rows must have.
+        banks: where rows of banks are found.
 
     Returns:
-        The rows in their order; valid as long as the slices are.
+        The rows in their order; valid as long as the slices and the banks are.
 
     Raises:
         PackError: a part is no such slice (for instance a copy that left the data behind), reaches
-            past its pack, or holds rows of another dtype.
+            past its pack, or holds rows of another dtype, or of no bank.
         ValueError: a modality index is unknown, or rows have another width.
     """
     if native.helper is not None:
@@ -320,20 +403,50 @@ def find_rows(parts: Sequence[torch.Tensor], widths: Sequence[int], dtype: torch
     if not tables:
         nothing = np.empty(0, dtype=np.int64)
         return HostRows(nothing, nothing)
-    code = DTYPE_CODES[dtype]
+    first: Any  # of each row's pack, the address
+    last: Any  # of its storage, where it ends
     if len(tables) == 1:
-        entries, begin, end = tables[0][:, 1], begins[0], ends[0]
+        entries, first, last = tables[0][:, 1], begins[0], ends[0]
     else:
         entries = np.concatenate([table[:, 1] for table in tables])
-        begin, end = np.repeat(np.array([begins, ends]), counts, axis=1)
+        first, last = np.repeat(np.array([begins, ends]), counts, axis=1)
+    named = entries >> _DTYPE_AT == BANK_CODE
+    if not named.any():
+        return _find_in_packs(entries, first, last, widths, dtype)
+    if banks is None:
+        raise PackError("a pack names rows of a bank, and there are no banks")
+    of_banks = banks.find(
+        entries[named] >> _WIDTH_AT & MAX_WIDTH,
+        entries[named] & _BEGIN_MASK,
+        entries[named] >> _MODALITY_AT & MAX_MODALITY,
+    )
+    if named.all():
+        return of_banks
+    if len(tables) > 1:
+        first, last = first[~named], last[~named]
+    return _merge(named, _find_in_packs(entries[~named], first, last, widths, dtype), of_banks)
+
+
+def _merge(named: np.ndarray, packed: HostRows, of_banks: HostRows) -> HostRows:
+    """Rows of packs, and of banks where `named` says so, in one order."""
+    modality, address = np.empty(len(named), np.int64), np.empty(len(named), np.int64)
+    for where, found in ((~named, packed), (named, of_banks)):
+        modality[where], address[where] = found.modality, found.address
+    resident = None
+    if of_banks.resident is not None:
+        resident = np.zeros(len(named), np.bool_)
+        resident[named] = of_banks.resident
+    return HostRows(modality, address, resident, of_banks.held)
+
+
+def _find_in_packs(
+    entries: np.ndarray, begin: Any, end: Any, widths: Sequence[int], dtype: torch.dtype
+) -> HostRows:
+    """Rows by the entries of packs that reach from address `begin` to `end`."""
+    code = DTYPE_CODES[dtype]
     kind = entries >> _WIDTH_AT  # width, modality and dtype
     modality = (kind >> _WIDTH_BITS) & MAX_MODALITY
-    expected = np.array(
-        [
-            width | m << _WIDTH_BITS | code << (_DTYPE_AT - _WIDTH_AT)
-            for m, width in enumerate(widths)
-        ]
-    )
+    expected = np.array([_kind(width, m, code) for m, width in enumerate(widths)])
     if (kind != expected.take(modality, mode="clip")).any():
         if (kind >> (_DTYPE_AT - _WIDTH_AT) != code).any():
             raise PackError(f"a pack holds rows of another dtype than {dtype}")

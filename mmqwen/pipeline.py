@@ -6,11 +6,13 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, overload
 
 from mmqwen.attempts import Attempt, add_widths, attempts, is_single, joined, only
+from mmqwen.banks import parse_banks
 from mmqwen.chat import check_parts_kept, render_chat
 from mmqwen.checkpoint.names import MODEL_TYPE
 from mmqwen.checkpoint.trained import read_trained, warn_untrained
@@ -39,6 +41,9 @@ class MultimodalQwen3Pipeline:
             then.
         projector: for a text model, a safetensors file of trained projectors. Without one they
             are random, and a warning says so.
+        banks: files of rows that inputs may name, by the banks' names, beside or in the place of
+            the checkpoint's own: `{"items": FILE}` or `{"items": {"file": FILE, "placement":
+            "host"}}`; see docs/banks.md.
         engine: `"vllm"` (default) or `"transformers"`.
         dtype: `"auto"`, `"float32"`, `"float16"` or `"bfloat16"`.
         row_references: with the vLLM engine, name the rows of a conversation's earlier messages
@@ -48,7 +53,8 @@ class MultimodalQwen3Pipeline:
             to `from_pretrained` (`device_map`, in the place of `device`, ...).
 
     Raises:
-        ValueError: an unknown engine, or a device that the engine cannot use.
+        ValueError: an unknown engine, a device that the engine cannot use, or a bank that cannot
+            be served.
         FileNotFoundError: the model is not found.
     """
 
@@ -59,6 +65,7 @@ class MultimodalQwen3Pipeline:
         modalities: Mapping[str, Any] | None = None,
         projector: str | os.PathLike[str] | None = None,
         *,
+        banks: Mapping[str, Any] | None = None,
         engine: Engine = "vllm",
         dtype: str = "auto",
         row_references: bool = False,
@@ -75,6 +82,10 @@ class MultimodalQwen3Pipeline:
         self._projector = projector
         self._engine_name = engine
         self._options = {"dtype": dtype, **engine_options}
+        self._banks = {
+            name: replace(bank, file=os.path.abspath(bank.file)).to_dict()
+            for name, bank in parse_banks(banks).items()
+        }
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._engine: VllmEngine | TransformersEngine | None = None
         self._closed = False
@@ -92,6 +103,8 @@ class MultimodalQwen3Pipeline:
             self._start_built(modalities)
         elif projector is not None:
             raise ValueError("projector is given without modalities; name them and their widths")
+        elif self._banks:
+            raise ValueError("banks are given without modalities; name them and their widths")
 
     @property
     def engine(self) -> str:
@@ -440,7 +453,9 @@ class MultimodalQwen3Pipeline:
 
         config = MultimodalQwen3Config.from_pretrained(checkpoint)
         kind = VllmEngine if self._engine_name == "vllm" else TransformersEngine
-        self._engine = kind(checkpoint, self._device, self._options)
+        own = parse_banks(getattr(config, "banks", None), checkpoint)
+        banks = {**{name: bank.to_dict() for name, bank in own.items()}, **self._banks}
+        self._engine = kind(checkpoint, self._device, self._options, banks)
         self._vocab_size = config.vocab_size
         self.specs = config.modality_specs
 

@@ -29,7 +29,13 @@ class TransformersEngine:
     _OBJECTS = frozenset({"logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn"})
     """Arguments of `generate` that are no fields of its config."""
 
-    def __init__(self, checkpoint: str, device: str, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        checkpoint: str,
+        device: str,
+        options: Mapping[str, Any],
+        banks: Mapping[str, Any] | None = None,
+    ) -> None:
         import torch
 
         from mmqwen.hf import MultimodalQwen3ForConditionalGeneration, MultimodalQwen3Processor
@@ -53,6 +59,9 @@ class TransformersEngine:
         self.model.eval()
         self._device = _input_device(self.model)
         self.processor = MultimodalQwen3Processor.from_pretrained(checkpoint)
+        if banks:
+            self.processor.banks = dict(banks)
+            _ = self.processor.bank_catalog  # opened now: a bad one is refused at the start
         self.tokenizer = self.processor.tokenizer
         self.max_model_len = limit or self.model.config.text_config.max_position_embeddings
         self._using = Lock()

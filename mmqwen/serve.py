@@ -8,6 +8,7 @@ from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from importlib.metadata import entry_points
 from typing import Any
 
+from mmqwen.banks import parse_bank_flags, parse_banks
 from mmqwen.checkpoint.names import ARCHITECTURES
 from mmqwen.vllm_plugin import compat
 
@@ -22,9 +23,9 @@ def main(argv: list[str]) -> int:
     """Run the server until it is told to stop.
 
     Args:
-        argv: a checkpoint and flags: `--max-item-bytes N`, `--max-request-bytes N`,
-            `--allow-token-api`, `--row-references`, `--row-reference-key FILE`, and all of
-            `vllm serve`'s.
+        argv: a checkpoint and flags: `--max-item-bytes N`, `--max-request-bytes N`, `--bank
+            NAME=FILE`, `--allow-token-api`, `--row-references`, `--row-reference-key FILE`, and
+            all of `vllm serve`'s.
 
     Returns:
         The exit status; 2 where the flags or the installation do not do.
@@ -37,6 +38,7 @@ def main(argv: list[str]) -> int:
         args = parser.parse_args(["serve", *argv])
         prepare(args)
         check_model(args, options.get_default("model"))
+        add_banks(args)
     except ServeError as error:
         print(f"mmqwen serve: {error}", file=sys.stderr)
         return 2
@@ -80,6 +82,40 @@ def _architectures(model: str, args: Namespace) -> list[Any]:
     Raises:
         ServeError: there is none that can be read.
     """
+    return list(_config(model, args).get("architectures") or ())
+
+
+def add_banks(args: Namespace) -> None:
+    """Let the flags' banks stand beside, or in the place of, those of the checkpoint.
+
+    Raises:
+        ServeError: a flag cannot be read, or `--hf-overrides` is no dict.
+    """
+    if not args.bank:
+        return
+    try:
+        banks = parse_bank_flags(args.bank)
+        parse_banks(banks)
+    except ValueError as error:
+        raise ServeError(str(error)) from None
+    for fields in banks.values():
+        fields["file"] = os.path.abspath(os.path.expanduser(fields["file"]))
+    overrides = args.hf_overrides or {}
+    if not isinstance(overrides, dict):
+        raise ServeError("--bank beside --hf-overrides that is no dict; leave one of them out")
+    model = getattr(args, "model_tag", None) or args.model
+    own = overrides.get("banks")
+    if own is None and "://" not in model and not compat.uses_modelscope():
+        own = _config(model, args).get("banks")
+    args.hf_overrides = {**overrides, "banks": {**(own or {}), **banks}}
+
+
+def _config(model: str, args: Namespace) -> dict[str, Any]:
+    """A model's config.json.
+
+    Raises:
+        ServeError: there is none that can be read.
+    """
     from transformers import PretrainedConfig
 
     path = getattr(args, "hf_config_path", None) or model
@@ -93,7 +129,7 @@ def _architectures(model: str, args: Namespace) -> list[Any]:
             f"no config.json can be read at {path!r}, which is neither a checkpoint's folder nor "
             f"a hub id that can be had: {reason:.200}"
         ) from None
-    return list(config.get("architectures") or ())
+    return dict(config)
 
 
 def check_plugin() -> None:
@@ -134,6 +170,11 @@ def _add_own_flags(parser: ArgumentParser) -> None:
     group.add_argument(
         "--max-request-bytes", type=_positive, default=SUPPRESS, metavar="N",
         help="Most decoded bytes of all items of a request (default 256 MiB).",
+    )  # fmt: skip
+    group.add_argument(
+        "--bank", action="append", default=[], metavar="NAME=FILE",
+        help="Rows that requests may name: `mmqwen bank build` writes such a file. Optionally "
+        ":placement=device or :placement=host, and :modality=NAME; repeat for more.",
     )  # fmt: skip
     group.add_argument(
         "--allow-token-api", action="store_true",

@@ -15,6 +15,7 @@ FILES = [*ROOT.glob("mmqwen/**/*.py"), *ROOT.glob("kernels/mmqwen_kernels/**/*.p
 LAYERS = (
     (
         "cli",
+        "banks.cli",
         "commands",
         "serve",
         "doctor",
@@ -36,8 +37,9 @@ LAYERS = (
     ("checkpoint",),
     ("chat", "tokens", "inputs", "misplaced", "client", "references"),
     ("packs",),
+    ("banks",),
     ("transport",),
-    ("stops", "text_models", "modalities", "_version"),
+    ("banks.rows", "stops", "text_models", "modalities", "_version"),
 )
 """Of `mmqwen`, from the doors down (docs/architecture.md); the longest name that fits counts."""
 

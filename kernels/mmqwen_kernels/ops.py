@@ -183,7 +183,9 @@ def project_rows(
     return _backend_of(rows.device).project(rows, projector, launch=launch)
 
 
-def warm_up(projectors: Sequence[Projector], *, backend: str = "auto") -> int:
+def warm_up(
+    projectors: Sequence[Projector], *, backend: str = "auto", resident: bool = False
+) -> int:
     """Compile every kernel that steps with these projectors can meet, so that none waits for it.
 
     A server calls this once, before the first request: the kernels of a step depend on how many
@@ -194,6 +196,7 @@ def warm_up(projectors: Sequence[Projector], *, backend: str = "auto") -> int:
     Args:
         projectors: one a modality, as `fuse_embeddings` will get them.
         backend: one of `BACKENDS`.
+        resident: also for steps some of whose rows lie on the device (`HostRows.resident`).
 
     Returns:
         How many kernels were made ready.
@@ -205,4 +208,4 @@ def warm_up(projectors: Sequence[Projector], *, backend: str = "auto") -> int:
     weight = projectors[0].w2
     if select_backend(weight.device, weight.dtype, backend).name == "torch":
         return 0
-    return _backend_of(weight.device).warm_up(projectors)
+    return _backend_of(weight.device).warm_up(projectors, resident=resident)

@@ -3,7 +3,7 @@
 No device-to-host sync and one host-to-device copy, whatever the number of items: rows that lie on
 the host are gathered, modality by modality, into one pinned buffer that also holds the order of the
 step's tokens and the tables by which the kernels find rows. Rows that lie on the device stay where
-they are. A modality's rows travel or stay, never both.
+they are. Of tensors, a modality's rows travel or stay, never both; of rows by address, each does.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from mmqwen_kernels.row_tables import (
     ALIGN_BYTES,
     ENTRY_BYTES,
     Span,
+    Staying,
     aligned,
     copy_rows,
     is_far,
@@ -41,15 +42,20 @@ _NO_SOURCES = "sources are no list of (modality index, tensor [n, d]), in the or
 
 
 class HostRows(NamedTuple):
-    """Rows in host memory, each by its address; their memory must outlive the call of `plan_rows`.
+    """Rows by their addresses in host memory, which must outlive the call of `plan_rows`.
 
     Attributes:
         modality: integers `[R]`, the modality index of each row.
         address: int64 `[R]`, where each row begins: d adjacent elements of the plan's dtype.
+        resident: bool `[R]`, of which rows that is an address on the device, inside one of `held`,
+            where they stay; None: of none.
+        held: tensors `[n, d]` of the plan's dtype that hold rows.
     """
 
     modality: np.ndarray
     address: np.ndarray
+    resident: np.ndarray | None = None
+    held: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +72,7 @@ class RowPlan:
         num_tokens: T.
         dtype: of the rows.
         parts: per modality the tensors `[n, d_m]` that stayed where they were; empty for rows that
-            travelled, which lie in `buffer`.
+            travelled, which lie in `buffer`, or were given by address.
         buffer: uint8 on the device: entries (int64 `[A, 8]`, see `triton_kernels.py`), addresses,
             order, rows. Empty where the kernels need none of them.
         addresses_at: where in it the address of each row begins, in bytes; -1 where each
@@ -76,6 +82,7 @@ class RowPlan:
         align_bytes: 1 to 16; every address, row stride and row length is a multiple of it.
         address: of the first modality's first row.
         stride: of the first modality's rows, in elements.
+        held: tensors on the device in which rows lie that were given by address.
     """
 
     counts: tuple[int, ...]
@@ -90,6 +97,7 @@ class RowPlan:
     align_bytes: int
     address: int
     stride: int
+    held: tuple[torch.Tensor, ...] = ()
 
     @cached_property
     def num_rows(self) -> int:
@@ -117,9 +125,30 @@ class RowPlan:
             return None
         if self.parts[m]:
             return self.parts[m][0] if len(self.parts[m]) == 1 else torch.cat(self.parts[m])
+        if self.held:
+            return self._gather(m)
         begin, nbytes = self.rows_at[m], self.counts[m] * self.widths[m] * self.dtype.itemsize
         flat = self.buffer[begin : begin + nbytes].view(self.dtype)
         return flat.view(self.counts[m], self.widths[m])
+
+    def _gather(self, m: int) -> torch.Tensor:
+        """Rows that lie here and there, each found by its address; no sync."""
+        first, width = self.addresses_at + 8 * sum(self.counts[:m]), self.widths[m]
+        address = self.buffer[first : first + 8 * self.counts[m]].view(torch.int64)
+        row_bytes = width * self.dtype.itemsize
+        places = [rows for rows in self.held if rows.shape[1] == width]
+        if self.rows_at[m] >= 0:
+            rest = self.buffer[self.rows_at[m] :]
+            count = len(rest) // row_bytes
+            places.append(rest[: count * row_bytes].view(self.dtype).view(count, width))
+        found: torch.Tensor | None = None
+        for rows in places:
+            at = address - rows.data_ptr()
+            picked = rows.index_select(0, (at // row_bytes).clamp(0, len(rows) - 1))
+            inside = ((at >= 0) & (at < len(rows) * row_bytes)).unsqueeze(1)
+            found = picked if found is None else torch.where(inside, picked, found)
+        assert found is not None
+        return found
 
     @cached_property
     def slots(self) -> tuple[torch.Tensor | None, ...]:
@@ -161,21 +190,27 @@ def plan_rows(
         device = torch.device("cuda", torch.cuda.current_device())
     if len(widths) > MAX_MODALITIES:
         raise ValueError(f"{len(widths)} modalities, expected {MAX_MODALITIES} at most")
-    if isinstance(sources, HostRows) and native.helper is not None:
+    if isinstance(sources, HostRows) and sources.resident is None and native.helper is not None:
         made = _plan_natively(sources, slots, num_tokens, widths, dtype, device)
         if made is not None:
             return made
     text, positions = _split_tokens(slots, num_tokens)
     parts: list[list[torch.Tensor]] = [[] for _ in widths]
+    resident: np.ndarray | None = None
+    on_device: tuple[torch.Tensor, ...] = ()
+    held: Sequence[torch.Tensor]
     if isinstance(sources, HostRows):
         counts = np.bincount(sources.modality, minlength=len(widths)).tolist()
         if len(counts) > len(widths):
             raise ValueError(f"modality index {len(counts) - 1}, expected 0 to {len(widths) - 1}")
         _check_total(sum(counts), positions)
-        address, held = sources.address, None
+        address, held, resident = sources.address, sources.held, sources.resident
         if max(counts, default=0) < len(positions):  # several modalities
             by_modality = sources.modality.astype(np.uint8).argsort(kind="stable")
             positions, address = positions[by_modality], address[by_modality]
+            resident = None if resident is None else resident[by_modality]
+        if resident is not None:
+            on_device = tuple(rows for rows in held if rows.device == device)
     else:
         runs, address, held = _collect(sources, widths, dtype, device, parts)
         counts = [0] * len(widths)
@@ -193,11 +228,15 @@ def plan_rows(
         first = 0
         for m, count in enumerate(counts):
             if rows_at[m] >= 0:
-                copy_rows(raw, rows_at[m], address[first : first + count], widths[m] * itemsize)
+                moving = address[first : first + count]
+                if resident is not None:
+                    moving = moving[~resident[first : first + count]]
+                copy_rows(raw, rows_at[m], moving, widths[m] * itemsize)
                 first += count
 
     itemsize = dtype.itemsize
-    plan = _lay_out(parts, counts, num_tokens, widths, dtype, device, write)
+    stay = None if resident is None else Staying(address, resident, on_device)
+    plan = _lay_out(parts, counts, num_tokens, widths, dtype, device, write, stay)
     del held  # copied now
     return plan
 
@@ -211,7 +250,7 @@ def _plan_natively(
     device: torch.device,
 ) -> RowPlan | None:
     """The plan of rows by address and a mask; None: look at it in Python, which may refuse it."""
-    modality, address = rows
+    modality, address = rows.modality, rows.address
     counts = native.helper.count_rows(address, modality, slots, num_tokens, len(widths))
     if counts is None:
         return None
@@ -370,21 +409,23 @@ def _lay_out(
     dtype: torch.dtype,
     device: torch.device,
     write: Callable[[np.ndarray, int, list[int]], None],
+    stay: Staying | None = None,
 ) -> RowPlan:
     """One buffer: [entries][row addresses][order][rows of modality 0] ...
 
     `write(raw, order_at, rows_at)` writes the order of the tokens and the rows that travel.
     """
     itemsize, total = dtype.itemsize, sum(counts)
-    by_address = any(len(part) > 1 or is_far(part[0]) for part in parts if part)
+    by_address = stay is not None or any(len(part) > 1 or is_far(part[0]) for part in parts if part)
+    moving = counts if stay is None else stay.moving(counts)
     entries_here = num_entries(len(counts))
     addresses_at = entries_here * ENTRY_BYTES
     order_at = addresses_at + (aligned(8 * total) if by_address else 0)
     rows_at, size = [-1] * len(widths), order_at + 8 * num_tokens
-    for m, count in enumerate(counts):
-        if count and not parts[m]:
+    for m in range(len(counts)):
+        if moving[m] and not parts[m]:
             size = rows_at[m] = aligned(size)
-            size += count * widths[m] * itemsize
+            size += moving[m] * widths[m] * itemsize
     size = aligned(size)
 
     if device.type == "cpu":
@@ -405,7 +446,8 @@ def _lay_out(
         for part, width, at, count in zip(parts, widths, rows_at, counts, strict=True):
             here = [(base + at, width, count)] if at >= 0 else []
             spans.append([span_of(rows, width) for rows in part] if part else here)
-        entries, addresses, align = tables_of(spans, counts, widths, itemsize, by_address)
+        found = None if stay is None else stay.addresses(base, counts, rows_at, widths, itemsize)
+        entries, addresses, align = tables_of(spans, counts, widths, itemsize, by_address, found)
         struct.pack_into(f"{len(entries)}q", raw.data, 0, *entries)
         if addresses is not None:
             raw[addresses_at : addresses_at + 8 * total].view(np.int64)[:] = addresses
@@ -428,4 +470,5 @@ def _lay_out(
         align_bytes=align,
         address=first_span[0],
         stride=first_span[1],
+        held=() if stay is None else stay.held,
     )

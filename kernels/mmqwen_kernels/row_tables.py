@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,15 +41,16 @@ def tables_of(
     widths: Sequence[int],
     itemsize: int,
     by_address: bool,
+    addresses: np.ndarray | None = None,
 ) -> tuple[list[int], np.ndarray | None, int]:
-    """The entries `[A, 8]` (see `triton_kernels.py`), flat; the row addresses `[R]` if wanted; and
-    the alignment in bytes."""
+    """The entries `[A, 8]` (see `triton_kernels.py`), flat; the row addresses `[R]` if wanted,
+    those of the spans unless given; and the alignment in bytes."""
     table: list[int] = []
     first, align = 0, ALIGN_BYTES
     for m, (count, width) in enumerate(zip(counts, widths, strict=True)):
         if not count:
             continue
-        address, stride, _ = spans[m][0]
+        address, stride, _ = spans[m][0] if spans[m] else (0, width, 0)
         table += (m, first, count, address, stride, 0, 0, 0)
         first += count
         align = math.gcd(align, width * itemsize)
@@ -57,6 +59,8 @@ def tables_of(
     table += [0] * (ENTRY_FIELDS * num_entries(len(counts)) - len(table))
     if not by_address:
         return table, None, align
+    if addresses is not None:
+        return table, addresses, math.gcd(align, int(np.bitwise_or.reduce(addresses)))
     flat = [span for of, count in zip(spans, counts, strict=True) if count for span in of]
     bases, steps, rows = np.array(flat, dtype=np.int64).T
     steps = steps * itemsize
@@ -86,3 +90,41 @@ def copy_rows(target: np.ndarray, begin: int, addresses: np.ndarray, nbytes: int
         ctypes.memmove(at, int(addresses[first]), size)
         at += size
         first = last + 1
+
+
+class Staying(NamedTuple):
+    """Rows by address, by modality, some of which lie on the device.
+
+    Attributes:
+        address: int64 `[R]`.
+        resident: bool `[R]`, which do.
+        held: the tensors in which those lie.
+    """
+
+    address: np.ndarray
+    resident: np.ndarray
+    held: tuple[torch.Tensor, ...]
+
+    def moving(self, counts: Sequence[int]) -> list[int]:
+        """Per modality the rows that travel."""
+        every = np.array(counts)
+        ends = every.cumsum()
+        staying = np.concatenate([[0], self.resident.cumsum()])
+        return (every - staying[ends] + staying[ends - every]).tolist()
+
+    def addresses(
+        self,
+        base: int,
+        counts: Sequence[int],
+        rows_at: Sequence[int],
+        widths: Sequence[int],
+        itemsize: int,
+    ) -> np.ndarray:
+        """int64 `[R]`: where the rows lie once the buffer lies at `base`."""
+        found = np.where(self.resident, self.address, 0)
+        first = 0
+        for count, at, width in zip(counts, rows_at, widths, strict=True):
+            moved = (~self.resident[first : first + count]).nonzero()[0] + first
+            found[moved] = base + at + np.arange(len(moved)) * (width * itemsize)
+            first += count
+        return found

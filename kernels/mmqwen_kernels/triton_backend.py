@@ -126,12 +126,16 @@ class TritonBackend:
         return out
 
     def warm_up(
-        self, projectors: Sequence[Projector], ids_dtypes: Sequence[torch.dtype] = (torch.int32,)
+        self,
+        projectors: Sequence[Projector],
+        ids_dtypes: Sequence[torch.dtype] = (torch.int32,),
+        *,
+        resident: bool = False,
     ) -> int:
         """Compile every variant that steps with these projectors can meet, and launch none.
 
         For rows that lie together by modality, as `plan_rows` lays those that it copies, with token
-        table and out aligned to 16 bytes.
+        table and out aligned to 16 bytes; where some are `resident`, also for rows by address.
 
         Returns:
             How many variants there are.
@@ -146,7 +150,8 @@ class TritonBackend:
             dependent = self.kernels.depends(launches_dependently(self.capability))
             before = len(self.kernels)
             for tile in ups:
-                self._up(weights, tile, dtype, align, False, dependent)
+                for by_address in (False, True) if resident else (False,):
+                    self._up(weights, tile, dtype, align, by_address, dependent)
             for tile in downs:
                 for ids_dtype in ids_dtypes:
                     self._down(weights, tile, dtype, align, ids_dtype, text_tile, dependent)

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
+from mmqwen.banks import BankCatalog, parse_banks
 from mmqwen.checkpoint import surgery
+from mmqwen.checkpoint.banks import place_banks
 from mmqwen.checkpoint.index import read_header, read_weight_map, refuse_pointers, write_index
 from mmqwen.checkpoint.names import (
     BASE_PREFIX,
@@ -65,6 +67,7 @@ def build_checkpoint(
     projector: str | Path | Iterable[str | Path] | None = None,
     drop: Collection[str] = (),
     rename: Mapping[str, str] | None = None,
+    banks: Mapping[str, Any] | None = None,
     copy: bool = False,
     seed: int = 0,
     revision: str | None = None,
@@ -89,6 +92,8 @@ def build_checkpoint(
             stays in the tokenizer, so that their ids do not change.
         rename: modalities of a composite base to call otherwise, old names to new ones; their
             placeholders keep their ids.
+        banks: `{"items": FILE}`, or a dict with `file`, `modality` and `placement`: rows that
+            requests may name. Linked as shards are, into the folder `banks`.
         copy: copy the base's shards. Otherwise they are hard-linked, so that they outlive the
             base's directory; across file systems, linked symbolically.
         seed: seed of projectors that no file gives. Each modality draws from its own stream, so
@@ -104,6 +109,7 @@ def build_checkpoint(
             the output is not empty or not writable.
         ModalityError: a modality's description is wrong, or its token id is taken; one to drop or
             rename is not there, or two would have one name.
+        BankError: a bank's file cannot be used, or does not fit its modality.
 
     Warns:
         LeftOutWarning: a file holds projectors that were not asked for.
@@ -133,7 +139,11 @@ def build_checkpoint(
     tensors, fresh = _complete(given, config, seed)
     trained.update(dict.fromkeys(fresh, False))
 
+    catalog = BankCatalog({**held.banks, **parse_banks(banks)}, specs, config.text_config.dtype)
+
     with staged(output) as stage:
+        if catalog.banks:
+            config.banks = place_banks(catalog, stage, copy)
         config.save_pretrained(stage)
         tokenizer.save_pretrained(stage)
         copy_extras(folder, stage)

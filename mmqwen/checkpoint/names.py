@@ -16,6 +16,7 @@ are any before it reads a config."""
 ARCHITECTURES = (ARCHITECTURE, HYBRID_ARCHITECTURE)
 
 PROJECTOR_FILE = "projectors.safetensors"
+BANKS_FOLDER = "banks"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 BASE_PREFIX = "base-"

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from mmqwen.checkpoint.index import read_header
 from mmqwen.checkpoint.names import (
+    BANKS_FOLDER,
     BASE_PREFIX,
     INDEX_FILE,
     PROJECTOR_PREFIX,
@@ -65,7 +66,10 @@ def copy_tensors(source: Path, target: Path, names: Collection[str]) -> None:
 
 
 def copy_small_files(source: Path, target: Path) -> None:
-    """Copy config, tokenizer and licence; not the index, nor what training leaves."""
+    """Copy config, tokenizer and licence; not the index, nor what training leaves. Link banks."""
+    for file in (source / BANKS_FOLDER).glob("*"):
+        (target / BANKS_FOLDER).mkdir(exist_ok=True)
+        place_file(file.resolve(), target / BANKS_FOLDER / file.name, copy=False)
     for pattern in SMALL_FILES:
         for file in source.glob(pattern):
             if file.is_file() and file.name not in (INDEX_FILE, "training.json"):

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from mmqwen.banks import BankSpec, parse_banks
 from mmqwen.checkpoint.index import read_header, read_weight_map, write_index
 from mmqwen.checkpoint.names import (
     BASE_PREFIX,
@@ -49,6 +50,7 @@ class Held:
         specs: its modalities; none of a text model.
         projectors: their tensors, by full name.
         trained: whether they were ever trained, where that is known.
+        banks: its banks, with their files.
     """
 
     text: Any
@@ -57,6 +59,7 @@ class Held:
     specs: dict[str, ModalitySpec] = field(default_factory=dict)
     projectors: dict[str, Tensor] = field(default_factory=dict)
     trained: dict[str, bool] = field(default_factory=dict)
+    banks: dict[str, BankSpec] = field(default_factory=dict)
 
 
 def take_over(
@@ -129,6 +132,11 @@ def take_over(
             for part, value in _parts(loaded, name).items()
         },
         {names[name]: value for name, value in record.items() if name in names},
+        {
+            bank: replace(spec, modality=names.get(spec.modality, spec.modality))
+            for bank, spec in parse_banks(getattr(config, "banks", None), folder).items()
+            if spec.modality not in drop
+        },
     )
 
 

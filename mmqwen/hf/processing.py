@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from numbers import Integral
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from transformers import BatchFeature, PretrainedConfig, ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from mmqwen.banks import BankCatalog, parse_banks
 from mmqwen.chat import check_parts_kept, shape_messages
 from mmqwen.checkpoint.names import MODEL_TYPE
 from mmqwen.hf.configuration import MultimodalQwen3Config
@@ -49,8 +51,10 @@ class MultimodalQwen3Processor(ProcessorMixin):
         chat_template: used by `apply_chat_template` instead of the tokenizer's.
         vocab_size: rows of the model's token table; ids beyond it are refused. Left out, ids beyond
             the tokenizer's are.
+        banks: files of rows that prompts may name, by the banks' names; see `parse_banks`. Opened
+            when a prompt first has items.
 
-    `from_pretrained` reads the modalities and `vocab_size` from a composite checkpoint's
+    `from_pretrained` reads the modalities, `vocab_size` and banks from a composite checkpoint's
     `config.json`; from `processor_config.json` where the processor was saved alone.
 
     Raises:
@@ -63,14 +67,25 @@ class MultimodalQwen3Processor(ProcessorMixin):
         modalities: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
         vocab_size: int | None = None,
+        banks: Mapping[str, Any] | None = None,
     ) -> None:
         if tokenizer is None:
             raise ValueError("a tokenizer is required")
         super().__init__(tokenizer, chat_template=chat_template)
         self.specs = parse_modalities(modalities or {})
         self.modalities = {name: spec.to_dict() for name, spec in self.specs.items()}
+        self.banks = {name: bank.to_dict() for name, bank in parse_banks(banks).items()}
         add_placeholder_tokens(tokenizer, self.specs)
         self.vocab_size = vocab_size or max(tokenizer.get_vocab().values()) + 1
+
+    @cached_property
+    def bank_catalog(self) -> BankCatalog:
+        """The banks, opened.
+
+        Raises:
+            BankError: as `BankCatalog`.
+        """
+        return BankCatalog(parse_banks(self.banks), self.specs)
 
     @classmethod
     def get_processor_dict(
@@ -88,6 +103,8 @@ class MultimodalQwen3Processor(ProcessorMixin):
         if raw.get("model_type") == MODEL_TYPE:
             config = MultimodalQwen3Config.from_dict(raw)
             fields["modalities"], fields["vocab_size"] = config.modalities, config.vocab_size
+            banks = parse_banks(getattr(config, "banks", None), pretrained_model_name_or_path)
+            fields["banks"] = {name: bank.to_dict() for name, bank in banks.items()}
         return fields, unused
 
     @property
@@ -115,7 +132,8 @@ class MultimodalQwen3Processor(ProcessorMixin):
                 (vLLM's `prompt` and `multi_modal_data` are taken as well).
             multimodal_data: for each prompt, its items by modality: `{"m1": [item, ...]}`, with or
                 without the `multimodal_embeddings` level around it. An item is a `[d]` vector or
-                an `[n, d]` matrix: torch, numpy or nested lists. A list if `text` is a list.
+                an `[n, d]` matrix: torch, numpy or nested lists; or `BankRows`. A list if `text` is
+                a list.
             return_tensors: "pt", or None for lists of ids.
             padding: True or "longest", "max_length", or False.
             padding_side: "left" (for generation) or "right".
@@ -176,6 +194,8 @@ class MultimodalQwen3Processor(ProcessorMixin):
         Raises:
             EmbeddingError, ModalityError: as for `__call__`.
         """
+        if isinstance(items, Mapping):
+            items = self.bank_catalog.by_value(items)
         rows = check_items(items, self.specs, dtype=dtype)
         counts = {name: [len(item) for item in members] for name, members in rows.items()}
         counts = {name: lengths for name, lengths in counts.items() if lengths}

@@ -10,6 +10,7 @@ torch is imported on first use, so that a client can encode numpy rows without i
 from mmqwen.transport.errors import EmbeddingError
 from mmqwen.transport.rows import (
     as_items,
+    at_index,
     check_item,
     check_items,
     concat_items,
@@ -25,6 +26,7 @@ __all__ = [
     "WIRE_DTYPES",
     "EmbeddingError",
     "as_items",
+    "at_index",
     "check_item",
     "check_items",
     "concat_items",

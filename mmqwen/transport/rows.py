@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+from mmqwen.banks.rows import is_named
 from mmqwen.modalities import ModalitySpec
 from mmqwen.transport.arrays import (
     array_to_tensor,
@@ -222,13 +223,14 @@ def check_item(value: Any, spec: ModalitySpec, *, index: int, dtype: torch.dtype
 
 
 def at_index(error: EmbeddingError, index: int) -> EmbeddingError:
-    """The error of a list's only item, told of the item at `index` of the caller's list."""
-    message = str(error).replace(", item 0:", f", item {index}:", 1)
+    """The error of an item of a part of a list, told of the item at `index` of the whole list."""
+    message = str(error).replace(f", item {error.index}:", f", item {index}:", 1)
     return EmbeddingError(message, modality=error.modality, index=index, reason=error.reason)
 
 
 def as_items(value: Any, modality: str) -> Sequence[Any]:
-    """What a caller gave for one modality, as a list of items: a bare array is one item.
+    """What a caller gave for one modality, as a list of items: a bare array is one item, and so
+    are bare rows of a bank.
 
     Raises:
         EmbeddingError: a 3-D array, a flat list of numbers, or something that is no list at all.
@@ -240,6 +242,8 @@ def as_items(value: Any, modality: str) -> Sequence[Any]:
                 "write one vector as [[x, ...]]",
             )  # fmt: skip
         return value
+    if is_named(value):
+        return (value,)
     if isinstance(value, np.ndarray) or hasattr(value, "layout"):
         if len(value.shape) in (1, 2):
             return (value,)

@@ -7,6 +7,7 @@ from typing import Any
 
 from mmqwen.checkpoint.names import HYBRID_ARCHITECTURE
 from mmqwen.text_models import has_recurrent_layers
+from mmqwen.vllm_plugin.banks import bank_catalog
 from mmqwen.vllm_plugin.modality_table import modality_table, text_config_of
 
 DRAFTERS_WITHOUT_EMBEDDINGS = frozenset({"ngram", "ngram_gpu", "suffix"})
@@ -21,13 +22,16 @@ TOKENIZER_MODES = frozenset({"auto", "hf", "slow"})
 
 
 def settle(vllm_config: Any) -> None:
-    """Refuse what rows cannot do, settle vLLM's processor cache, widen its encoder cache.
+    """Refuse what rows cannot do, open banks, settle vLLM's processor cache, widen its encoder
+    cache.
 
     Raises:
-        ValueError: a feature is asked for with which rows would be lost or misread.
+        ValueError: a feature is asked for with which rows would be lost or misread, or a bank
+            cannot be served.
     """
     refuse_unserved(vllm_config)
     refuse_of_hybrids(vllm_config)
+    settle_banks(vllm_config.model_config)
     multimodal = vllm_config.model_config.multimodal_config
     if multimodal is not None and not settle_references(vllm_config)["engine_half"]:
         # It spares a second conversion and transfer of equal items. Packs take part where tokens
@@ -95,6 +99,17 @@ def widen_encoder_cache(vllm_config: Any) -> None:
     steps = vllm_config.parallel_config.pipeline_parallel_size + 2
     rows = steps * scheduler.max_num_batched_tokens
     scheduler.encoder_cache_size = max(scheduler.encoder_cache_size, rows)
+
+
+def settle_banks(model_config: Any) -> None:
+    """Write into the model's config which version of each bank is served, for every process.
+
+    Raises:
+        BankError: as `BankCatalog`.
+    """
+    config = model_config.hf_config
+    if getattr(config, "banks", None):
+        config.banks = bank_catalog(model_config, modality_table(model_config)).to_dict()
 
 
 def refuse_unserved(vllm_config: Any) -> None:

@@ -34,6 +34,7 @@ from mmqwen.modalities import ModalitySpec
 from mmqwen.packs import PackError, blank_directory, find_rows, open_pack
 from mmqwen.text_models import refuse_text_model, untested_warning
 from mmqwen.vllm_plugin import compat
+from mmqwen.vllm_plugin.banks import ResidentBanks, bank_catalog
 from mmqwen.vllm_plugin.compat.text_model import build_text_model, plain_table
 from mmqwen.vllm_plugin.engine_config import refuse_drafter
 from mmqwen.vllm_plugin.modality_table import modality_table, text_config_of
@@ -123,6 +124,13 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
             dtype=cast(torch.dtype, model_config.dtype),
             place=self._place,
         )
+        # In the constructor, so that vLLM counts them among the weights.
+        self._banks = ResidentBanks(
+            bank_catalog(model_config, self.specs),
+            list(self.specs),
+            cast(torch.dtype, model_config.dtype),
+            hold=self._hold_bank if self._place else None,
+        )
         if self._place and rank == 0:
             self._warn_untrained(vllm_config)
         placeholder_ids = sorted(spec.token_id for spec in self._spec_list)  # type: ignore[type-var]
@@ -162,6 +170,12 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         if names:
             logger.warning("%s", untrained_message(names))
 
+    def _hold_bank(self, name: str, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """A bank's rows on the device, as a buffer: vLLM brings those through its sleep."""
+        if rows is not None:
+            self.register_buffer(f"_bank_{name}", rows, persistent=False)
+        return self.get_buffer(f"_bank_{name}")
+
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
         """The marker of a modality whose token has the usual spelling."""
@@ -192,7 +206,8 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
             if not isinstance(pack, torch.Tensor):
                 raise PackError(f"expected a tensor, got {type(pack).__name__}")
             rows, kinds = open_pack(pack)
-            for modality, width in kinds:
+            for group in kinds:
+                modality, width = group.modality, group.width
                 if not 0 <= modality < len(self._widths):
                     raise PackError(f"modality index {modality} is unknown")
                 if width != self._widths[modality]:
@@ -200,6 +215,8 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
                         f"modality {self._spec_list[modality].name!r}: rows are {width} wide, "
                         f"expected {self._widths[modality]}"
                     )
+                if group.bank is not None:
+                    self._banks.check(group)
             return rows
         except PackError as error:
             logger.error("A request bypassed the processor and sent no pack of rows: %s", error)
@@ -230,7 +247,8 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
             backend=self._backend,
         )
         if self._choice.name == "triton":
-            logger.info("Fusion kernels made ready: %d", warm_up(every, backend=self._backend))
+            ready = warm_up(every, backend=self._backend, resident=self._banks.on_device)
+            logger.info("Fusion kernels made ready: %d", ready)
 
     # -- the step -------------------------------------------------------------------------------
 
@@ -289,11 +307,12 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         """The step's plan; parts that lead to no rows of this model are read as zeros."""
 
         try:
-            rows = find_rows(parts, self._widths, dtype)
+            rows = find_rows(parts, self._widths, dtype, self._banks)
         except ValueError as error:
             # `_open` looks at a pack's header; here its directory is wrong. See its docstring.
             logger.error("A request bypassed the processor and sent a broken pack: %s", error)
-            rows = find_rows([self._checked(part, dtype) for part in parts], self._widths, dtype)
+            parts = [self._checked(part, dtype) for part in parts]
+            rows = find_rows(parts, self._widths, dtype, self._banks)
         return plan_rows(
             rows, mask, input_ids.shape[0], self._widths, dtype=dtype, device=input_ids.device
         )
@@ -301,7 +320,7 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
     def _checked(self, part: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The slice, or as many rows of zeros where it leads to no rows of this model."""
         try:
-            find_rows([part], self._widths, dtype)
+            find_rows([part], self._widths, dtype, self._banks)
         except ValueError:
             return blank_directory(part.shape[0], self._widths[0], dtype)
         return part

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -11,8 +11,12 @@ from vllm.multimodal.parse import ModalityDataItems, MultiModalDataItems, MultiM
 from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseProcessingInfo
 
 from mmqwen import transport
+from mmqwen.banks import BankCatalog
+from mmqwen.banks.catalog import NamedRows
+from mmqwen.banks.rows import is_named
 from mmqwen.modalities import ModalitySpec
 from mmqwen.tokens import add_placeholder_tokens
+from mmqwen.vllm_plugin.banks import bank_catalog
 from mmqwen.vllm_plugin.modality_table import modality_table
 
 PACK_MODALITY = "mmqwen_pack"
@@ -23,19 +27,31 @@ class ModalityItems(ModalityDataItems[torch.Tensor, torch.Tensor]):
     """The items of one modality, checked but for their values.
 
     Attributes:
-        data: all rows `[R, d]` in the dtype in which they came.
+        data: all rows `[R, d]` that came, in the dtype in which they came.
         counts: rows of each item.
+        named: of each item the rows of a bank that it names, or None where its rows are in `data`;
+            empty where all of them are.
     """
 
-    def __init__(self, rows: torch.Tensor, counts: list[int], modality: str) -> None:
+    def __init__(
+        self,
+        rows: torch.Tensor,
+        counts: list[int],
+        modality: str,
+        named: Sequence[NamedRows | None] = (),
+    ) -> None:
         super().__init__(rows, modality)
         self.counts = counts
+        self.named = named
 
     def get_count(self) -> int:
         return len(self.counts)
 
     def get(self, index: int) -> torch.Tensor:
-        begin = sum(self.counts[:index])
+        if self.named and (named := self.named[index]) is not None:
+            return named.read()
+        counts = self.counts[:index]
+        begin = sum(n for at, n in enumerate(counts) if not (self.named and self.named[at]))
         return self.data[begin : begin + self.counts[index]]
 
     def get_processor_data(self) -> Mapping[str, object]:
@@ -48,9 +64,10 @@ class ModalityItems(ModalityDataItems[torch.Tensor, torch.Tensor]):
 class RowsParser(MultiModalDataParser):
     """`multi_modal_data` -> joined rows, under the user's own modality names."""
 
-    def __init__(self, specs: Mapping[str, ModalitySpec]) -> None:
+    def __init__(self, specs: Mapping[str, ModalitySpec], banks: BankCatalog) -> None:
         super().__init__()
         self._specs = specs
+        self._banks = banks
 
     def parse_mm_data(self, mm_data: Mapping[str, Any]) -> MultiModalDataItems:
         """See `join` for what is accepted."""
@@ -60,16 +77,34 @@ class RowsParser(MultiModalDataParser):
         """See `transport.join_items` for what is accepted; values are looked at when packed.
 
         Raises:
-            EmbeddingError: an unknown modality, or an item that cannot be served.
+            EmbeddingError: an unknown modality, or an item that cannot be served, named rows too.
         """
         items: dict[str, ModalityItems] = {}
         for name, value in mm_data.items():
             spec = self._specs.get(name)
             if spec is None:
                 transport.refuse_unknown(name, self._specs)
-            rows, counts = transport.join_items(transport.as_items(value, name), spec)
+            members = transport.as_items(value, name)
+            if any(map(is_named, members)):
+                items[name] = self._join_named(members, spec)
+                continue
+            rows, counts = transport.join_items(members, spec)
             items[name] = ModalityItems(rows, counts, name)
         return items
+
+    def _join_named(self, members: Sequence[Any], spec: ModalitySpec) -> ModalityItems:
+        named = [
+            self._banks.read_item(item, spec.name, at) if is_named(item) else None
+            for at, item in enumerate(members)
+        ]
+        own = [at for at, found in enumerate(named) if found is None]
+        try:
+            rows, sizes = transport.join_items([members[at] for at in own], spec)
+        except transport.EmbeddingError as error:
+            raise transport.at_index(error, own[error.index or 0]) from None
+        left = iter(sizes)
+        counts = [next(left) if found is None else len(found.ids) for found in named]
+        return ModalityItems(rows, counts, spec.name, named)
 
 
 class ProcessingInfo(BaseProcessingInfo):
@@ -78,6 +113,10 @@ class ProcessingInfo(BaseProcessingInfo):
     @cached_property
     def specs(self) -> dict[str, ModalitySpec]:
         return modality_table(self.ctx.model_config)
+
+    @cached_property
+    def banks(self) -> BankCatalog:
+        return bank_catalog(self.ctx.model_config, self.specs)
 
     def get_tokenizer(self) -> Any:
         tokenizer = super().get_tokenizer()
@@ -89,7 +128,7 @@ class ProcessingInfo(BaseProcessingInfo):
         return self.get_tokenizer()
 
     def get_data_parser(self) -> MultiModalDataParser:
-        return RowsParser(self.specs)
+        return RowsParser(self.specs, self.banks)
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {**dict.fromkeys(self.specs, None), PACK_MODALITY: None}

@@ -27,6 +27,7 @@ from mmqwen import transport
 from mmqwen.modalities import Expansion, ModalityError, ModalitySpec, expand_markers
 from mmqwen.packs import DTYPE_CODES, allocate_pack
 from mmqwen.vllm_plugin import compat
+from mmqwen.vllm_plugin.named import NamedItems, write_named
 from mmqwen.vllm_plugin.parsing import PACK_MODALITY, ModalityItems, ProcessingInfo, RowsParser
 from mmqwen_kernels import native
 
@@ -143,19 +144,23 @@ class PackingProcessor(BaseMultiModalProcessor[ProcessingInfo]):
         marked = expansion.unmarked < len(expansion.names)
         tokens = np.asarray(expansion.token_ids, dtype=np.int64) if marked else None
         left = {name: entry.data for name, entry in items.items() if entry.counts}
+        named = NamedItems(items, self._index) if any(e.named for e in items.values()) else None
         for first, last in self._cut(expansion, tokens):
             counts = expansion.counts[first:last]
-            if marked:
-                order, runs = expansion.names[first:last], counts
-                needed = _total_by_name(order, runs)
+            if named is not None:
+                pack = self._fill_named(expansion.names[first:last], counts, named, left, items)
             else:
-                needed = {name: len(rows) for name, rows in left.items()}
-                order, runs = list(needed), list(needed.values())
-            pack = self._fill(order, runs, needed, left, items)
+                if marked:
+                    order, runs = expansion.names[first:last], counts
+                    needed = _total_by_name(order, runs)
+                else:
+                    needed = {name: len(rows) for name, rows in left.items()}
+                    order, runs = list(needed), list(needed.values())
+                pack = self._fill(order, runs, needed, left, items)
             offset = expansion.starts[first]
             length = expansion.starts[last - 1] + counts[-1] - offset
             mask = None
-            if length != sum(runs):
+            if length != sum(counts):
                 assert tokens is not None
                 inside = tokens[offset : offset + length]
                 mask = torch.from_numpy(self._is_placeholder.take(inside, mode="clip"))
@@ -194,15 +199,53 @@ class PackingProcessor(BaseMultiModalProcessor[ProcessingInfo]):
             self._dtype,
         )
         for (name, count), view in zip(needed.items(), views.values(), strict=True):
-            rows = left[name]
-            if count < len(rows):
-                rows, left[name] = rows[:count], rows[count:]
-            if not transport.convert_rows(rows, view):
-                entry = items[name]
-                transport.refuse_non_finite(
-                    entry.data, entry.counts, self._specs[name], self._dtype
-                )
+            self._convert(items[name], name, count, left, view)
         return pack
+
+    def _fill_named(
+        self,
+        names: Sequence[str],
+        counts: Sequence[int],
+        named: NamedItems,
+        left: dict[str, torch.Tensor],
+        items: Mapping[str, ModalityItems],
+    ) -> torch.Tensor:
+        """A pack some of whose rows lie in banks; else as `_fill`."""
+        groups = named.take(names)
+        shapes: dict[int, tuple[int, int]] = {}
+        for (group, _), name, count in zip(groups, names, counts, strict=True):
+            total = shapes.get(group, (0, 0))[0]
+            shapes[group] = (total + count, self._specs[name].dim)
+        order = [group for group, _ in groups]
+        pack, views = allocate_pack(order, counts, shapes, self._dtype)
+        by_index = list(self._specs)
+        for group, view in views.items():
+            name = by_index[group]
+            self._convert(items[name], name, len(view), left, view)
+        write_named(pack, groups)
+        return pack
+
+    def _convert(
+        self,
+        entry: ModalityItems,
+        name: str,
+        count: int,
+        left: dict[str, torch.Tensor],
+        view: torch.Tensor,
+    ) -> None:
+        """Convert the first `count` rows of a modality that are `left` into their place."""
+        rows = left[name]
+        if count < len(rows):
+            rows, left[name] = rows[:count], rows[count:]
+        if transport.convert_rows(rows, view):
+            return
+        own = [at for at in range(len(entry.counts)) if not (entry.named and entry.named[at])]
+        try:
+            transport.refuse_non_finite(
+                entry.data, [entry.counts[at] for at in own], self._specs[name], self._dtype
+            )
+        except transport.EmbeddingError as error:
+            raise transport.at_index(error, own[error.index or 0]) from None
 
     def _name(self, pack: torch.Tensor, counts: Sequence[int]) -> str:
         if self.hash_content:
@@ -219,7 +262,7 @@ class PackingProcessor(BaseMultiModalProcessor[ProcessingInfo]):
 
     @cached_property
     def _parser(self) -> RowsParser:
-        return RowsParser(self._specs)
+        return RowsParser(self._specs, self.info.banks)
 
     @cached_property
     def _limited(self) -> bool:

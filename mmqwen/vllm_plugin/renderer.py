@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from vllm.logger import init_logger
 
+from mmqwen.banks.rows import BankRows
 from mmqwen.chat import check_parts_kept
 from mmqwen.inputs import MessageError, read_messages, wire_characters
 from mmqwen.misplaced import misplaced_rows
@@ -134,9 +135,9 @@ class MultimodalQwen3Renderer(HookedRenderer):
             for item in members:
                 if item is None and items.tokens:
                     continue  # `_PartReader` lets none through but those that a token stands for
-                if not isinstance(item, (torch.Tensor, np.ndarray)):
+                if not isinstance(item, (torch.Tensor, np.ndarray, BankRows)):
                     raise MessageError(
-                        f"a part of type {name!r} holds a tensor or an array, got "
+                        f"a part of type {name!r} holds a tensor, an array or BankRows, got "
                         f"{type(item).__name__}; over HTTP send {name + '_embeds'!r} parts",
                         "part",
                     )

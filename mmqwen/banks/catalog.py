@@ -1,0 +1,352 @@
+"""The banks that a model serves, by name: what they are, and items that name their rows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from numbers import Integral
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import torch
+
+from mmqwen.banks.file import Bank, BankError, open_bank
+from mmqwen.banks.rows import BankRows, is_named
+from mmqwen.modalities import NAME_PATTERN, ModalitySpec
+from mmqwen.transport.errors import refuse, show
+from mmqwen.transport.rows import as_items
+
+PLACEMENTS = ("device", "host")
+"""Where a bank's rows lie while they are served: in the device's memory, or in its file."""
+
+
+@dataclass(frozen=True)
+class BankSpec:
+    """One bank as a config names it.
+
+    Attributes:
+        name: by which requests call it.
+        file: where it lies.
+        modality: whose rows it holds; None: as its file says.
+        placement: one of `PLACEMENTS`.
+        version: that its file must have; None: any.
+    """
+
+    name: str
+    file: str
+    modality: str | None = None
+    placement: str = PLACEMENTS[0]
+    version: str | None = None
+
+    def to_dict(self) -> dict[str, str]:
+        """The `config.json` form, without the name and without unset fields."""
+        return {k: v for k, v in asdict(self).items() if k != "name" and v is not None}
+
+
+def parse_banks(raw: Any, folder: str | os.PathLike[str] | None = None) -> dict[str, BankSpec]:
+    """Read `{"items": {"file": ..., "modality": ..., "placement": ...}}` or `{"items": FILE}`.
+
+    Args:
+        raw: what a config's `banks` holds; None for none.
+        folder: a checkpoint's, where files are looked for that are named relative to it.
+
+    Raises:
+        BankError: a field is missing, unknown or wrong.
+    """
+    if raw is not None and not isinstance(raw, Mapping):
+        raise BankError(f"banks: got a {type(raw).__name__}, expected a dict from name to file")
+    specs: dict[str, BankSpec] = {}
+    for name, fields in (raw or {}).items():
+        if not isinstance(name, str) or not NAME_PATTERN.fullmatch(name):
+            raise BankError(f"bank name {name!r:.60} is no identifier of at most 64 characters")
+        if isinstance(fields, BankSpec):
+            fields = fields.to_dict()
+        elif isinstance(fields, (str, os.PathLike)):
+            fields = {"file": os.fspath(fields)}
+        if not isinstance(fields, Mapping) or "file" not in fields:
+            raise BankError(f"bank {name!r}: expected a file, or a dict with 'file'")
+        unknown = set(fields) - {"file", "modality", "placement", "version"}
+        if unknown:
+            raise BankError(f"bank {name!r}: unknown fields {sorted(unknown)}")
+        spec = BankSpec(name, **{**fields, "file": os.fspath(fields["file"])})
+        if spec.placement not in PLACEMENTS:
+            raise BankError(
+                f"bank {name!r}: placement {spec.placement!r:.60}, expected one of {PLACEMENTS}"
+            )
+        path = Path(spec.file).expanduser()
+        if folder is not None and not path.is_absolute() and (Path(folder) / path).exists():
+            path = Path(folder) / path
+        specs[name] = BankSpec(name, str(path), spec.modality, spec.placement, spec.version)
+    return specs
+
+
+def _parse_flag(text: str) -> tuple[str, dict[str, Any]]:
+    name, separator, rest = text.partition("=")
+    fields: dict[str, Any] = {}
+    while True:
+        head, _, option = rest.rpartition(":")
+        key, equals, value = option.partition("=")
+        if not (head and equals and key in ("placement", "modality")):
+            break
+        rest, fields[key] = head, value
+    if not (separator and name and rest):
+        raise BankError(
+            f"--bank {text!r}: expected NAME=FILE, optionally followed by :placement=device or "
+            ":placement=host, and :modality=NAME"
+        )
+    return name, {"file": rest, **fields}
+
+
+def parse_bank_flags(flags: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """All `--bank` flags of a command: `items=FILE[:placement=host][:modality=item]`.
+
+    Raises:
+        BankError: one cannot be read, or two are of one name.
+    """
+    banks = dict(map(_parse_flag, flags))
+    if len(banks) != len(flags):
+        raise BankError("--bank names the same bank twice")
+    return banks
+
+
+class ServedBank(NamedTuple):
+    """A bank of a catalog.
+
+    Attributes:
+        number: by which packs call it: its place in the catalog.
+        spec: as the config names it, its modality and version settled.
+        bank: its file.
+    """
+
+    number: int
+    spec: BankSpec
+    bank: Bank
+
+
+class NamedRows(NamedTuple):
+    """An item that names rows of a bank, checked.
+
+    Attributes:
+        source: the bank.
+        ids: int64 `[n]`, each a row of it.
+    """
+
+    source: ServedBank
+    ids: np.ndarray
+
+    def read(self) -> torch.Tensor:
+        """The rows themselves, `[n, d]`, in the bank's dtype."""
+        return self.source.bank.rows[torch.from_numpy(self.ids)]
+
+
+class BankCatalog:
+    """The banks of a model.
+
+    Args:
+        banks: as a config names them.
+        modalities: the model's.
+        dtype: in which it is served, if that is known.
+
+    Raises:
+        BankError: a file cannot be used, is of another version than its config says, of a modality
+            that the model lacks, of another width than it, or leaves the range of `dtype`.
+    """
+
+    def __init__(
+        self,
+        banks: Mapping[str, BankSpec],
+        modalities: Mapping[str, ModalitySpec],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._modalities = modalities
+        self.banks: dict[str, ServedBank] = {}
+        for number, (name, spec) in enumerate(banks.items()):
+            try:
+                bank = open_bank(spec.file)
+                if dtype is not None:
+                    bank.require_range(dtype)
+                modality = self._modality(spec, bank)
+                _ = bank.keys
+            except BankError as error:
+                raise BankError(f"bank {name!r}: {error}") from None
+            if spec.version not in (None, bank.version):
+                raise BankError(
+                    f"bank {name!r}: {spec.file} has version {bank.version[:16]}, expected "
+                    f"{spec.version!r:.18}; the file was changed since, start anew with this one"
+                )
+            settled = BankSpec(
+                name, os.path.abspath(spec.file), modality, spec.placement, bank.version
+            )
+            self.banks[name] = ServedBank(number, settled, bank)
+
+    def _modality(self, spec: BankSpec, bank: Bank) -> str:
+        given = {name for name in (spec.modality, bank.modality) if name is not None}
+        if len(given) != 1:
+            raise BankError(
+                f"modality {spec.modality!r} in the config and {bank.modality!r} in {bank.file}; "
+                "expected one, or twice the same"
+            )
+        name = given.pop()
+        modality = self._modalities.get(name)
+        if modality is None:
+            raise BankError(
+                f"unknown modality {name!r}, expected one of {sorted(self._modalities)}"
+            )
+        if bank.width != modality.dim:
+            raise BankError(
+                f"{bank.file}: rows are {bank.width} wide, expected {modality.dim}, the width of "
+                f"modality {name!r}"
+            )
+        return name
+
+    def to_dict(self) -> dict[str, dict[str, str]]:
+        """The `config.json` form, with files, modalities and versions settled."""
+        return {name: served.spec.to_dict() for name, served in self.banks.items()}
+
+    def read_item(self, item: Any, modality: str, index: int) -> NamedRows:
+        """Check one item that names rows; see `is_named`.
+
+        Args:
+            item: `BankRows`, or `{"bank": name, "ids": [...]}` or `{"bank": name, "keys": [...]}`.
+            modality: among whose items it stands.
+            index: its position among these, for messages.
+
+        Raises:
+            EmbeddingError: an unknown bank or key, a bank of another modality, an id that is no
+                integer or no row of the bank, or not 1 to `max_rows` of them.
+        """
+        if not isinstance(item, BankRows):
+            item = read_fields(item, modality, index)
+        served = self.banks.get(item.bank) if isinstance(item.bank, str) else None
+        if served is None:
+            refuse(
+                "bank", modality, index, f"unknown bank {show(item.bank)}",
+                f"one of {sorted(self.banks)}", "start the server or pipeline with this bank",
+            )  # fmt: skip
+        if served.spec.modality != modality:
+            refuse(
+                "bank", modality, index,
+                f"bank {item.bank!r}, whose rows are of modality {served.spec.modality!r}",
+                f"a bank of modality {modality!r}", "name its rows among that modality's items",
+            )  # fmt: skip
+        if (item.ids is None) == (item.keys is None):
+            refuse(
+                "field", modality, index, f"bank {item.bank!r} with both or none of ids and keys",
+                "one of them", "give ids=[...] or keys=[...]",
+            )  # fmt: skip
+        most = self._modalities[modality].max_rows
+        if item.keys is not None:
+            ids = _read_keys(item, served, modality, index, most)
+        else:
+            ids = _read_ids(item, modality, index, most)
+        if not 0 <= int(ids.min()) <= int(ids.max()) < served.bank.num_rows:
+            wrong = int(ids[(ids < 0) | (ids >= served.bank.num_rows)][0])
+            refuse(
+                "id", modality, index, f"id {wrong} of bank {item.bank!r}",
+                f"0 to {served.bank.num_rows - 1}", "the bank has no such row",
+            )  # fmt: skip
+        return NamedRows(served, ids)
+
+    def by_value(self, items: Mapping[str, Any]) -> dict[str, Any]:
+        """Items in which the rows themselves stand where rows were named.
+
+        Raises:
+            EmbeddingError: as `read_item`, and `as_items`.
+        """
+        found: dict[str, Any] = {}
+        for name, value in items.items():
+            members = as_items(value, name)
+            if any(map(is_named, members)):
+                value = [
+                    self.read_item(item, name, at).read() if is_named(item) else item
+                    for at, item in enumerate(members)
+                ]
+            found[name] = value
+        return found
+
+
+def read_fields(item: BankRows | Mapping[str, Any], modality: str, index: int) -> BankRows:
+    """Rows of a bank, named as JSON can: `{"bank": name, "ids": [...]}`, or "keys".
+
+    Raises:
+        EmbeddingError: other fields.
+    """
+    if isinstance(item, BankRows):
+        return item
+    if len(item) != 2 or not ("ids" in item or "keys" in item):
+        refuse(
+            "field", modality, index, f"fields {[show(field) for field in list(item)[:8]]}",
+            "'bank', and 'ids' or 'keys'", "name rows by nothing else",
+        )  # fmt: skip
+    return BankRows(item["bank"], item.get("ids"), item.get("keys"))
+
+
+def _check_count(count: int, item: BankRows, modality: str, index: int, most: int) -> None:
+    if not 0 < count <= most:
+        refuse(
+            "rows", modality, index, f"{count} rows of bank {item.bank!r}", f"1 to {most} rows",
+            "leave empty items out, and split long ones or raise the modality's max_rows",
+        )  # fmt: skip
+
+
+def _read_ids(item: BankRows, modality: str, index: int, most: int) -> np.ndarray:
+    ids = item.ids
+    if isinstance(ids, torch.Tensor):
+        ids = ids.detach().cpu().numpy() if ids.dtype != torch.bfloat16 else ids.float().numpy()
+    if isinstance(ids, np.ndarray):
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            _refuse_ids(item, modality, index, f"ids that are {ids.dtype} {list(ids.shape)}")
+        _check_count(len(ids), item, modality, index, most)
+        if ids.dtype == np.uint64:
+            ids = np.minimum(ids, np.uint64(np.iinfo(np.int64).max))
+        return ids.astype(np.int64)
+    if not isinstance(ids, (list, tuple, range)):
+        _refuse_ids(item, modality, index, f"ids that are {show(ids)}")
+    _check_count(len(ids), item, modality, index, most)
+    if set(map(type, ids)) != {int}:
+        for one in ids:
+            if isinstance(one, (bool, np.bool_)) or not isinstance(one, Integral):
+                _refuse_ids(item, modality, index, f"the id {show(one)}")
+        ids = [int(one) for one in ids]
+    try:
+        return np.array(ids, dtype=np.int64)
+    except OverflowError:
+        wrong = max(ids, key=abs)
+        _refuse_ids(item, modality, index, f"the id {show(wrong)}")
+
+
+def _refuse_ids(item: BankRows, modality: str, index: int, got: str) -> NoReturn:
+    refuse(
+        "id", modality, index, f"{got}, of bank {item.bank!r}", "a flat list of integers from 0 on",
+        "give the numbers of rows as ids=[...]",
+    )  # fmt: skip
+
+
+def _read_keys(
+    item: BankRows, served: ServedBank, modality: str, index: int, most: int
+) -> np.ndarray:
+    known, keys = served.bank.keys, item.keys
+    if known is None:
+        refuse(
+            "key", modality, index, f"keys of bank {item.bank!r}, which has none", "ids",
+            "name rows by ids, or build the bank with --keys FILE",
+        )  # fmt: skip
+    if not isinstance(keys, Sequence) or isinstance(keys, (str, bytes)):
+        refuse(
+            "key", modality, index, f"keys of bank {item.bank!r} that are {show(keys)}",
+            "a list of strings", "give keys=[...]",
+        )  # fmt: skip
+    _check_count(len(keys), item, modality, index, most)
+    ids: list[int] = []
+    for key in keys:
+        row = known.row(key) if isinstance(key, str) else None
+        if row is None:
+            refuse(
+                "key", modality, index, f"the key {show(key)} of bank {item.bank!r}",
+                f"one of the {len(known)} strings of {served.bank.file.name}.keys",
+                "the bank has no such row",
+            )  # fmt: skip
+        ids.append(row)
+    return np.array(ids, dtype=np.int64)

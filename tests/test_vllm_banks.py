@@ -1,0 +1,204 @@
+"""Rows of banks, served: by id and by value give one answer; other rows, another one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from engines import TOLERANCE, reference, start, worst_difference
+from mmqwen.banks import BankRows, build_bank
+from tiny import make_composite
+
+pytest.importorskip("vllm")
+
+SIZES = {"items": (50, 24), "users": (30, 24), "scenes": (20, 40)}
+MODALITIES = {"items": "m1", "users": "m1", "scenes": "m2"}
+
+
+def rows_of_bank(name):
+    seed = sorted(SIZES).index(name)
+    return torch.randn(SIZES[name], generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def banks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("banks")
+    files = {}
+    for name in SIZES:
+        np.save(folder / f"{name}.npy", rows_of_bank(name).numpy())
+        files[name] = folder / f"{name}.bank"
+        keys = folder / f"{name}.txt"
+        keys.write_text("".join(f"{name}-{row}\n" for row in range(SIZES[name][0])))
+        dtype = "float16" if name == "users" else None  # on the host, of another dtype
+        build_bank(
+            folder / f"{name}.npy", files[name], modality=MODALITIES[name], keys=keys, dtype=dtype
+        )
+    return files
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_composite(tmp_path_factory.mktemp("banks") / "model")
+
+
+@pytest.fixture(scope="module")
+def llm(checkpoint, banks):
+    named = {
+        "items": {"file": str(banks["items"])},
+        "users": {"file": str(banks["users"]), "placement": "host"},
+        "scenes": {"file": str(banks["scenes"]), "placement": "host", "modality": "m2"},
+    }
+    return start(checkpoint, hf_overrides={"banks": named}, enable_prefix_caching=True)
+
+
+def by_value(items):
+    def rows(item):
+        if not isinstance(item, BankRows):
+            return item
+        table = rows_of_bank(item.bank)
+        if item.bank == "users":
+            table = table.half().float()
+        ids = item.ids
+        if ids is None:
+            ids = [int(key.rpartition("-")[2]) for key in item.keys]
+        return table[torch.as_tensor(ids).long()]
+
+    return {name: [rows(item) for item in members] for name, members in items.items()}
+
+
+def ask(llm, prompt, items, **options):
+    from vllm import SamplingParams
+
+    fields = {"temperature": 0.0, "max_tokens": 4, "logprobs": 1, "ignore_eos": True, **options}
+    request = {"prompt": prompt, "multi_modal_data": items}
+    return llm.generate(request, SamplingParams(**fields), use_tqdm=False)[0]
+
+
+def answer(output):
+    sampled = output.outputs[0]
+    return sampled.token_ids, [
+        entry.logprob for step in sampled.logprobs for entry in step.values()
+    ]
+
+
+def draw(rows, width, seed=9):
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+
+
+CASES = {
+    "one item": ("see <|m1|> now", {"m1": [BankRows("items", [5, 17, 9])]}),
+    "the same row twice": ("see <|m1|> now", {"m1": [BankRows("items", [3, 3, 49, 0])]}),
+    "no markers": ("see it now", {"m1": [BankRows("items", [1])], "m2": [BankRows("scenes", [2])]}),
+    "beside rows sent": (
+        "a <|m1|> b <|m1|> c <|m2|> d <|m1|> e <|m2|>",
+        {
+            "m1": [draw(3, 24), BankRows("items", [7, 8]), draw(1, 24, 10)],
+            "m2": [BankRows("scenes", [4, 4, 1]), draw(2, 40)],
+        },
+    ),
+    "two banks of a modality, one on the host in half precision": (
+        "<|m1|> and <|m1|> and <|m1|>",
+        {"m1": [BankRows("users", [29, 0]), BankRows("items", [2]), BankRows("users", [1])]},
+    ),
+    "keys": ("by <|m2|> key", {"m2": [BankRows("scenes", keys=["scenes-19", "scenes-0"])]}),
+    "arrays": (
+        "by <|m1|> array <|m1|>",
+        {
+            "m1": [
+                BankRows("items", np.array([4, 5], np.uint8)),
+                BankRows("items", torch.tensor([6])),
+            ]
+        },
+    ),
+    "as JSON": ("by <|m1|> dict", {"m1": [{"bank": "items", "ids": [11, 12]}]}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rows_by_id_and_by_value_give_the_same_bits(llm, checkpoint, case):
+    prompt, items = CASES[case]
+    named = {
+        name: [BankRows(**item) if isinstance(item, dict) else item for item in members]
+        for name, members in items.items()
+    }
+    sent = by_value(named)
+    llm.reset_prefix_cache()
+    by_id, plain = ask(llm, prompt, items), ask(llm, prompt, sent)
+    assert answer(by_id) == answer(plain)
+    assert plain.num_cached_tokens == 0  # computed, and not looked up
+    assert worst_difference(by_id, reference(str(checkpoint)), sent) <= TOLERANCE
+
+
+def test_other_ids_give_another_answer_and_share_no_blocks(llm):
+    llm.reset_prefix_cache()
+    text = "<|m1|> " + "what does the sensor say about the engine? " * 3
+    first = ask(llm, text, {"m1": [BankRows("items", list(range(40)))]})
+    again = ask(llm, text, {"m1": [BankRows("items", list(range(40)))]})
+    other = ask(llm, text, {"m1": [BankRows("items", list(range(1, 41)))]})
+    bank = ask(llm, text, {"m1": [BankRows("users", list(range(30)))]})
+    assert first.num_cached_tokens == 0
+    assert again.num_cached_tokens > 0
+    assert other.num_cached_tokens == bank.num_cached_tokens == 0
+    assert answer(other) != answer(first) == answer(again)
+
+
+def test_many_requests_in_one_batch(llm):
+    from vllm import SamplingParams
+
+    llm.reset_prefix_cache()
+    params = SamplingParams(temperature=0.0, max_tokens=3, logprobs=1, ignore_eos=True)
+    named = [
+        {"prompt": f"number {at} <|m1|> of", "multi_modal_data": {"m1": [BankRows("items", [at])]}}
+        for at in range(12)
+    ]
+    sent = [
+        {**prompt, "multi_modal_data": by_value(prompt["multi_modal_data"])} for prompt in named
+    ]
+    mixed = [(named, sent)[at % 2][at] for at in range(len(named))]
+    results = [[answer(o) for o in llm.generate(p, params, use_tqdm=False)] for p in (named, mixed)]
+    assert [tokens for tokens, _ in results[0]] == [tokens for tokens, _ in results[1]]
+    for (_, one), (_, other) in zip(*results, strict=True):
+        assert one == pytest.approx(other, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        (BankRows("items", [1, 50]), ["id 50", "'items'", "0 to 49"]),
+        (BankRows("items", [-1]), ["id -1", "0 to 49"]),
+        (BankRows("items", [2**70]), ["'items'", "71 bits"]),
+        (BankRows("items", [1.0]), ["the id 1.0", "integers"]),
+        (BankRows("items", [True]), ["the id True"]),
+        (BankRows("items", np.array([0.5])), ["float64"]),
+        (BankRows("items", torch.tensor([[1]])), ["[1, 1]"]),
+        (BankRows("items", "12"), ["'12'"]),
+        (BankRows("items", []), ["0 rows"]),
+        (BankRows("items", [1] * 10**6), ["1000000 rows", "1 to 1024"]),
+        (BankRows("items"), ["both or none"]),
+        (BankRows("items", [1], keys=["items-1"]), ["both or none"]),
+        (BankRows("items", keys=["items-50"]), ["'items-50'", "one of the 50"]),
+        (BankRows("items", keys=[7]), ["the key 7"]),
+        (BankRows("items", keys="items-1"), ["a list of strings"]),
+        (BankRows("itmes", [1]), ["unknown bank 'itmes'", "items"]),
+        (BankRows("scenes", [1]), ["'scenes'", "modality 'm2'"]),
+        ({"bank": "items"}, ["fields"]),
+        ({"bank": "items", "ids": [1], "extra": 1}, ["extra"]),
+        ({"bank": None, "ids": [1]}, ["unknown bank None"]),
+    ],
+)
+def test_a_wrong_name_is_refused_and_the_engine_goes_on(llm, item, words):
+    with pytest.raises(Exception, match="modality 'm1', item 1") as caught:
+        ask(llm, "a <|m1|> b <|m1|>", {"m1": [draw(1, 24), item]})
+    for word in words:
+        assert word in str(caught.value)
+    assert ask(llm, "a <|m1|>", {"m1": [BankRows("items", [1])]}).outputs[0].token_ids
+
+
+def test_messages_of_rows_sent_count_the_items_beside_named_ones(llm):
+    wrong = torch.full((1, 24), float("nan"))
+    items = {"m1": [BankRows("items", [1]), draw(1, 24), BankRows("items", [2]), wrong]}
+    with pytest.raises(Exception, match="modality 'm1', item 3: got NaN"):
+        ask(llm, "a " + "<|m1|> " * 4, items)
+    with pytest.raises(Exception, match="modality 'm1', item 1: got rows of width 23"):
+        ask(llm, "a <|m1|> <|m1|>", {"m1": [BankRows("items", [1]), draw(1, 23)]})
