@@ -46,6 +46,7 @@ def _kept() -> Iterator[None]:
 def processor_of(dtype: torch.dtype, max_model_len: int = 900) -> Any:
     """A processor of an engine that was never started."""
     pytest.importorskip("vllm")
+    from mmqwen.banks import BankCatalog
     from mmqwen.vllm_plugin.processing import PackingProcessor
 
     model_config = SimpleNamespace(
@@ -56,6 +57,7 @@ def processor_of(dtype: torch.dtype, max_model_len: int = 900) -> Any:
     made = object.__new__(PackingProcessor)
     made.info = SimpleNamespace(  # type: ignore[assignment]
         specs=SPECS,
+        banks=BankCatalog({}, SPECS),
         ctx=SimpleNamespace(model_config=model_config, get_mm_config=lambda: mm_config),
         get_tokenizer=lambda: tokenizer,
     )

@@ -13,7 +13,6 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,31 +30,17 @@ from mmqwen_kernels.row_tables import (
     span_of,
     tables_of,
 )
+from mmqwen_kernels.sources import (
+    HostRows,
+    RowSource,
+    check_total,
+    collect_rows,
+    group_positions,
+    split_tokens,
+)
 from mmqwen_kernels.upload import uploader
 
 MAX_MODALITIES = 256  # numpy sorts bytes by counting them
-
-RowSource = tuple[int, torch.Tensor]
-"""(modality index, rows `[n, d]`)."""
-
-_NO_SOURCES = "sources are no list of (modality index, tensor [n, d]), in the order of their slots"
-
-
-class HostRows(NamedTuple):
-    """Rows by their addresses in host memory, which must outlive the call of `plan_rows`.
-
-    Attributes:
-        modality: integers `[R]`, the modality index of each row.
-        address: int64 `[R]`, where each row begins: d adjacent elements of the plan's dtype.
-        resident: bool `[R]`, of which rows that is an address on the device, inside one of `held`,
-            where they stay; None: of none.
-        held: tensors `[n, d]` of the plan's dtype that hold rows.
-    """
-
-    modality: np.ndarray
-    address: np.ndarray
-    resident: np.ndarray | None = None
-    held: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +179,7 @@ def plan_rows(
         made = _plan_natively(sources, slots, num_tokens, widths, dtype, device)
         if made is not None:
             return made
-    text, positions = _split_tokens(slots, num_tokens)
+    text, positions = split_tokens(slots, num_tokens)
     parts: list[list[torch.Tensor]] = [[] for _ in widths]
     resident: np.ndarray | None = None
     on_device: tuple[torch.Tensor, ...] = ()
@@ -203,7 +188,7 @@ def plan_rows(
         counts = np.bincount(sources.modality, minlength=len(widths)).tolist()
         if len(counts) > len(widths):
             raise ValueError(f"modality index {len(counts) - 1}, expected 0 to {len(widths) - 1}")
-        _check_total(sum(counts), positions)
+        check_total(sum(counts), positions)
         address, held, resident = sources.address, sources.held, sources.resident
         if max(counts, default=0) < len(positions):  # several modalities
             by_modality = sources.modality.astype(np.uint8).argsort(kind="stable")
@@ -212,13 +197,13 @@ def plan_rows(
         if resident is not None:
             on_device = tuple(rows for rows in held if rows.device == device)
     else:
-        runs, address, held = _collect(sources, widths, dtype, device, parts)
+        runs, address, held = collect_rows(sources, widths, dtype, device, parts)
         counts = [0] * len(widths)
         for m, length in runs:
             counts[m] += length
-        _check_total(sum(counts), positions)
+        check_total(sum(counts), positions)
         if max(counts, default=0) < len(positions):
-            positions = _grouped(positions, runs, len(widths))
+            positions = group_positions(positions, runs, len(widths))
 
     def write(raw: np.ndarray, order_at: int, rows_at: list[int]) -> None:
         """`positions` are grouped by modality, and so is `address`, of the rows that travel."""
@@ -285,120 +270,6 @@ def plan_of_rows(rows: torch.Tensor) -> RowPlan:
         address=address,
         stride=stride,
     )
-
-
-# -- slots and sources ---------------------------------------------------------------------------
-
-
-def _split_tokens(
-    slots: torch.Tensor | np.ndarray | Sequence[int], num_tokens: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Text slots, ascending, and the rows' slots in their order; int64."""
-    if isinstance(slots, torch.Tensor) and not slots.is_cpu:
-        raise ValueError(f"slots lie on {slots.device}, expected the CPU: plans are made there")
-    if isinstance(slots, torch.Tensor) and slots.numel() and slots.is_floating_point():
-        raise ValueError(f"slots are {slots.dtype}, expected a bool mask or integer positions")
-    array = slots.numpy() if isinstance(slots, torch.Tensor) else np.asarray(slots)
-    if array.ndim != 1:
-        raise ValueError(f"slots have shape {array.shape}, expected one dimension: flatten() them")
-    if array.dtype == np.bool_:
-        if len(array) != num_tokens:
-            raise ValueError(f"a mask of {len(array)} slots for the {num_tokens} tokens of a step")
-        return (~array).nonzero()[0], array.nonzero()[0]
-    if len(array) and array.dtype.kind not in "iu":  # no slots at all are float64 to numpy
-        raise ValueError(f"slots are {array.dtype}, expected a bool mask or integer positions")
-    positions = array.astype(np.int64)
-    if len(positions) and (positions.min() < 0 or positions.max() >= num_tokens):
-        raise ValueError(f"a slot lies outside the {num_tokens} tokens of the step")
-    is_text = np.ones(num_tokens, dtype=np.bool_)
-    is_text[positions] = False
-    text = is_text.nonzero()[0]
-    if len(text) + len(positions) != num_tokens:
-        raise ValueError("a slot is given to more than one row")
-    return text, positions
-
-
-def _check_total(total: int, positions: np.ndarray) -> None:
-    if total != len(positions):
-        raise ValueError(f"{total} rows for {len(positions)} slots; sources follow their slots")
-
-
-def _grouped(positions: np.ndarray, runs: Sequence[tuple[int, int]], modalities: int) -> np.ndarray:
-    """Positions of runs (modality, rows), by modality."""
-    pieces: list[list[np.ndarray]] = [[] for _ in range(modalities)]
-    at = 0
-    for m, length in runs:
-        pieces[m].append(positions[at : at + length])
-        at += length
-    return np.concatenate([piece for of_modality in pieces for piece in of_modality])
-
-
-def _collect(
-    sources: Sequence[RowSource],
-    widths: Sequence[int],
-    dtype: torch.dtype,
-    device: torch.device,
-    parts: list[list[torch.Tensor]],
-) -> tuple[list[tuple[int, int]], np.ndarray, list[torch.Tensor]]:
-    """Loose tensors: those of modalities that stay go into `parts`.
-
-    A modality stays where one of its tensors lies on the device.
-
-    Returns:
-        Runs (modality, rows); addresses of the rows that travel, by modality; what these point to.
-    """
-    try:
-        stays = {m for m, rows in sources if _lies_on(rows, device)}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(_NO_SOURCES) from error
-    runs: list[tuple[int, int]] = []
-    held: list[torch.Tensor] = []
-    travelling: list[list[np.ndarray]] = [[] for _ in widths]
-    for m, rows in sources:
-        if rows.ndim != 2 or not 0 <= m < len(widths) or rows.shape[1] != widths[m]:
-            _refuse(m, rows, widths)
-        count = rows.shape[0]
-        if not count:
-            continue
-        runs.append((m, count))
-        if m in stays:
-            parts[m].append(_settle(rows, dtype, device))
-            continue
-        if rows.requires_grad:
-            raise ValueError(
-                f"modality index {m}: rows that need gradients lie on {rows.device}, expected "
-                f"{device}; move them there first"
-            )
-        rows = rows.to("cpu", dtype).contiguous()
-        held.append(rows)
-        begin, step = rows.data_ptr(), rows.shape[1] * dtype.itemsize
-        travelling[m].append(np.arange(begin, begin + count * step, step, dtype=np.int64))
-    pieces = [piece for of_modality in travelling for piece in of_modality]
-    address = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
-    return runs, address, held
-
-
-def _lies_on(rows: torch.Tensor, device: torch.device) -> bool:
-    return rows.device == device
-
-
-def _settle(rows: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Rows on the device, in `dtype`, each row's elements adjacent; a view where they are so."""
-    rows = rows.to(device, dtype, non_blocking=True)
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
-def _refuse(modality: int, rows: torch.Tensor, widths: Sequence[int]) -> None:
-    if isinstance(modality, torch.Tensor):  # [2, d] rows unpack, too
-        raise ValueError(_NO_SOURCES)
-    if not 0 <= modality < len(widths):
-        raise ValueError(f"modality index {modality}, expected 0 to {len(widths) - 1}")
-    raise ValueError(
-        f"modality index {modality}: rows are {tuple(rows.shape)}, expected [n, {widths[modality]}]"
-    )
-
-
-# -- the buffer ----------------------------------------------------------------------------------
 
 
 def _lay_out(

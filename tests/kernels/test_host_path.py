@@ -19,6 +19,7 @@ from fusion_cases import make_case
 
 from mmqwen_kernels import HostRows, RowPlan, upload
 from mmqwen_kernels import plan as plan_module
+from mmqwen_kernels import sources as source_module
 from mmqwen_kernels.plan import RowSource, plan_of_rows
 from mmqwen_kernels.row_tables import _MAX_ROW_STRIDE, tables_of
 
@@ -32,7 +33,7 @@ class Device:
         self.resident: set[int] = set()
         self.copies: list[int] = []
         monkeypatch.setattr(
-            plan_module, "_lies_on", lambda rows, device: rows.data_ptr() in self.resident
+            source_module, "_lies_on", lambda rows, device: rows.data_ptr() in self.resident
         )
         monkeypatch.setattr(plan_module, "uploader", lambda device: self)
 
@@ -52,7 +53,7 @@ class Device:
 
     def plan(self, sources: list[RowSource] | HostRows, slots: Any, tokens: int) -> RowPlan:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(plan_module, "_settle", lambda rows, dtype, device: rows)
+            patch.setattr(source_module, "_settle", lambda rows, dtype, device: rows)
             return plan_module.plan_rows(
                 sources, slots, tokens, WIDTHS, dtype=torch.float32, device="cuda:0"
             )
