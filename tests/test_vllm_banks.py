@@ -8,6 +8,8 @@ import torch
 
 from engines import TOLERANCE, reference, start, worst_difference
 from mmqwen.banks import BankRows, build_bank
+from mmqwen.packs import PackError, allocate_pack, bank_group, find_rows, write_ids
+from mmqwen.transport import encode_rows
 from tiny import make_composite
 
 pytest.importorskip("vllm")
@@ -202,3 +204,55 @@ def test_messages_of_rows_sent_count_the_items_beside_named_ones(llm):
         ask(llm, "a " + "<|m1|> " * 4, items)
     with pytest.raises(Exception, match="modality 'm1', item 1: got rows of width 23"):
         ask(llm, "a <|m1|> <|m1|>", {"m1": [BankRows("items", [1]), draw(1, 23)]})
+
+
+def test_chat_parts_name_rows_as_http_does(llm):
+    from vllm import SamplingParams
+
+    def say(part):
+        content = ["look ", {"type": "m1_embeds", "m1_embeds": part}, " here"]
+        content = [{"type": "text", "text": p} if isinstance(p, str) else p for p in content]
+        params = SamplingParams(temperature=0.0, max_tokens=4, logprobs=1, ignore_eos=True)
+        llm.reset_prefix_cache()
+        return answer(llm.chat([{"role": "user", "content": content}], params, use_tqdm=False)[0])
+
+    expected = say(encode_rows(rows_of_bank("items")[[5, 17]]))
+    assert say({"bank": "items", "ids": [5, 17]}) == expected
+    assert say({"bank": "items", "keys": ["items-5", "items-17"]}) == expected
+    assert say({"bank": "items", "ids": [5, 18]}) != expected
+    for part, words in (
+        ({"bank": "items", "ids": [50]}, "id 50 of bank 'items'"),
+        ({"bank": "items", "ids": [[1]]}, "the id a list"),
+        ({"bank": "items", "ids": [1], "keys": ["items-1"]}, "fields"),
+        ({"bank": "other", "ids": [1]}, "unknown bank 'other'"),
+        ({"bank": {}, "ids": [1]}, "unknown bank a dict"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            say(part)
+
+
+def test_packs_that_bypass_the_door_reach_no_memory_outside_the_bank(llm):
+    """Ids become addresses; a pack may come by the token API. Also what a worker holds."""
+    model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.model_runner.model
+    banks = model._banks
+    version = banks._banks[0].bank.version
+
+    def pack(modality=0, bank=0, ids=(1, 2), version=version):
+        group = bank_group(modality, bank)
+        made, _ = allocate_pack([group], [len(ids)], {group: (len(ids), 24)}, torch.float32)
+        write_ids(made, group, np.array(ids), version)
+        return made
+
+    good = model._open(pack())
+    found = find_rows([good], model._widths, torch.float32, banks)
+    table = banks._rows(banks._banks[0])
+    assert (found.address - table.data_ptr()).tolist() == [96, 192]
+    for wrong in (pack(bank=3), pack(bank=2), pack(version="00" * 32), pack(bank=(1 << 20) - 1)):
+        opened = model._open(wrong)
+        assert len(opened) == llm.model_config.max_model_len  # rows of zeros
+    for ids in ((1, 50), (2**32 - 1, 0)):
+        part = model._open(pack(ids=ids))
+        with pytest.raises(PackError, match="outside its bank"):
+            find_rows([part], model._widths, torch.float32, banks)
+        plan = model._plan([part], torch.ones(2, dtype=torch.bool), torch.zeros(2), torch.float32)
+        assert not plan.rows[0].any()
