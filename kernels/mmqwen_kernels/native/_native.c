@@ -65,10 +65,11 @@ enum { HEADER_WORDS = 4, GROUP_WORDS = 4, WIDTH_AT = 32, MODALITY_AT = 52, DTYPE
 #define WIDTH_MASK 0xFFFFFLL
 #define MODALITY_MASK 0xFFLL
 
-enum { F32, F16, BF16 }; /* as packs number them */
+enum { F32, F16, BF16, BANK_CODE }; /* as packs number them */
 static const int64_t SIZE_OF[] = {4, 2, 2};
 
-enum { MOST_MODALITIES = 64 };
+enum { MOST_MODALITIES = 64, MOST_BANKS = 64 };
+typedef struct { int64_t address, rows, row_bytes, modality, resident; } Bank;
 #define KEEPS_GIL (256 * 1024) /* below this many bytes, handing the GIL over costs more */
 
 /* Set once, by `setup`; the main interpreter is the only one (`check_interpreter`). */
@@ -642,15 +643,57 @@ typedef struct {
     int64_t rows;
 } Slice;
 
-/* find_rows(slices, widths, dtype code) -> bytearray or None: the address of each row, int64, then
-   the modality of each, int64. */
+/* What an array of one dimension holds: `format` is 'q' for int64, '?' for bool (of a tensor, too),
+   'B' for uint8. */
+static int
+get_array(PyObject *o, Py_buffer *b, char format, int writable)
+{
+    if (format == '?' && (PyObject *)Py_TYPE(o) == tensor_type) {
+        DLTensor t;
+        if (exchange->read(o, &t) != 0 || t.device.type != DL_CPU || t.ndim != 1 ||
+            t.strides[0] != 1 || t.dtype.code != DL_BOOL || t.dtype.lanes != 1)
+            return -1;
+        memset(b, 0, sizeof *b); /* of no owner: its caller holds the tensor */
+        b->buf = (char *)t.data + t.byte_offset;
+        b->len = t.shape[0];
+        return 0;
+    }
+    if (PyObject_GetBuffer(o, b, PyBUF_ND | PyBUF_FORMAT | (writable ? PyBUF_WRITABLE : 0)) != 0)
+        return -1;
+    char got = b->format == NULL || b->format[0] == 0 || b->format[1] != 0 ? 0 : b->format[0];
+    if (got == 'l' && b->itemsize == 8)
+        got = 'q'; /* int64 has two names where long is as long */
+    if (got == format && b->ndim == 1 && (uintptr_t)b->buf % (size_t)b->itemsize == 0)
+        return 0;
+    PyBuffer_Release(b);
+    return -1;
+}
+
+/* find_rows(slices, widths, dtype code, banks) -> bytearray or None: the address of each row, int64,
+   then the modality of each, int64; with banks then a byte each, whether the row lies on the device.
+   `banks` is None or int64 [5 n]: of each bank its address (0: not to be found so), rows, bytes of a
+   row, modality, and whether that address is the device's. */
 static PyObject *
 find_rows(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
-    if (exchange == NULL || nargs != 3 || !PyList_CheckExact(args[0]) ||
+    if (exchange == NULL || nargs != 4 || !PyList_CheckExact(args[0]) ||
         !PyTuple_CheckExact(args[1]))
         return not_mine();
     Py_ssize_t parts = PyList_Size(args[0]), modalities = PyTuple_Size(args[1]);
+    const int has_banks = args[3] != Py_None;
+    Py_buffer table = {0};
+    Bank banks[MOST_BANKS];
+    int64_t num_banks = 0;
+    if (has_banks) {
+        if (get_array(args[3], &table, 'q', 0) != 0)
+            return not_mine();
+        num_banks = table.len / (Py_ssize_t)sizeof(Bank);
+        if (num_banks <= MOST_BANKS)
+            memcpy(banks, table.buf, sizeof(Bank) * (size_t)num_banks);
+        PyBuffer_Release(&table);
+        if (num_banks > MOST_BANKS)
+            return not_mine();
+    }
     int code = (int)PyLong_AsLong(args[2]);
     if (code < F32 || code > BF16 || modalities > MOST_MODALITIES || parts == 0)
         return not_mine();
@@ -679,10 +722,11 @@ find_rows(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
         total += t.shape[0];
         PREFETCH(slices[i].entry);
     }
-    found = PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)(16 * total));
+    found = PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)((has_banks ? 17 : 16) * total));
     if (found == NULL)
         goto wrong;
     int64_t *address = (int64_t *)PyByteArray_AsString(found), *modality = address + total;
+    char *resident = has_banks ? (char *)(modality + total) : NULL;
     for (Py_ssize_t i = 0; i < parts; i++) {
         const int64_t *entry = slices[i].entry;
         int64_t rows = slices[i].rows, before, behind;
@@ -706,6 +750,20 @@ find_rows(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
             int64_t kind = (int64_t)(bits >> WIDTH_AT);
             int64_t m = (kind >> (MODALITY_AT - WIDTH_AT)) & MODALITY_MASK;
             int64_t row_at = (int64_t)(bits & BEGIN_MASK);
+            if (bits >> DTYPE_AT == BANK_CODE) {
+                int64_t number = kind & WIDTH_MASK;
+                if (number >= num_banks || m >= modalities)
+                    goto wrong;
+                const Bank *bank = &banks[number];
+                if (bank->address == 0 || bank->modality != m || row_at >= bank->rows)
+                    goto wrong;
+                address[at] = bank->address + row_at * bank->row_bytes;
+                resident[at] = bank->resident != 0;
+                modality[at++] = m;
+                continue;
+            }
+            if (resident != NULL)
+                resident[at] = 0;
             if (m >= modalities || kind != kinds[m] || end - begin - row_at < row_bytes[m])
                 goto wrong;
             address[at] = (int64_t)(intptr_t)(begin + row_at);
@@ -718,32 +776,6 @@ wrong:
     PyMem_Free(slices);
     Py_XDECREF(found);
     return not_mine();
-}
-
-/* What an array of one dimension holds: `format` is 'q' for int64, '?' for bool (of a tensor, too),
-   'B' for uint8. */
-static int
-get_array(PyObject *o, Py_buffer *b, char format, int writable)
-{
-    if (format == '?' && (PyObject *)Py_TYPE(o) == tensor_type) {
-        DLTensor t;
-        if (exchange->read(o, &t) != 0 || t.device.type != DL_CPU || t.ndim != 1 ||
-            t.strides[0] != 1 || t.dtype.code != DL_BOOL || t.dtype.lanes != 1)
-            return -1;
-        memset(b, 0, sizeof *b); /* of no owner: its caller holds the tensor */
-        b->buf = (char *)t.data + t.byte_offset;
-        b->len = t.shape[0];
-        return 0;
-    }
-    if (PyObject_GetBuffer(o, b, PyBUF_ND | PyBUF_FORMAT | (writable ? PyBUF_WRITABLE : 0)) != 0)
-        return -1;
-    char got = b->format == NULL || b->format[0] == 0 || b->format[1] != 0 ? 0 : b->format[0];
-    if (got == 'l' && b->itemsize == 8)
-        got = 'q'; /* int64 has two names where long is as long */
-    if (got == format && b->ndim == 1 && (uintptr_t)b->buf % (size_t)b->itemsize == 0)
-        return 0;
-    PyBuffer_Release(b);
-    return -1;
 }
 
 enum { ADDRESS, MODALITY, MASK, OUT, BUFFERS };
