@@ -22,7 +22,7 @@ import torch
 from bank_tables import Tables, pack_named
 
 from messages_fuzz import DTYPES, SPECS, TURN_ID, make_case
-from mmqwen.banks import BankCatalog
+from mmqwen.banks import BankCatalog, BankRows, build_bank, parse_banks
 from mmqwen.packs import directory, find_rows, pack_rows
 from mmqwen_kernels import HostRows, RowPlan, native, plan_rows
 from native_builds import build, helper_for_tests, load
@@ -45,7 +45,9 @@ def _kept() -> Iterator[None]:
 # -- messages ------------------------------------------------------------------------------------
 
 
-def processor_of(dtype: torch.dtype, max_model_len: int = 900) -> Any:
+def processor_of(
+    dtype: torch.dtype, max_model_len: int = 900, banks: BankCatalog | None = None
+) -> Any:
     """A processor of an engine that was never started."""
     pytest.importorskip("vllm")
     from mmqwen.vllm_plugin.processing import PackingProcessor
@@ -58,7 +60,7 @@ def processor_of(dtype: torch.dtype, max_model_len: int = 900) -> Any:
     made = object.__new__(PackingProcessor)
     made.info = SimpleNamespace(  # type: ignore[assignment]
         specs=SPECS,
-        banks=BankCatalog({}, SPECS),
+        banks=banks or BankCatalog({}, SPECS),
         ctx=SimpleNamespace(model_config=model_config, get_mm_config=lambda: mm_config),
         get_tokenizer=lambda: tokenizer,
     )
@@ -102,6 +104,50 @@ def compare_messages(helper: ModuleType, seeds: range) -> int:
         taken += processors[dtype]._process_natively(list(tokens), data) is not None
         assert answer(processors[dtype], tokens, data) == want, f"case {seed}"
     return taken
+
+
+@pytest.fixture(scope="module")
+def banks(tmp_path_factory: pytest.TempPathFactory) -> BankCatalog:
+    """Two banks of modality a, one of c."""
+    folder = tmp_path_factory.mktemp("banks")
+    files = {}
+    for name, modality in (("first", "a"), ("second", "a"), ("third", "c")):
+        np.save(folder / "rows.npy", np.zeros((9, SPECS[modality].dim), np.float32))
+        files[name] = folder / f"{name}.bank"
+        build_bank(folder / "rows.npy", files[name], modality=modality)
+    return BankCatalog(parse_banks(files), SPECS)
+
+
+def with_names(data: dict[str, Any], seed: int) -> dict[str, Any]:
+    """The items, some of which name rows instead."""
+    rng = random.Random(seed)
+
+    def name() -> Any:
+        ids = [rng.randrange(10 if rng.random() < 0.02 else 9) for _ in range(rng.randint(1, 6))]
+        own = ("first", "second") if modality == "a" else ("third",)
+        bank = rng.choice(own if rng.random() > 0.02 else ("first", "third"))
+        return rng.choice((BankRows(bank, ids), {"bank": bank, "ids": ids}))
+
+    changed = {}
+    for modality, value in data.items():
+        if modality in ("a", "c") and isinstance(value, (list, tuple)):
+            value = type(value)(name() if rng.random() < 0.6 else item for item in value)
+        changed[modality] = value
+    return changed
+
+
+def test_messages_that_name_rows_equal_the_twins(helper: ModuleType, banks: BankCatalog) -> None:
+    processors = {dtype: processor_of(dtype, banks=banks) for dtype in DTYPES}
+    taken = 0
+    for seed in range(FAST):
+        dtype, tokens, data = make_case(seed)
+        data = with_names(data, seed)
+        native.helper = None
+        want = answer(processors[dtype], tokens, data)
+        native.helper = helper
+        taken += processors[dtype]._process_natively(list(tokens), data) is not None
+        assert answer(processors[dtype], tokens, data) == want, f"case {seed}"
+    assert taken > FAST / 4
 
 
 def test_messages_equal_the_twins(helper: ModuleType) -> None:
@@ -163,6 +209,18 @@ def test_arguments_of_another_kind_are_left_to_python(helper: ModuleType) -> Non
         bad = [*good]
         bad[at] = value  # type: ignore[call-overload]
         assert helper.pack_message(*bad) is None, (at, value)
+    ids = np.array([1, 2])
+    named = ([1], [(0, 9, 8, 6, [None], [(3, ids, bytes(32))])], (), 256, 100, 0)
+    assert helper.pack_message(*named) is not None
+    for value in (
+        7, (), [], [None], [7], [(3, ids)], [(3, ids, bytes(31))], [("x", ids, bytes(32))],
+        [(-1, ids, bytes(32))], [(1 << 20, ids, bytes(32))], [(3, [1], bytes(32))],
+        [(3, ids.astype(float), bytes(32))], [(3, ids[:0], bytes(32))],
+        [(3, -ids, bytes(32))], [(3, ids << 32, bytes(32))], [(3, np.ones(7, int), bytes(32))],
+        [(3, np.ones(4, int)[::2], bytes(32))],
+    ):  # fmt: skip
+        table = [(0, 9, 8, 6, [None], value)]
+        assert helper.pack_message([1], table, (), 256, 100, 0) is None, value
     assert helper.pack_message() is None
     assert helper.find_rows() is None
     assert helper.find_rows([None], (8,), 0, None) is None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from engines import TOLERANCE, reference, start, worst_difference
-from mmqwen.banks import BankRows, build_bank
+from mmqwen.banks import BankError, BankRows, build_bank, open_bank
 from mmqwen.packs import PackError, allocate_pack, bank_group, find_rows, write_ids
 from mmqwen.transport import encode_rows
 from tiny import make_composite
@@ -256,3 +258,71 @@ def test_packs_that_bypass_the_door_reach_no_memory_outside_the_bank(llm):
             find_rows([part], model._widths, torch.float32, banks)
         plan = model._plan([part], torch.ones(2, dtype=torch.bool), torch.zeros(2), torch.float32)
         assert not plan.rows[0].any()
+
+
+def test_the_flag_of_serve_stands_beside_the_checkpoint_s_banks(banks, tmp_path, monkeypatch):
+    from argparse import Namespace
+
+    from mmqwen.serve import ServeError, add_banks
+
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "qwen3", "banks": {"items": {"file": "a"}, "old": {"file": "b"}}})
+    )
+    monkeypatch.chdir(tmp_path)
+
+    def args(*flags, overrides=None):
+        return Namespace(
+            bank=list(flags), hf_overrides=overrides or {}, model_tag=str(tmp_path), revision=None
+        )
+
+    given = args("items=new.bank:placement=host", overrides={"max_position_embeddings": 7})
+    add_banks(given)
+    assert given.hf_overrides == {
+        "max_position_embeddings": 7,
+        "banks": {
+            "items": {"file": str(tmp_path / "new.bank"), "placement": "host"},
+            "old": {"file": "b"},
+        },
+    }
+    wrong = {"NAME=FILE": ["items"], "one of": ["a=b:placement=moon"], "twice": ["a=b"] * 2}
+    for words, flags in wrong.items():
+        with pytest.raises(ServeError, match=words):
+            add_banks(args(*flags))
+
+
+def test_a_checkpoint_s_bank_is_settled_before_any_process_starts(banks, checkpoint, tmp_path):
+    from types import SimpleNamespace
+
+    from mmqwen.vllm_plugin.engine_config import settle_banks
+
+    (tmp_path / "mine.bank").symlink_to(banks["items"])
+
+    def settle(**fields):
+        text = SimpleNamespace(vocab_size=500, hidden_size=64)
+        config = SimpleNamespace(
+            text_config=text,
+            modalities={"m1": {"dim": 24, "token_id": 400}},
+            banks={"items": {"file": "mine.bank", **fields}},
+        )
+        model_config = SimpleNamespace(
+            hf_config=config, model=str(tmp_path), dtype=torch.bfloat16, tokenizer=None
+        )
+        settle_banks(model_config)
+        settle_banks(model_config)  # as a worker does, which then holds the file to its version
+        return config.banks["items"]
+
+    found = settle()
+    assert found["file"] == str(tmp_path / "mine.bank")
+    assert found["version"] == open_bank(banks["items"]).version
+    with pytest.raises(BankError, match=r"bank 'items': .* expected '1234'"):
+        settle(version="1234")
+    with pytest.raises(BankError, match=r"bank 'items': no-such.bank: cannot be read"):
+        settle(file="no-such.bank")
+
+
+def test_a_reload_of_the_weights_leaves_the_banks_as_they_are(llm):
+    case = CASES["beside rows sent"]
+    before = answer(ask(llm, *case))
+    llm.collective_rpc("reload_weights")
+    llm.reset_prefix_cache()
+    assert answer(ask(llm, *case)) == before
