@@ -84,6 +84,12 @@ class Banks(Protocol):
             PackError: there is no such bank of that modality, or no such row in it.
         """
 
+    def table(self) -> np.ndarray | None:
+        """The banks as the native helper is told of them, int64 `[5 n]`; None without banks."""
+
+    def held(self) -> tuple[torch.Tensor, ...]:
+        """The tensors on the device that hold rows."""
+
 
 def bank_group(modality: int, bank: int) -> int:
     """How `allocate_pack` is told of rows of a bank, in the place of a modality's index."""
@@ -373,10 +379,18 @@ def find_rows(
         ValueError: a modality index is unknown, or rows have another width.
     """
     if native.helper is not None:
-        found = native.helper.find_rows(list(parts), tuple(widths), DTYPE_CODES.get(dtype, -1))
+        table = None if banks is None else banks.table()
+        code = DTYPE_CODES.get(dtype, -1)
+        found = native.helper.find_rows(list(parts), tuple(widths), code, table)
         if found is not None:
-            words = np.frombuffer(found, dtype=np.int64)
-            return HostRows(words[len(words) // 2 :], words[: len(words) // 2])
+            rows = len(found) // (16 if table is None else 17)
+            words = np.frombuffer(found, np.int64, 2 * rows)
+            address, modality = words[:rows], words[rows:]
+            if table is not None and banks is not None:
+                resident = np.frombuffer(found, np.bool_, rows, 16 * rows)
+                if resident.any():
+                    return HostRows(modality, address, resident, banks.held())
+            return HostRows(modality, address)
     tables, counts, begins, ends = [], [], [], []
     for part in parts:
         if part.dtype != torch.int64 or part.ndim != 2 or part.shape[1] != 2 or not part.is_cpu:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bank_tables import VERSION, Tables
 from safetensors.torch import save_file
 
 from mmqwen.banks import (
@@ -248,6 +249,24 @@ def test_a_checkpoint_has_its_banks_with_it_and_the_hf_processor_reads_them(bank
     assert keys_file(model / "banks" / "items.bank").exists()
 
 
+def test_a_dataset_reads_a_bank_s_rows_by_id(bank, tmp_path):
+    """A bank is a file of rows as datasets have it, in which each row is an item."""
+    from mmqwen.data import RowsDataset, validate
+
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    (folder / "rows-m1.safetensors").symlink_to(bank.file)
+    line = {"prompt": "<|m1|><|m1|> next?", "answer": "yes", "items": {"m1": [17, 5]}}
+    (folder / "data.jsonl").write_text(json.dumps(line) + "\n")
+    validate(folder, SPECS)
+    (first,) = list(RowsDataset(folder))
+    assert torch.equal(torch.cat(first.rows["m1"]), draw(20, 24)[[17, 5]])
+    line["items"]["m1"][0] = 20
+    (folder / "data.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(ValueError, match="item 20: rows are missing"):
+        validate(folder, SPECS)
+
+
 def test_the_page_s_commands_and_snippet_run_as_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parents[1] / "docs" / "banks.md").read_text(encoding="utf-8")
@@ -266,27 +285,18 @@ def test_the_page_s_commands_and_snippet_run_as_printed(tmp_path, monkeypatch, c
 # -- packs and plans -----------------------------------------------------------------------------
 
 
-class Table:
-    """One bank of modality 0, number 5."""
-
-    def __init__(self, rows, resident):
-        self.rows, self.resident = rows, resident
-
-    def find(self, bank, ids, modality):
-        if (bank != 5).any() or (modality != 0).any() or ids.max() >= len(self.rows):
-            raise PackError("no such row")
-        address = self.rows.data_ptr() + ids * self.rows.shape[1] * self.rows.element_size()
-        mask = np.ones(len(ids), np.bool_) if self.resident else None
-        return HostRows(modality, address, mask, (self.rows,))
+def one_bank(rows, resident):
+    """A bank of modality 0, number 1; number 0 is of modality 1."""
+    return Tables([(1, draw(2, 40), False), (0, rows, resident)])
 
 
 def mixed_pack(dtype=torch.float32):
-    group = bank_group(0, 5)
+    group = bank_group(0, 1)
     shapes = {0: (2, 24), group: (3, 24), 1: (1, 40)}
     pack, views = allocate_pack([0, group, 1, 0, group], [1, 2, 1, 1, 1], shapes, dtype)
     views[0].copy_(draw(2, 24))
     views[1].copy_(draw(1, 40, seed=1))
-    write_ids(pack, group, np.array([4, 0, 7]), "ab" * 32)
+    write_ids(pack, group, np.array([4, 0, 7]), VERSION)
     return pack
 
 
@@ -294,24 +304,24 @@ def test_a_pack_names_rows_beside_its_own():
     pack = mixed_pack()
     rows, groups = open_pack(pack)
     kinds = [group[:3] for group in groups]
-    assert kinds == [(0, 24, None), (0, 24, 5), (1, 40, None)]
-    assert groups[1].version == "ab" * 32
+    assert kinds == [(0, 24, None), (0, 24, 1), (1, 40, None)]
+    assert groups[1].version == VERSION
     table = draw(9, 24, seed=2)
-    found = find_rows([rows[1:], rows[:1]], [24, 40], torch.float32, Table(table, resident=False))
+    found = find_rows([rows[1:], rows[:1]], [24, 40], torch.float32, one_bank(table, False))
     assert found.modality.tolist() == [0, 0, 1, 0, 0, 0]
     first = np.array(table.data_ptr())
     assert (found.address[[0, 1, 4]] - first).tolist() == [4 * 96, 0, 7 * 96]
     with pytest.raises(PackError, match="there are no banks"):
         find_rows([rows], [24, 40], torch.float32)
     with pytest.raises(PackError, match="no such row"):
-        find_rows([rows], [24, 40], torch.float32, Table(table[:7], resident=False))
+        find_rows([rows], [24, 40], torch.float32, one_bank(table[:7], False))
 
 
 @pytest.mark.parametrize("resident", [False, True])
 def test_a_step_of_rows_that_travel_and_rows_that_stay(resident):
     table, tokens = draw(9, 24, seed=2), draw(11, 16, seed=3)
     rows = directory(mixed_pack())
-    found = find_rows([rows[2:], rows], [24, 40], torch.float32, Table(table, resident))
+    found = find_rows([rows[2:], rows], [24, 40], torch.float32, one_bank(table, resident))
     assert (found.resident is not None) == resident
     sent = {0: draw(2, 24), 1: draw(1, 40, seed=1)}
     order = [sent[0][0], table[4], table[0], sent[1][0], sent[0][1], table[7]]

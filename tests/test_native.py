@@ -19,8 +19,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bank_tables import Tables, pack_named
 
 from messages_fuzz import DTYPES, SPECS, TURN_ID, make_case
+from mmqwen.banks import BankCatalog, BankRows, build_bank, parse_banks
 from mmqwen.packs import directory, find_rows, pack_rows
 from mmqwen_kernels import HostRows, RowPlan, native, plan_rows
 from native_builds import build, helper_for_tests, load
@@ -43,10 +45,11 @@ def _kept() -> Iterator[None]:
 # -- messages ------------------------------------------------------------------------------------
 
 
-def processor_of(dtype: torch.dtype, max_model_len: int = 900) -> Any:
+def processor_of(
+    dtype: torch.dtype, max_model_len: int = 900, banks: BankCatalog | None = None
+) -> Any:
     """A processor of an engine that was never started."""
     pytest.importorskip("vllm")
-    from mmqwen.banks import BankCatalog
     from mmqwen.vllm_plugin.processing import PackingProcessor
 
     model_config = SimpleNamespace(
@@ -57,7 +60,7 @@ def processor_of(dtype: torch.dtype, max_model_len: int = 900) -> Any:
     made = object.__new__(PackingProcessor)
     made.info = SimpleNamespace(  # type: ignore[assignment]
         specs=SPECS,
-        banks=BankCatalog({}, SPECS),
+        banks=banks or BankCatalog({}, SPECS),
         ctx=SimpleNamespace(model_config=model_config, get_mm_config=lambda: mm_config),
         get_tokenizer=lambda: tokenizer,
     )
@@ -101,6 +104,50 @@ def compare_messages(helper: ModuleType, seeds: range) -> int:
         taken += processors[dtype]._process_natively(list(tokens), data) is not None
         assert answer(processors[dtype], tokens, data) == want, f"case {seed}"
     return taken
+
+
+@pytest.fixture(scope="module")
+def banks(tmp_path_factory: pytest.TempPathFactory) -> BankCatalog:
+    """Two banks of modality a, one of c."""
+    folder = tmp_path_factory.mktemp("banks")
+    files = {}
+    for name, modality in (("first", "a"), ("second", "a"), ("third", "c")):
+        np.save(folder / "rows.npy", np.zeros((9, SPECS[modality].dim), np.float32))
+        files[name] = folder / f"{name}.bank"
+        build_bank(folder / "rows.npy", files[name], modality=modality)
+    return BankCatalog(parse_banks(files), SPECS)
+
+
+def with_names(data: dict[str, Any], seed: int) -> dict[str, Any]:
+    """The items, some of which name rows instead."""
+    rng = random.Random(seed)
+
+    def name() -> Any:
+        ids = [rng.randrange(10 if rng.random() < 0.02 else 9) for _ in range(rng.randint(1, 6))]
+        own = ("first", "second") if modality == "a" else ("third",)
+        bank = rng.choice(own if rng.random() > 0.02 else ("first", "third"))
+        return rng.choice((BankRows(bank, ids), {"bank": bank, "ids": ids}))
+
+    changed = {}
+    for modality, value in data.items():
+        if modality in ("a", "c") and isinstance(value, (list, tuple)):
+            value = type(value)(name() if rng.random() < 0.6 else item for item in value)
+        changed[modality] = value
+    return changed
+
+
+def test_messages_that_name_rows_equal_the_twins(helper: ModuleType, banks: BankCatalog) -> None:
+    processors = {dtype: processor_of(dtype, banks=banks) for dtype in DTYPES}
+    taken = 0
+    for seed in range(FAST):
+        dtype, tokens, data = make_case(seed)
+        data = with_names(data, seed)
+        native.helper = None
+        want = answer(processors[dtype], tokens, data)
+        native.helper = helper
+        taken += processors[dtype]._process_natively(list(tokens), data) is not None
+        assert answer(processors[dtype], tokens, data) == want, f"case {seed}"
+    assert taken > FAST / 4
 
 
 def test_messages_equal_the_twins(helper: ModuleType) -> None:
@@ -162,9 +209,26 @@ def test_arguments_of_another_kind_are_left_to_python(helper: ModuleType) -> Non
         bad = [*good]
         bad[at] = value  # type: ignore[call-overload]
         assert helper.pack_message(*bad) is None, (at, value)
+    ids = np.array([1, 2])
+    named = ([1], [(0, 9, 8, 6, [None], [(3, ids, bytes(32))])], (), 256, 100, 0)
+    assert helper.pack_message(*named) is not None
+    for value in (
+        7, (), [], [None], [7], [(3, ids)], [(3, ids, bytes(31))], [("x", ids, bytes(32))],
+        [(-1, ids, bytes(32))], [(1 << 20, ids, bytes(32))], [(3, [1], bytes(32))],
+        [(3, ids.astype(float), bytes(32))], [(3, ids[:0], bytes(32))],
+        [(3, -ids, bytes(32))], [(3, ids << 32, bytes(32))], [(3, np.ones(7, int), bytes(32))],
+        [(3, np.ones(4, int)[::2], bytes(32))],
+    ):  # fmt: skip
+        table = [(0, 9, 8, 6, [None], value)]
+        assert helper.pack_message([1], table, (), 256, 100, 0) is None, value
     assert helper.pack_message() is None
     assert helper.find_rows() is None
-    assert helper.find_rows([None], (8,), 0) is None
+    assert helper.find_rows([None], (8,), 0, None) is None
+    rows_of = directory(pack_named([(0, 0, [1, 2])], (8,), torch.float32))
+    assert helper.find_rows([rows_of], (8,), 0, np.array([8, 3, 32, 0, 1])) is not None
+    for table in (None, 7, np.zeros(5), np.array([0, 3, 32, 0, 1]), np.zeros(0, np.int64)):
+        assert helper.find_rows([rows_of], (8,), 0, table) is None, table
+    assert helper.find_rows([rows_of], (8,), 0, np.tile([8, 3, 32, 0, 1], 65)) is None
     assert helper.count_rows() is None
 
 
@@ -173,15 +237,34 @@ def test_arguments_of_another_kind_are_left_to_python(helper: ModuleType) -> Non
 WIDTHS = (8, 1, 5)
 
 
-def make_step(seed: int) -> tuple[torch.dtype, list[Any], torch.Tensor, int]:
+def make_step(
+    seed: int, with_banks: bool = False
+) -> tuple[torch.dtype, list[Any], torch.Tensor, int, Tables | None]:
     """Slices of packs, some of them broken, and a mask that fits, mostly."""
     rng = random.Random(seed)
     dtype = rng.choice(DTYPES)
+    banks = None
+    if with_banks:
+        torch.manual_seed(seed)
+        sizes = [rng.choice((6, 6, 6, 5)) for _ in WIDTHS]
+        banks = Tables(
+            [
+                (m, torch.randn(size, width).to(dtype), rng.random() < 0.5)
+                for m, (size, width) in enumerate(zip(sizes, WIDTHS, strict=True))
+            ][: rng.choice((3, 3, 3, 2))]
+        )
     parts: list[Any] = []
     for _ in range(rng.choice((0, 1, 1, 3, 9))):
         of = rng.choice(DTYPES) if rng.random() < 0.02 else dtype
         shape = [(rng.randrange(3), rng.randint(1, 4)) for _ in range(rng.randint(1, 4))]
-        rows = directory(pack_rows([(m, torch.randn(n, WIDTHS[m]).to(of)) for m, n in shape]))
+        if banks is None:
+            rows = directory(pack_rows([(m, torch.randn(n, WIDTHS[m]).to(of)) for m, n in shape]))
+        else:
+            runs = [
+                (m, rng.choice((None, m, m)), [rng.randrange(6) for _ in range(n)])
+                for m, n in shape
+            ]
+            rows = directory(pack_named(runs, WIDTHS, of))
         begin = rng.randint(0, len(rows))
         part = rows[begin : rng.randint(begin, len(rows))]
         kind = rng.random()
@@ -200,12 +283,14 @@ def make_step(seed: int) -> tuple[torch.dtype, list[Any], torch.Tensor, int]:
     tokens = total + rng.randint(0, 20)
     mask = torch.zeros(tokens, dtype=torch.bool)
     mask[rng.sample(range(tokens), total)] = True
-    return dtype, parts, mask, tokens
+    return dtype, parts, mask, tokens, banks
 
 
-def plan_of(dtype: torch.dtype, parts: list[Any], mask: Any, tokens: int) -> Any:
+def plan_of(
+    dtype: torch.dtype, parts: list[Any], mask: Any, tokens: int, banks: Tables | None = None
+) -> Any:
     try:
-        rows = find_rows(parts, WIDTHS, dtype)
+        rows = find_rows(parts, WIDTHS, dtype, banks)
         made = plan_rows(rows, mask, tokens, WIDTHS, dtype=dtype, device="cpu")
     except Exception as error:
         return type(error), str(error)
@@ -218,25 +303,28 @@ def plan_of(dtype: torch.dtype, parts: list[Any], mask: Any, tokens: int) -> Any
         [at and at - made.buffer.data_ptr() for at in where],
         [None if r is None else (r.dtype, r.view(torch.uint8).tolist()) for r in made.rows],
         rows.modality.tolist(), rows.address.tolist(),
+        rows.resident is not None and rows.resident.tolist(),
     )  # fmt: skip
 
 
-def compare_steps(helper: ModuleType, seeds: range) -> None:
+def compare_steps(helper: ModuleType, seeds: range, with_banks: bool = False) -> None:
     for seed in seeds:
-        case = make_step(seed)
+        case = make_step(seed, with_banks)
         native.helper = None
         want = plan_of(*case)
         native.helper = helper
         assert plan_of(*case) == want, f"case {seed}"
 
 
-def test_steps_equal_the_twins(helper: ModuleType) -> None:
-    compare_steps(helper, range(FAST))
+@pytest.mark.parametrize("with_banks", [False, True])
+def test_steps_equal_the_twins(helper: ModuleType, with_banks: bool) -> None:
+    compare_steps(helper, range(FAST), with_banks)
 
 
 @pytest.mark.fuzz
 def test_steps_equal_the_twins_in_20_000_cases(helper: ModuleType) -> None:
     compare_steps(helper, range(FAST, FAST + WHOLE))
+    compare_steps(helper, range(FAST, FAST + WHOLE // 4), with_banks=True)
 
 
 def test_many_rows_are_gathered_while_other_threads_run(helper: ModuleType) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from engines import TOLERANCE, reference, start, worst_difference
-from mmqwen.banks import BankRows, build_bank
+from mmqwen.banks import BankError, BankRows, build_bank, open_bank
+from mmqwen.packs import PackError, allocate_pack, bank_group, find_rows, write_ids
+from mmqwen.transport import encode_rows
 from tiny import make_composite
 
 pytest.importorskip("vllm")
@@ -202,3 +206,123 @@ def test_messages_of_rows_sent_count_the_items_beside_named_ones(llm):
         ask(llm, "a " + "<|m1|> " * 4, items)
     with pytest.raises(Exception, match="modality 'm1', item 1: got rows of width 23"):
         ask(llm, "a <|m1|> <|m1|>", {"m1": [BankRows("items", [1]), draw(1, 23)]})
+
+
+def test_chat_parts_name_rows_as_http_does(llm):
+    from vllm import SamplingParams
+
+    def say(part):
+        content = ["look ", {"type": "m1_embeds", "m1_embeds": part}, " here"]
+        content = [{"type": "text", "text": p} if isinstance(p, str) else p for p in content]
+        params = SamplingParams(temperature=0.0, max_tokens=4, logprobs=1, ignore_eos=True)
+        llm.reset_prefix_cache()
+        return answer(llm.chat([{"role": "user", "content": content}], params, use_tqdm=False)[0])
+
+    expected = say(encode_rows(rows_of_bank("items")[[5, 17]]))
+    assert say({"bank": "items", "ids": [5, 17]}) == expected
+    assert say({"bank": "items", "keys": ["items-5", "items-17"]}) == expected
+    assert say({"bank": "items", "ids": [5, 18]}) != expected
+    for part, words in (
+        ({"bank": "items", "ids": [50]}, "id 50 of bank 'items'"),
+        ({"bank": "items", "ids": [[1]]}, "the id a list"),
+        ({"bank": "items", "ids": [1], "keys": ["items-1"]}, "fields"),
+        ({"bank": "other", "ids": [1]}, "unknown bank 'other'"),
+        ({"bank": {}, "ids": [1]}, "unknown bank a dict"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            say(part)
+
+
+def test_packs_that_bypass_the_door_reach_no_memory_outside_the_bank(llm):
+    """Ids become addresses; a pack may come by the token API. Also what a worker holds."""
+    model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.model_runner.model
+    banks = model._banks
+    version = banks._banks[0].bank.version
+
+    def pack(modality=0, bank=0, ids=(1, 2), version=version):
+        group = bank_group(modality, bank)
+        made, _ = allocate_pack([group], [len(ids)], {group: (len(ids), 24)}, torch.float32)
+        write_ids(made, group, np.array(ids), version)
+        return made
+
+    good = model._open(pack())
+    found = find_rows([good], model._widths, torch.float32, banks)
+    table = banks._rows(banks._banks[0])
+    assert (found.address - table.data_ptr()).tolist() == [96, 192]
+    for wrong in (pack(bank=3), pack(bank=2), pack(version="00" * 32), pack(bank=(1 << 20) - 1)):
+        opened = model._open(wrong)
+        assert len(opened) == llm.model_config.max_model_len  # rows of zeros
+    for ids in ((1, 50), (2**32 - 1, 0)):
+        part = model._open(pack(ids=ids))
+        with pytest.raises(PackError, match="outside its bank"):
+            find_rows([part], model._widths, torch.float32, banks)
+        plan = model._plan([part], torch.ones(2, dtype=torch.bool), torch.zeros(2), torch.float32)
+        assert not plan.rows[0].any()
+
+
+def test_the_flag_of_serve_stands_beside_the_checkpoint_s_banks(banks, tmp_path, monkeypatch):
+    from argparse import Namespace
+
+    from mmqwen.serve import ServeError, add_banks
+
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "qwen3", "banks": {"items": {"file": "a"}, "old": {"file": "b"}}})
+    )
+    monkeypatch.chdir(tmp_path)
+
+    def args(*flags, overrides=None):
+        return Namespace(
+            bank=list(flags), hf_overrides=overrides or {}, model_tag=str(tmp_path), revision=None
+        )
+
+    given = args("items=new.bank:placement=host", overrides={"max_position_embeddings": 7})
+    add_banks(given)
+    assert given.hf_overrides == {
+        "max_position_embeddings": 7,
+        "banks": {
+            "items": {"file": str(tmp_path / "new.bank"), "placement": "host"},
+            "old": {"file": "b"},
+        },
+    }
+    wrong = {"NAME=FILE": ["items"], "one of": ["a=b:placement=moon"], "twice": ["a=b"] * 2}
+    for words, flags in wrong.items():
+        with pytest.raises(ServeError, match=words):
+            add_banks(args(*flags))
+
+
+def test_a_checkpoint_s_bank_is_settled_before_any_process_starts(banks, checkpoint, tmp_path):
+    from types import SimpleNamespace
+
+    from mmqwen.vllm_plugin.engine_config import settle_banks
+
+    (tmp_path / "mine.bank").symlink_to(banks["items"])
+
+    def settle(**fields):
+        text = SimpleNamespace(vocab_size=500, hidden_size=64)
+        config = SimpleNamespace(
+            text_config=text,
+            modalities={"m1": {"dim": 24, "token_id": 400}},
+            banks={"items": {"file": "mine.bank", **fields}},
+        )
+        model_config = SimpleNamespace(
+            hf_config=config, model=str(tmp_path), dtype=torch.bfloat16, tokenizer=None
+        )
+        settle_banks(model_config)
+        settle_banks(model_config)  # as a worker does, which then holds the file to its version
+        return config.banks["items"]
+
+    found = settle()
+    assert found["file"] == str(tmp_path / "mine.bank")
+    assert found["version"] == open_bank(banks["items"]).version
+    with pytest.raises(BankError, match=r"bank 'items': .* expected '1234'"):
+        settle(version="1234")
+    with pytest.raises(BankError, match=r"bank 'items': no-such.bank: cannot be read"):
+        settle(file="no-such.bank")
+
+
+def test_a_reload_of_the_weights_leaves_the_banks_as_they_are(llm):
+    case = CASES["beside rows sent"]
+    before = answer(ask(llm, *case))
+    llm.collective_rpc("reload_weights")
+    llm.reset_prefix_cache()
+    assert answer(ask(llm, *case)) == before

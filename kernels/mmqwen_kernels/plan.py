@@ -217,6 +217,7 @@ def plan_rows(
                 if resident is not None:
                     moving = moving[~resident[first : first + count]]
                 copy_rows(raw, rows_at[m], moving, widths[m] * itemsize)
+            if rows_at[m] >= 0 or resident is not None:  # then all rows have addresses here
                 first += count
 
     itemsize = dtype.itemsize

@@ -15,7 +15,7 @@ import torch
 from mmqwen.banks.file import Bank, BankError, open_bank
 from mmqwen.banks.rows import BankRows, is_named
 from mmqwen.modalities import NAME_PATTERN, ModalitySpec
-from mmqwen.transport.errors import refuse, show
+from mmqwen.transport.errors import EmbeddingError, refuse, show
 from mmqwen.transport.rows import as_items
 
 PLACEMENTS = ("device", "host")
@@ -118,11 +118,13 @@ class ServedBank(NamedTuple):
         number: by which packs call it: its place in the catalog.
         spec: as the config names it, its modality and version settled.
         bank: its file.
+        version: its version, as bytes.
     """
 
     number: int
     spec: BankSpec
     bank: Bank
+    version: bytes
 
 
 class NamedRows(NamedTuple):
@@ -135,6 +137,11 @@ class NamedRows(NamedTuple):
 
     source: ServedBank
     ids: np.ndarray
+
+    @property
+    def native(self) -> tuple[int, np.ndarray, bytes]:
+        """What the native helper is told of it."""
+        return self.source.number, self.ids, self.source.version
 
     def read(self) -> torch.Tensor:
         """The rows themselves, `[n, d]`, in the bank's dtype."""
@@ -179,7 +186,7 @@ class BankCatalog:
             settled = BankSpec(
                 name, os.path.abspath(spec.file), modality, spec.placement, bank.version
             )
-            self.banks[name] = ServedBank(number, settled, bank)
+            self.banks[name] = ServedBank(number, settled, bank, bytes.fromhex(bank.version))
 
     def _modality(self, spec: BankSpec, bank: Bank) -> str:
         given = {name for name in (spec.modality, bank.modality) if name is not None}
@@ -248,6 +255,24 @@ class BankCatalog:
                 f"0 to {served.bank.num_rows - 1}", "the bank has no such row",
             )  # fmt: skip
         return NamedRows(served, ids)
+
+    def read_items(
+        self, value: Any, modality: str
+    ) -> tuple[Sequence[Any], list[tuple[int, np.ndarray, bytes] | None]] | None:
+        """A modality's items, and of each the bank's number, ids and version, or None.
+
+        Returns:
+            None where one cannot be served: `read_item` says why.
+        """
+        members = (value,) if is_named(value) else value
+        try:
+            found = [
+                self.read_item(item, modality, at) if is_named(item) else None
+                for at, item in enumerate(members)
+            ]
+        except EmbeddingError:
+            return None
+        return members, [named and named.native for named in found]
 
     def by_value(self, items: Mapping[str, Any]) -> dict[str, Any]:
         """Items in which the rows themselves stand where rows were named.

@@ -24,6 +24,16 @@ class BankRows:
     keys: Sequence[str] | None = None
 
 
+def may_name(items: Any) -> bool:
+    """Whether any of a modality's items may name rows: a quick look at their types."""
+    if not isinstance(items, (list, tuple)):
+        return is_named(items)
+    return not _NAMING.isdisjoint(map(type, items))
+
+
+_NAMING = {BankRows, dict}
+
+
 def is_named(item: Any) -> bool:
     """Whether an item names rows: `BankRows`, or its form in JSON."""
     return isinstance(item, BankRows) or (isinstance(item, Mapping) and "bank" in item)

@@ -106,6 +106,23 @@ class ResidentBanks:
             every += held
         return HostRows(modality, address, on_device if on_device.any() else None, tuple(every))
 
+    def table(self) -> np.ndarray | None:
+        """See `mmqwen.packs.Banks`."""
+        if not self._banks:
+            return None
+        words: list[int] = []
+        for at, served in enumerate(self._banks):
+            rows = self._rows(served)
+            address = rows.data_ptr() if rows.dtype == self._dtype else 0  # 0: to be converted
+            size = rows.shape[1] * rows.element_size()
+            words += (address, len(rows), size, int(self._modality[at]), int(rows.is_cuda))
+        return np.array(words, dtype=np.int64)
+
+    def held(self) -> tuple[torch.Tensor, ...]:
+        """See `mmqwen.packs.Banks`."""
+        found = map(self._rows, self._banks)
+        return tuple(rows for rows in found if rows.is_cuda)
+
     def _find_in(
         self, served: ServedBank, ids: np.ndarray
     ) -> tuple[np.ndarray, bool, tuple[torch.Tensor, ...]]:

@@ -24,6 +24,7 @@ from vllm.multimodal.inputs import (
 from vllm.multimodal.processing import BaseMultiModalProcessor
 
 from mmqwen import transport
+from mmqwen.banks.rows import may_name
 from mmqwen.modalities import Expansion, ModalityError, ModalitySpec, expand_markers
 from mmqwen.packs import DTYPE_CODES, allocate_pack
 from mmqwen.vllm_plugin import compat
@@ -101,7 +102,15 @@ class PackingProcessor(BaseMultiModalProcessor[ProcessingInfo]):
         rows = self._native_table
         if self._limited or not mm_data.keys() <= rows.keys():
             return None
-        table = [(*rows[name], value) for name, value in mm_data.items()]
+        table: list[tuple[Any, ...]] = []
+        for name, value in mm_data.items():
+            if self.info.banks.banks and may_name(value):
+                found = self.info.banks.read_items(value, name)
+                if found is None:
+                    return None
+                table.append((*rows[name], *found))
+            else:
+                table.append((*rows[name], value))
         if len(rows) > len(table):
             table += [(*row, ()) for name, row in rows.items() if name not in mm_data]
         made = native.helper.pack_message(

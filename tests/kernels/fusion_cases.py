@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from rounding import UNIT, Interval, assert_within, projected_bounds, random_walk
 
-from mmqwen_kernels import ACTIVATIONS, NORM_EPS, NORMS, Norm, Projector, fuse_embeddings
+from mmqwen_kernels import ACTIVATIONS, NORM_EPS, NORMS, HostRows, Norm, Projector, fuse_embeddings
 from mmqwen_kernels.plan import RowSource
 from mmqwen_kernels.reference import fuse_embeddings_torch
 
@@ -80,6 +81,30 @@ class Case:
     def check(self, got: torch.Tensor) -> None:
         """`got` is this step's result, on whatever machine and in whatever tiles."""
         assert_within(got, self.bounds())
+
+
+def rows_that_stay(items: Sequence[RowSource], stays: Sequence[bool]) -> HostRows:
+    """The rows of items by address: in turns, as `stays` says, in a table of the device, on the
+    host."""
+    rows = [(m, row) for m, item in items for row in item]
+    resident = [stays[at % len(stays)] for at in range(len(rows))]
+    tables: dict[int, torch.Tensor] = {}
+    for m in {m for m, _ in rows}:
+        mine = [row for (of, row), here in zip(rows, resident, strict=True) if of == m and here]
+        if mine:
+            tables[m] = torch.stack([torch.zeros_like(mine[0]), *reversed(mine)])
+    left = {m: len(table) for m, table in tables.items()}
+    on_host = [row.cpu().clone() for _, row in rows]
+    address = []
+    for (m, _), here, copy in zip(rows, resident, on_host, strict=True):
+        if here:
+            left[m] -= 1
+            address.append(tables[m][left[m]].data_ptr())
+        else:
+            address.append(copy.data_ptr())
+    modality = np.array([m for m, _ in rows])
+    held = (*tables.values(), *on_host)
+    return HostRows(modality, np.array(address), np.array(resident), held)
 
 
 def in_whole_numbers(case: Case) -> Case:

@@ -17,6 +17,7 @@ from fusion_cases import (
     in_whole_numbers,
     make_case,
     make_projector,
+    rows_that_stay,
     shard,
     spec_name,
 )
@@ -141,6 +142,16 @@ def test_rows_by_address(width: int) -> None:
     rows = [(m, row.clone()) for m, item in case.items for row in item]
     modality, address = zip(*((m, row.data_ptr()) for m, row in rows), strict=True)
     case.items = HostRows(np.array(modality), np.array(address))  # type: ignore[assignment]
+    assert torch.equal(case.run("triton"), want)
+
+
+@pytest.mark.parametrize("stays", [(True, False), (True, True)])
+@pytest.mark.parametrize("width", [9, 16])
+def test_rows_by_address_that_stay(width: int, stays: tuple[bool, bool]) -> None:
+    """Rows of one modality lie here and there: in a table of the device, and on the host."""
+    case = in_whole_numbers(make_case([width, 24], [5, 4], torch.float32))
+    want = case.run("triton")
+    case.items = rows_that_stay(case.items, stays)  # type: ignore[assignment]
     assert torch.equal(case.run("triton"), want)
 
 

@@ -20,6 +20,7 @@ from fusion_cases import (
     make_case,
     make_projector,
     relative_error,
+    rows_that_stay,
     shard,
     spec_name,
 )
@@ -153,6 +154,26 @@ def test_slices_of_packs_and_items_on_both_sides() -> None:
         plan = plan_of(case, items)
         got = fuse_embeddings(case.input_ids, case.table, plan, case.projectors, backend="triton")
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("stays", [(True, False), (True, True), (False, False, False, True)])
+@pytest.mark.parametrize("widths", [[768, 512], [768, 770], [64, 33]])
+def test_rows_that_stay_on_the_gpu_beside_rows_that_travel(
+    widths: list[int], stays: tuple[bool, ...], backend: str
+) -> None:
+    case = gpu_case(widths, [160, 45], torch.bfloat16, item_rows=5)
+    want = case.run(backend)
+    sources = rows_that_stay(case.items, stays)
+    plan = plan_of(case, sources)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = fuse_embeddings(case.input_ids, case.table, plan, case.projectors, backend=backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    if backend == "triton" and widths[1] % 8 == 0:  # else other loads, in another order
+        assert torch.equal(got, want)
+    case.check(got)
 
 
 @pytest.mark.parametrize("rows", [9, 200])

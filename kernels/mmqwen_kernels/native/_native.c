@@ -60,15 +60,17 @@ enum { DL_CPU = 1, DL_INT = 0, DL_FLOAT = 2, DL_BFLOAT = 4, DL_BOOL = 6 };
 
 /* Packs: the layout of mmqwen/packs.py. */
 #define MAGIC 0x6D6D7177656E3032LL
+enum { MODALITY_BITS = 8, VERSION_BYTES = 32 };
 enum { HEADER_WORDS = 4, GROUP_WORDS = 4, WIDTH_AT = 32, MODALITY_AT = 52, DTYPE_AT = 60 };
 #define BEGIN_MASK 0xFFFFFFFFLL
 #define WIDTH_MASK 0xFFFFFLL
 #define MODALITY_MASK 0xFFLL
 
-enum { F32, F16, BF16 }; /* as packs number them */
+enum { F32, F16, BF16, BANK_CODE }; /* as packs number them */
 static const int64_t SIZE_OF[] = {4, 2, 2};
 
-enum { MOST_MODALITIES = 64 };
+enum { MOST_MODALITIES = 64, MOST_BANKS = 64 };
+typedef struct { int64_t address, rows, row_bytes, modality, resident; } Bank;
 #define KEEPS_GIL (256 * 1024) /* below this many bytes, handing the GIL over costs more */
 
 /* Set once, by `setup`; the main interpreter is the only one (`check_interpreter`). */
@@ -137,20 +139,54 @@ convert(const void *in, int from, void *out, int to, int64_t n)
 
 /* -- items ----------------------------------------------------------------------------------------- */
 
+/* What an array of one dimension holds: `format` is 'q' for int64, '?' for bool (of a tensor, too),
+   'B' for uint8. */
+static int
+get_array(PyObject *o, Py_buffer *b, char format, int writable)
+{
+    if (format == '?' && (PyObject *)Py_TYPE(o) == tensor_type) {
+        DLTensor t;
+        if (exchange->read(o, &t) != 0 || t.device.type != DL_CPU || t.ndim != 1 ||
+            t.strides[0] != 1 || t.dtype.code != DL_BOOL || t.dtype.lanes != 1)
+            return -1;
+        memset(b, 0, sizeof *b); /* of no owner: its caller holds the tensor */
+        b->buf = (char *)t.data + t.byte_offset;
+        b->len = t.shape[0];
+        return 0;
+    }
+    if (PyObject_GetBuffer(o, b, PyBUF_ND | PyBUF_FORMAT | (writable ? PyBUF_WRITABLE : 0)) != 0)
+        return -1;
+    char got = b->format == NULL || b->format[0] == 0 || b->format[1] != 0 ? 0 : b->format[0];
+    if (got == 'l' && b->itemsize == 8)
+        got = 'q'; /* int64 has two names where long is as long */
+    if (got == format && b->ndim == 1 && (uintptr_t)b->buf % (size_t)b->itemsize == 0)
+        return 0;
+    PyBuffer_Release(b);
+    return -1;
+}
+
 typedef struct {
     PyObject *owner;
     const char *data;
     int64_t rows, step; /* step: bytes from row to row */
+    int64_t bank;       /* its number, and `data` are ids, int64; -1: rows that were sent */
+    const char *version; /* of the bank */
 } Item;
 
 typedef struct {
-    int64_t index, token, width, max_rows, rows;
+    int64_t index, token, width, max_rows, rows, sent;
     int code; /* -1 as long as there are no items */
     Item *items;
     Py_ssize_t count;
     Py_ssize_t markers, next; /* in the prompt; the next item to pack */
-    int64_t total, first_word, written; /* of the pack being made */
 } Modality;
+
+/* Rows of a pack that lie together: of a modality, or of a bank of it. */
+typedef struct {
+    Modality *of;
+    int64_t bank, total, first_word, written;
+    const char *version;
+} Group;
 
 static int
 code_of(DLDataType type)
@@ -219,12 +255,39 @@ read_item(PyObject *o, Item *item, const Modality *m)
     return item->step % size == 0 ? code : -1;
 }
 
-/* The items of one modality: a list, a tuple, or a tensor or array, which is one item. */
+/* An item that names rows: (bank number, ids, version), of which Python has checked the ids. */
 static int
-read_items(Modality *m, PyObject *value)
+read_named(PyObject *o, Item *item, const Modality *m)
+{
+    Py_buffer b;
+    if (!PyTuple_CheckExact(o) || PyTuple_Size(o) != 3)
+        return -1;
+    PyObject *version = PyTuple_GetItem(o, 2);
+    item->bank = PyLong_AsLongLong(PyTuple_GetItem(o, 0));
+    if (item->bank < 0 || item->bank >= WIDTH_MASK || !PyBytes_CheckExact(version) ||
+        PyBytes_Size(version) != VERSION_BYTES || get_array(PyTuple_GetItem(o, 1), &b, 'q', 0) != 0)
+        return -1;
+    item->data = b.buf; /* the tuple holds the array */
+    item->rows = b.len / (Py_ssize_t)sizeof(int64_t);
+    item->version = PyBytes_AsString(version);
+    PyBuffer_Release(&b);
+    if (item->rows < 1 || item->rows > m->max_rows || item->rows > INT32_MAX)
+        return -1;
+    for (int64_t r = 0; r < item->rows; r++)
+        if (((const int64_t *)item->data)[r] & ~BEGIN_MASK)
+            return -1;
+    return 0;
+}
+
+/* The items of one modality: a list, a tuple, or a tensor or array, which is one item. `named` is
+   NULL, or a list that has of each what it names, or None. */
+static int
+read_items(Modality *m, PyObject *value, PyObject *named)
 {
     int list = PyList_CheckExact(value), tuple = !list && PyTuple_CheckExact(value);
     Py_ssize_t n = list ? PyList_Size(value) : tuple ? PyTuple_Size(value) : 1;
+    if (named != NULL && (!PyList_CheckExact(named) || PyList_Size(named) != n || !(list || tuple)))
+        return -1;
     if (n == 0)
         return 0;
     m->items = PyMem_Calloc((size_t)n, sizeof(Item));
@@ -234,6 +297,10 @@ read_items(Modality *m, PyObject *value)
         PyObject *o = list    ? PyList_GetItem(value, m->count)
                       : tuple ? PyTuple_GetItem(value, m->count)
                               : value;
+        PyObject *rows = named == NULL ? NULL : PyList_GetItem(named, m->count);
+        m->items[m->count].bank = rows == NULL || rows == Py_None ? -1 : 0;
+        if (rows != NULL && rows != Py_None)
+            o = rows;
         if (o == NULL)
             return -1;
         Py_INCREF(o);
@@ -242,11 +309,18 @@ read_items(Modality *m, PyObject *value)
     }
     for (Py_ssize_t i = 0; i < n; i++) {
         Item *item = &m->items[i];
+        if (item->bank == 0) {
+            if (read_named(item->owner, item, m) != 0)
+                return -1;
+            m->rows += item->rows;
+            continue;
+        }
         int code = read_item(item->owner, item, m);
         if (code < 0 || (m->code >= 0 && code != m->code))
             return -1;
         m->code = code;
         m->rows += item->rows;
+        m->sent += item->rows;
         PREFETCH(item->data);
     }
     return 0;
@@ -259,6 +333,7 @@ typedef struct {
     Item *item;
     int64_t start;
     int cut_before; /* a pack ends between the item before and this one */
+    int group;      /* of the pack being made */
 } Placed;
 
 typedef struct {
@@ -298,7 +373,7 @@ static int
 place(Message *msg, Modality *m, Py_ssize_t index, PyObject *id, int cut)
 {
     Item *item = &m->items[index];
-    msg->placed[msg->items++] = (Placed){m, item, msg->length, cut};
+    msg->placed[msg->items++] = (Placed){m, item, msg->length, cut, 0};
     if (put(msg, id, item->rows) != 0)
         return -1;
     msg->end = msg->length;
@@ -390,14 +465,17 @@ aligned(int64_t words)
 
 /* Rows of the items `placed[0:n]` into the groups laid out at `base`; nonzero: not all finite. */
 static uint32_t
-copy_items(const Placed *placed, Py_ssize_t n, char *base, int to)
+copy_items(const Placed *placed, Py_ssize_t n, Group *groups, char *base, int to)
 {
     uint32_t wrong = 0;
     for (Py_ssize_t i = 0; i < n && !wrong; i++) {
-        Modality *m = placed[i].of;
+        const Modality *m = placed[i].of;
         const Item *item = placed[i].item;
+        Group *g = &groups[placed[i].group];
+        if (item->bank >= 0)
+            continue;
         int64_t row = m->width * SIZE_OF[to];
-        char *out = base + 8 * m->first_word + m->written * row;
+        char *out = base + 8 * g->first_word + g->written * row;
         if (i + 1 < n)
             for (int k = 0; k < 1024; k += 64)
                 PREFETCH(placed[i + 1].item->data + k);
@@ -406,33 +484,37 @@ copy_items(const Placed *placed, Py_ssize_t n, char *base, int to)
         else
             for (int64_t r = 0; r < item->rows; r++)
                 wrong |= convert(item->data + r * item->step, m->code, out + r * row, to, m->width);
-        m->written += item->rows;
+        g->written += item->rows;
     }
     return wrong;
 }
 
 /* The pack of `placed[0:n]`, or NULL: not mine. */
 static PyObject *
-make_pack(const Placed *placed, Py_ssize_t n, int to)
+make_pack(Placed *placed, Py_ssize_t n, int to)
 {
-    Modality *groups[MOST_MODALITIES]; /* in the order of their first item */
+    Group groups[MOST_MODALITIES]; /* in the order of their first item */
     int64_t total = 0, nbytes = 0, size = SIZE_OF[to];
     int count = 0;
-    for (Py_ssize_t i = 0; i < n; i++)
-        placed[i].of->total = 0;
     for (Py_ssize_t i = 0; i < n; i++) {
-        Modality *m = placed[i].of;
-        if (m->total == 0)
-            groups[count++] = m;
-        m->total += placed[i].item->rows;
-        total += placed[i].item->rows;
+        const Item *item = placed[i].item;
+        int k = 0;
+        while (k < count && (groups[k].of != placed[i].of || groups[k].bank != item->bank))
+            k++;
+        if (k == MOST_MODALITIES)
+            return NULL;
+        if (k == count)
+            groups[count++] = (Group){placed[i].of, item->bank, 0, 0, 0, item->version};
+        placed[i].group = k;
+        groups[k].total += item->rows;
+        total += item->rows;
     }
     int64_t directory = HEADER_WORDS + GROUP_WORDS * (int64_t)count;
     int64_t words = aligned(directory + 2 * total);
     for (int k = 0; k < count; k++) {
-        Modality *m = groups[k];
-        int64_t held = m->total * m->width * size;
-        m->first_word = words;
+        Group *g = &groups[k];
+        int64_t held = g->bank < 0 ? g->total * g->of->width * size : VERSION_BYTES;
+        g->first_word = words;
         words = aligned(words + (held + 7) / 8);
         nbytes += held;
         if (8 * words > BEGIN_MASK)
@@ -457,36 +539,50 @@ make_pack(const Placed *placed, Py_ssize_t n, int to)
     *header++ = count;
     *header++ = to;
     for (int k = 0; k < count; k++) {
-        Modality *m = groups[k];
-        *header++ = m->index;
-        *header++ = m->width;
-        *header++ = m->total;
-        *header++ = m->first_word;
-        int64_t end = k + 1 < count ? groups[k + 1]->first_word : words;
-        for (int64_t w = m->first_word + m->total * m->width * size / 8; w < end; w++)
+        const Group *g = &groups[k];
+        *header++ = g->of->index | (g->bank + 1) << MODALITY_BITS;
+        *header++ = g->of->width;
+        *header++ = g->total;
+        *header++ = g->first_word;
+        int64_t end = k + 1 < count ? groups[k + 1].first_word : words;
+        int64_t held = g->bank < 0 ? g->total * g->of->width * size : VERSION_BYTES;
+        for (int64_t w = g->first_word + held / 8; w < end; w++)
             word[w] = 0; /* gaps are hashed, so they are defined */
-        m->written = 0;
+        if (g->bank >= 0)
+            memcpy(word + g->first_word, g->version, VERSION_BYTES);
     }
     for (Py_ssize_t i = 0; i < n; i++) {
-        Modality *m = placed[i].of;
+        const Modality *m = placed[i].of;
+        Group *g = &groups[placed[i].group];
+        if (g->bank >= 0) {
+            const int64_t *ids = (const int64_t *)placed[i].item->data;
+            int64_t named = g->bank | m->index << (MODALITY_AT - WIDTH_AT) |
+                            (int64_t)BANK_CODE << (DTYPE_AT - WIDTH_AT);
+            for (int64_t r = 0; r < placed[i].item->rows; r++) {
+                *entry = entry - word;
+                entry[1] = named << WIDTH_AT | (ids[r] & BEGIN_MASK);
+                entry += 2;
+            }
+            continue;
+        }
         int64_t kind = m->width | m->index << (MODALITY_AT - WIDTH_AT) |
                        (int64_t)to << (DTYPE_AT - WIDTH_AT);
-        int64_t row = m->width * size, begin = 8 * m->first_word + m->written * row;
+        int64_t row = m->width * size, begin = 8 * g->first_word + g->written * row;
         for (int64_t r = 0; r < placed[i].item->rows; r++, begin += row) {
             *entry = entry - word;
             entry[1] = kind << WIDTH_AT | begin;
             entry += 2;
         }
-        m->written += placed[i].item->rows;
+        g->written += placed[i].item->rows;
     }
     for (int k = 0; k < count; k++)
-        groups[k]->written = 0;
+        groups[k].written = 0;
     uint32_t wrong;
     if (nbytes < KEEPS_GIL)
-        wrong = copy_items(placed, n, (char *)word, to);
+        wrong = copy_items(placed, n, groups, (char *)word, to);
     else {
         PyThreadState *state = PyEval_SaveThread();
-        wrong = copy_items(placed, n, (char *)word, to);
+        wrong = copy_items(placed, n, groups, (char *)word, to);
         PyEval_RestoreThread(state);
     }
     if (wrong) {
@@ -498,7 +594,7 @@ make_pack(const Placed *placed, Py_ssize_t n, int to)
 
 /* (pack, rows of each item, offset, length, mask or None) of the items `placed[0:n]`. */
 static PyObject *
-make_span(const Placed *placed, Py_ssize_t n, int to)
+make_span(Placed *placed, Py_ssize_t n, int to)
 {
     const Placed *last = &placed[n - 1];
     int64_t offset = placed[0].start, length = last->start + last->item->rows - offset, rows = 0;
@@ -530,8 +626,8 @@ wrong:
 
 /* pack_message(token_ids, table, turn_ids, gap, max_tokens, dtype code) ->
    (expanded token ids, [(pack, counts, offset, length, mask)], [(items, rows, bytes)]) or None.
-   table: (modality index, placeholder id, width, most rows of an item, items) of every modality,
-   those that the prompt brings first, in its order; the others with no items. The last list is one a modality. */
+   table: (modality index, placeholder id, width, most rows of an item, items) of every modality, and
+   what of these names rows (`read_items`), if any does; those that the prompt brings first, in its order; the others with no items. The last list is one a modality. */
 static PyObject *
 pack_message(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -550,10 +646,10 @@ pack_message(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     msg->lowest = INT64_MAX;
     msg->highest = -1;
     for (int k = 0; k < count; k++) {
-        PyObject *items = NULL;
+        PyObject *items = NULL, *named = NULL;
         long long index, token, width, max_rows;
-        if (!PyArg_ParseTuple(PyList_GetItem(args[1], k), "LLLLO", &index, &token, &width,
-                              &max_rows, &items))
+        if (!PyArg_ParseTuple(PyList_GetItem(args[1], k), "LLLLO|O", &index, &token, &width,
+                              &max_rows, &items, &named))
             goto end;
         Modality *m = &msg->modalities[msg->count++];
         m->index = index;
@@ -563,7 +659,7 @@ pack_message(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
         m->code = -1;
         if (index < 0 || index > MODALITY_MASK || width < 1 || width > WIDTH_MASK || token < 0)
             goto end;
-        if (read_items(m, items) != 0)
+        if (read_items(m, items, named) != 0)
             goto end;
         if (m->code >= 0 && !converts(m->code, to))
             goto end;
@@ -587,8 +683,8 @@ pack_message(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     }
     for (int k = 0; k < msg->count; k++) {
         const Modality *m = &msg->modalities[k];
-        int64_t nbytes = m->code < 0 ? 0 : m->rows * m->width * SIZE_OF[m->code];
-        PyObject *row = Py_BuildValue("nLL", m->count, (long long)m->rows, (long long)nbytes);
+        int64_t nbytes = m->code < 0 ? 0 : m->sent * m->width * SIZE_OF[m->code];
+        PyObject *row = Py_BuildValue("nLL", m->count, (long long)m->sent, (long long)nbytes);
         int wrong = row == NULL || PyList_Append(tally, row) != 0;
         Py_XDECREF(row);
         if (wrong)
@@ -642,15 +738,31 @@ typedef struct {
     int64_t rows;
 } Slice;
 
-/* find_rows(slices, widths, dtype code) -> bytearray or None: the address of each row, int64, then
-   the modality of each, int64. */
+/* find_rows(slices, widths, dtype code, banks) -> bytearray or None: the address of each row, int64,
+   then the modality of each, int64; with banks then a byte each, whether the row lies on the device.
+   `banks` is None or int64 [5 n]: of each bank its address (0: not to be found so), rows, bytes of a
+   row, modality, and whether that address is the device's. */
 static PyObject *
 find_rows(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
-    if (exchange == NULL || nargs != 3 || !PyList_CheckExact(args[0]) ||
+    if (exchange == NULL || nargs != 4 || !PyList_CheckExact(args[0]) ||
         !PyTuple_CheckExact(args[1]))
         return not_mine();
     Py_ssize_t parts = PyList_Size(args[0]), modalities = PyTuple_Size(args[1]);
+    const int has_banks = args[3] != Py_None;
+    Py_buffer table = {0};
+    Bank banks[MOST_BANKS];
+    int64_t num_banks = 0;
+    if (has_banks) {
+        if (get_array(args[3], &table, 'q', 0) != 0)
+            return not_mine();
+        num_banks = table.len / (Py_ssize_t)sizeof(Bank);
+        if (num_banks <= MOST_BANKS)
+            memcpy(banks, table.buf, sizeof(Bank) * (size_t)num_banks);
+        PyBuffer_Release(&table);
+        if (num_banks > MOST_BANKS)
+            return not_mine();
+    }
     int code = (int)PyLong_AsLong(args[2]);
     if (code < F32 || code > BF16 || modalities > MOST_MODALITIES || parts == 0)
         return not_mine();
@@ -679,10 +791,11 @@ find_rows(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
         total += t.shape[0];
         PREFETCH(slices[i].entry);
     }
-    found = PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)(16 * total));
+    found = PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)((has_banks ? 17 : 16) * total));
     if (found == NULL)
         goto wrong;
     int64_t *address = (int64_t *)PyByteArray_AsString(found), *modality = address + total;
+    char *resident = has_banks ? (char *)(modality + total) : NULL;
     for (Py_ssize_t i = 0; i < parts; i++) {
         const int64_t *entry = slices[i].entry;
         int64_t rows = slices[i].rows, before, behind;
@@ -706,6 +819,20 @@ find_rows(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
             int64_t kind = (int64_t)(bits >> WIDTH_AT);
             int64_t m = (kind >> (MODALITY_AT - WIDTH_AT)) & MODALITY_MASK;
             int64_t row_at = (int64_t)(bits & BEGIN_MASK);
+            if (bits >> DTYPE_AT == BANK_CODE) {
+                int64_t number = kind & WIDTH_MASK;
+                if (number >= num_banks || m >= modalities)
+                    goto wrong;
+                const Bank *bank = &banks[number];
+                if (bank->address == 0 || bank->modality != m || row_at >= bank->rows)
+                    goto wrong;
+                address[at] = bank->address + row_at * bank->row_bytes;
+                resident[at] = bank->resident != 0;
+                modality[at++] = m;
+                continue;
+            }
+            if (resident != NULL)
+                resident[at] = 0;
             if (m >= modalities || kind != kinds[m] || end - begin - row_at < row_bytes[m])
                 goto wrong;
             address[at] = (int64_t)(intptr_t)(begin + row_at);
@@ -718,32 +845,6 @@ wrong:
     PyMem_Free(slices);
     Py_XDECREF(found);
     return not_mine();
-}
-
-/* What an array of one dimension holds: `format` is 'q' for int64, '?' for bool (of a tensor, too),
-   'B' for uint8. */
-static int
-get_array(PyObject *o, Py_buffer *b, char format, int writable)
-{
-    if (format == '?' && (PyObject *)Py_TYPE(o) == tensor_type) {
-        DLTensor t;
-        if (exchange->read(o, &t) != 0 || t.device.type != DL_CPU || t.ndim != 1 ||
-            t.strides[0] != 1 || t.dtype.code != DL_BOOL || t.dtype.lanes != 1)
-            return -1;
-        memset(b, 0, sizeof *b); /* of no owner: its caller holds the tensor */
-        b->buf = (char *)t.data + t.byte_offset;
-        b->len = t.shape[0];
-        return 0;
-    }
-    if (PyObject_GetBuffer(o, b, PyBUF_ND | PyBUF_FORMAT | (writable ? PyBUF_WRITABLE : 0)) != 0)
-        return -1;
-    char got = b->format == NULL || b->format[0] == 0 || b->format[1] != 0 ? 0 : b->format[0];
-    if (got == 'l' && b->itemsize == 8)
-        got = 'q'; /* int64 has two names where long is as long */
-    if (got == format && b->ndim == 1 && (uintptr_t)b->buf % (size_t)b->itemsize == 0)
-        return 0;
-    PyBuffer_Release(b);
-    return -1;
 }
 
 enum { ADDRESS, MODALITY, MASK, OUT, BUFFERS };
