@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FILES = [*ROOT.glob("mmqwen/**/*.py"), *ROOT.glob("kernels/mmqwen_kernels/*.py")]
 
 LAYERS = (
-    ("cli", "serve", "doctor", "pipeline", "engines", "sampling", "demo", "training"),
+    ("cli", "serve", "doctor", "pipeline", "engines", "sampling", "demo", "training", "playground"),
     ("vllm_plugin",),
     ("checkpoint.build",),
     ("hf",),
