@@ -114,7 +114,7 @@ def rows_of(strokes: Sequence[np.ndarray], shuffle: int | None = None) -> dict[s
         strokes: as `draw` takes them.
         shuffle: a seed, to have the same numbers in other places. Not whole rows: each says which
             column it is, so their order says little (of held-out digits 94% are read with rows in
-            another order, 11% with numbers in other places).
+            another order, 10% with numbers in other places).
 
     Returns:
         `strokes` float32 `[n, 16]` and `profile` float32 `[2, 10]`.
