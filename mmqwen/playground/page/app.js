@@ -11,6 +11,7 @@ const lanes = { sent: $("#sent"), shuffled: $("#shuffled") };
 let strokes = []; // of points [x, y], 0 to 1
 let start = { samples: {}, question: "" };
 let seed = 1; // of the shuffled rows
+let turn = 0; // counts drawings and questions: what comes late belongs to an earlier one
 let asking = new AbortController();
 let pause, preview, animation;
 
@@ -83,7 +84,7 @@ async function post(path, body, signal) {
   return answer;
 }
 
-async function* lines(answer) {
+async function* lines(answer, signal) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {
@@ -91,7 +92,10 @@ async function* lines(answer) {
     if (done) return;
     const parts = (text + value).split("\n");
     text = parts.pop();
-    for (const line of parts) yield JSON.parse(line);
+    for (const line of parts) {
+      signal.throwIfAborted(); // what had come already is of a drawing that is gone
+      yield JSON.parse(line);
+    }
   }
 }
 
@@ -100,7 +104,7 @@ async function ask(lane, shuffle, signal) {
   const sent = performance.now();
   const answer = await post("ask", { strokes, shuffle }, signal);
   let waiting = true;
-  for await (const event of lines(answer)) {
+  for await (const event of lines(answer, signal)) {
     if (event.error) throw new Error(event.error);
     if (event.rows) showRows(lane, event.rows);
     if (event.token === undefined) continue;
@@ -111,11 +115,13 @@ async function ask(lane, shuffle, signal) {
     }
     $(".said", lane).textContent = ($(".said", lane).textContent + event.token).trim();
   }
+  signal.throwIfAborted();
   lane.dataset.done = "true";
 }
 
 async function askBoth(order = [["sent", null], ["shuffled", seed]]) {
   if (!strokes.length) return;
+  turn += 1;
   asking.abort();
   asking = new AbortController();
   const { signal } = asking;
@@ -130,22 +136,24 @@ async function askBoth(order = [["sent", null], ["shuffled", seed]]) {
 async function look() {
   preview = undefined;
   if (!strokes.length) return;
+  const began = turn;
   try {
     const answer = await (await post("rows", { strokes })).json();
-    showRows(lanes.sent, answer.rows);
+    if (began === turn) showRows(lanes.sent, answer.rows);
   } catch (error) {
     say(error.message);
   }
 }
 
-function changed() {
+function changed(whole) {
   paint();
   clearTimeout(pause);
-  pause = setTimeout(askBoth, PAUSE);
+  if (whole) pause = setTimeout(askBoth, PAUSE);
   preview ??= setTimeout(look, PREVIEW);
 }
 
 function clear() {
+  turn += 1;
   strokes = [];
   for (const timer of [pause, preview]) clearTimeout(timer);
   cancelAnimationFrame(animation);
@@ -172,7 +180,7 @@ function write(digit) {
       if (left > 0) strokes.push(stroke.slice(0, left));
       left -= stroke.length;
     }
-    changed();
+    changed(shown === total);
     if (shown++ < total) animation = requestAnimationFrame(step);
   };
   step();
@@ -194,7 +202,7 @@ pad.addEventListener("pointerdown", (event) => {
   pen = event.pointerId;
   pad.setPointerCapture(pen);
   strokes.push([point(event)]);
-  changed();
+  changed(false);
 });
 pad.addEventListener("pointermove", (event) => {
   if (event.pointerId !== pen) return;
@@ -202,13 +210,14 @@ pad.addEventListener("pointermove", (event) => {
   const here = point(event);
   if (Math.hypot(here[0] - last[0], here[1] - last[1]) < 0.01) return;
   strokes.at(-1).push(here);
-  changed();
+  changed(false);
 });
 for (const name of ["pointerup", "pointercancel"]) {
   pad.addEventListener(name, (event) => { 
     if (event.pointerId !== pen) return;
     pen = null;
     lifted = performance.now();
+    changed(true);
   });
 }
 
