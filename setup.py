@@ -47,7 +47,7 @@ setup(
     # No kernels/__init__.py: PyPI's package `kernels`, which transformers imports when it is
     # there, must not be shadowed by a folder of that name.
     package_dir={"mmqwen_kernels": "kernels/mmqwen_kernels"},
-    package_data={"mmqwen": ["py.typed"], "mmqwen_kernels": ["py.typed"]},
+    package_data={"mmqwen": ["py.typed", "playground/page/*"], "mmqwen_kernels": ["py.typed"]},
     install_requires=[
         "numpy>=1.26",
         "torch>=2.11",

@@ -39,6 +39,27 @@ PASS_THROUGH = {
 }
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+    debug: Annotated[  # `main` takes it out, wherever it stands
+        bool, typer.Option("--debug", help="Show where in the code an error arose.")
+    ] = False,
+) -> None:
+    """What stands before a command."""
+
+
 def parse_modality_flag(text: str) -> tuple[str, dict[str, Any]]:
     """`m1=768`, `m1` or `m2=512:hidden=1024:activation=gelu:token=<|x|>` -> name and fields.
 
@@ -80,11 +101,34 @@ def demo(
         Path, typer.Option("--output", "-o", help="Where the checkpoint and the picture go.")
     ] = Path("demo-out"),
     seed: Annotated[int, typer.Option(help="Seed of the data split and the weights.")] = 0,
+    play: Annotated[bool, typer.Option("--play", help="Then open the playground.")] = False,
 ) -> None:
     """Train a small model on real handwritten digits, serve it through vLLM, compare."""
     from mmqwen.demo.run import run  # the package attribute is the module, once imported
 
-    raise typer.Exit(run(output, seed=seed))
+    status = run(output, seed=seed)
+    if play and status == 0:
+        from mmqwen.playground.run import run as run_playground
+
+        status = run_playground(output / "checkpoint")
+    raise typer.Exit(status)
+
+
+@app.command()
+def playground(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A checkpoint that `mmqwen demo` has made.")
+    ] = Path("demo-out/checkpoint"),
+    url: Annotated[
+        str | None, typer.Option(help="A server that runs already, as http://127.0.0.1:8000.")
+    ] = None,
+    port: Annotated[int, typer.Option(help="Port of the page; 0 for any free one.")] = 8010,
+    browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
+) -> None:
+    """Draw a digit in a browser on this machine; see its rows, and the answer as it streams."""
+    from mmqwen.playground.run import run
+
+    raise typer.Exit(run(checkpoint, url=url, port=port, browser=browser))
 
 
 @app.command()
@@ -156,7 +200,7 @@ app.add_typer(bank_app, name="bank")
 
 @app.command(context_settings=PASS_THROUGH)
 def serve(context: typer.Context) -> None:
-    """Serve a checkpoint over vLLM's OpenAI API: `mmqwen serve CKPT [any vLLM flag]`."""
+    """Serve a checkpoint over vLLM's OpenAI API: `mmqwen serve CHECKPOINT \\[any vLLM flag]`."""
     from mmqwen.serve import main as run_server
 
     raise typer.Exit(run_server(context.args))

@@ -102,5 +102,14 @@ def test_brackets_in_a_message_are_not_markup(tmp_path, capsys):
 def test_version(capsys):
     from mmqwen import __version__
 
-    assert main(["version"]) == 0
-    assert capsys.readouterr().out.strip() == __version__
+    for asked in ("version", "--version"):
+        assert main([asked]) == 0
+        assert capsys.readouterr().out.strip() == __version__
+
+
+def test_help_shows_the_syntax(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["--help"]) == 0
+    assert "mmqwen serve CHECKPOINT [any vLLM flag]" in capsys.readouterr().out
+    assert main(["build", "--help"]) == 0
+    assert "NAME=WIDTH[:hidden=N][:max_rows=N][:token=TEXT]" in capsys.readouterr().out

@@ -29,6 +29,7 @@ LAYERS = (
         "demo",
         "training",
         "evaluation",
+        "playground",
     ),
     ("vllm_plugin",),
     ("checkpoint.build",),

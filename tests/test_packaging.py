@@ -105,6 +105,9 @@ def test_every_module_is_in_the_wheel(wheel):
     modules |= {path.relative_to(folder).as_posix() for path in folder.rglob("*.py")}
     assert modules - packed == set()
     assert {"mmqwen/py.typed", "mmqwen_kernels/py.typed"} <= packed
+    page = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("mmqwen/playground/page/*")}
+    assert len(page) == 3
+    assert page - packed == set()
     tops = {name.split("/")[0] for name in packed if ".dist-info" not in name}
     assert tops == {"mmqwen", "mmqwen_kernels"}
 
