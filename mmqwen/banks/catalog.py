@@ -248,7 +248,7 @@ class BankCatalog:
             ids = _read_keys(item, served, modality, index, most)
         else:
             ids = _read_ids(item, modality, index, most)
-        if not 0 <= int(ids.min()) <= int(ids.max()) < served.bank.num_rows:
+        if int(ids.view(np.uint64).max()) >= served.bank.num_rows:  # negative ones are large there
             wrong = int(ids[(ids < 0) | (ids >= served.bank.num_rows)][0])
             refuse(
                 "id", modality, index, f"id {wrong} of bank {item.bank!r}",
