@@ -29,6 +29,7 @@ _started: list[Any] = []
 def start(checkpoint: str | Path, **options: Any) -> Any:
     """A vLLM engine with the tests' settings: small, eager, in float32 unless told."""
     from vllm import LLM
+    from vllm.distributed import parallel_state
 
     from mmqwen.vllm_plugin import register
 
@@ -42,6 +43,9 @@ def start(checkpoint: str | Path, **options: Any) -> Any:
         "disable_log_stats": True,
         **options,
     }
+    # vLLM makes its groups once a process, that of experts only if the first model has experts.
+    if parallel_state._TP is not None and parallel_state._EP is None:
+        parallel_state._EP = parallel_state._TP
     _started.append(LLM(model=str(checkpoint), **settings))
     return _started[-1]
 

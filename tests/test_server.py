@@ -18,7 +18,6 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from conversations import Conversation, rows
 from engines import TOLERANCE, reference
@@ -202,18 +201,18 @@ def test_choice_and_json_schema(client, checkpoint):
     assert set(json.loads(written.choices[0].message.content)) <= {"yes", "no"}
 
 
-def test_tool_call(client, checkpoint):
-    """Without white space: vLLM up to 0.30 grants it without an end inside a tool call, whatever
-    disable_any_whitespace says, and a model of random weights never leaves it."""
-    words = AutoTokenizer.from_pretrained(checkpoint)
-    blank = [i for i in range(len(words)) if not words.decode([i]).strip(" \t\r\n")]
+@pytest.mark.skipif(
+    vllm.__version_tuple__ < (0, 31),
+    reason="vLLM before 0.31 grants white space without an end inside a tool call, whatever "
+    "disable_any_whitespace says, and a model of random weights never leaves it",
+)
+def test_tool_call(client):
     parameters = {"type": "object", "properties": {"on": {"enum": [1]}}, "required": ["on"]}
     conversation = Conversation().user(rows("m1", 3), "switch it on")
     answer = client.chat.completions.create(
         **conversation.request(
             logprobs=False,
             max_tokens=300,
-            logit_bias={str(i): -100.0 for i in blank},
             tools=[{"type": "function", "function": {"name": "switch", "parameters": parameters}}],
             tool_choice={"type": "function", "function": {"name": "switch"}},
         )

@@ -67,7 +67,8 @@ def test_a_random_start_is_recorded_with_the_weights(start, tmp_path):
 def test_a_given_projector_is_trained_unless_it_says_otherwise(start, base, tmp_path):
     given = tmp_path / "given.safetensors"
     tensors = load_file(start / FILE)
-    save_file({k: v for k, v in tensors.items() if ".m1." in k}, given)
+    own = {k: v for k, v in tensors.items() if ".m1." in k}
+    save_file(own, given, metadata={"activation": "relu"})
     with pytest.warns(UntrainedProjectorsWarning, match="of site are UNTRAINED"):
         one = build_checkpoint(base, MODALITIES, tmp_path / "one", projector=given)
     assert read_trained(one) == {"m1": True, "site": False}

@@ -323,7 +323,7 @@ def test_a_checkpoint_s_bank_is_settled_before_any_process_starts(banks, checkpo
 def test_a_reload_of_the_weights_leaves_the_banks_as_they_are(llm):
     llm.collective_rpc("reload_weights")
     llm.reset_prefix_cache()
-    # Ids that were not asked for before: a reload empties the worker's cache of packs alone.
+    llm.llm_engine.reset_encoder_cache()  # a reload empties the worker's cache of packs alone
     named = {"m1": [BankRows("items", [41, 3]), BankRows("users", [17])]}
     by_id = ask(llm, "after <|m1|> and <|m1|>", named)
     assert answer(by_id) == answer(ask(llm, "after <|m1|> and <|m1|>", by_value(named)))

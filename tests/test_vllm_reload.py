@@ -277,7 +277,7 @@ def plain_loader():
 def test_a_projector_file_under_another_loader(folders, tmp_path, plain_loader):
     old, new = folders
     file = tmp_path / "projectors.safetensors"
-    shutil.copy(new / "projectors.safetensors", file)
+    save_file(load_file(new / "projectors.safetensors"), file, metadata={"activation": "relu"})
     base = old.with_name("old-base")
     llm = start(
         base, hf_overrides=overrides(old, file), load_format=plain_loader,
