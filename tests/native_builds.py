@@ -31,7 +31,7 @@ def build(folder: Path, flags: Sequence[str] = ("-O3",)) -> Path:
     """Compile the helper as setup.py does, into `folder`."""
     command = compiler()
     if command is None:
-        pytest.skip("no C compiler")
+        pytest.skip("needs a C compiler (apt-get install gcc, or CC=...) to compile the helper")
     target = folder / "_native.abi3.so"
     done = subprocess.run(
         [

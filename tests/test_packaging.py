@@ -120,7 +120,7 @@ def test_one_wheel_with_the_native_helper_serves_every_python(wheel, target):
     """abi3: the interpreter that runs it need not be the one that it was compiled for."""
     assert "-cp311-abi3-" in wheel.name
     if compiler() is None:
-        pytest.skip("no C compiler")
+        pytest.skip("needs a C compiler (apt-get install gcc, or CC=...) to compile the helper")
     packed = set(zipfile.ZipFile(wheel).namelist())
     assert NATIVE in packed
     assert not any(name.endswith(".c") for name in packed)

@@ -9,7 +9,15 @@ from typing import Annotated, Any
 
 import typer
 
-from mmqwen.commands.options import messages_of, quiet_engine, read_options, read_rows
+from mmqwen.commands.options import (
+    DeviceOption,
+    DtypeOption,
+    EngineOptions,
+    messages_of,
+    quiet_engine,
+    read_options,
+    read_rows,
+)
 
 
 def command(
@@ -33,15 +41,9 @@ def command(
         bool,
         typer.Option("--json", help="Print text, token ids, finish reason and log-probabilities."),
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
-    option: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=VALUE",
-            help="Of vllm.LLM or from_pretrained, as max_model_len=4096; repeat for more.",
-        ),
-    ] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    option: EngineOptions = None,
 ) -> None:
     """Continue one prompt: `mmqwen generate CKPT "What is <|m1|>?" --rows m1=rows.npy`."""
     options = read_options(option or [])

@@ -1,4 +1,4 @@
-"""Options that several commands read alike. Standard library only, until a file is opened."""
+"""Options that several commands have, and read, alike. Light, until a file is opened."""
 
 from __future__ import annotations
 
@@ -6,11 +6,23 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from mmqwen.modalities import ModalityError, ModalitySpec, parse_modalities
 
 SAFETENSORS = ".safetensors"
+
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
+EngineOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=VALUE",
+        help="Of vllm.LLM or from_pretrained, as max_model_len=4096; repeat for more.",
+    ),
+]
 
 
 def quiet_engine() -> None:

@@ -8,7 +8,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from mmqwen.commands.options import quiet_engine, read_options
+from mmqwen.commands.options import (
+    DeviceOption,
+    DtypeOption,
+    EngineOptions,
+    quiet_engine,
+    read_options,
+)
 
 _CONTROLS = "rows,shuffled,none"
 
@@ -37,15 +43,9 @@ def command(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write all of it as JSON.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
-    option: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=VALUE",
-            help="Of vllm.LLM or from_pretrained, as max_model_len=4096; repeat for more.",
-        ),
-    ] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    option: EngineOptions = None,
     progress: Annotated[bool, typer.Option(help="Show a bar.")] = True,
 ) -> None:
     """Accuracy and perplexity of a dataset's answers: with rows, with rows shuffled, without.
