@@ -157,6 +157,13 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "moe-tp2": Configuration(
         "bfloat16", {"tensor_parallel_size": 2, **TWO_RANKS}, checkpoint=MOE, group="moe"
     ),
+    "moe-ep2": Configuration(
+        "bfloat16",
+        {"tensor_parallel_size": 2, "enable_expert_parallel": True, **TWO_RANKS},
+        checkpoint=MOE,
+        group="moe",
+        cpu=False,
+    ),
     "fp32-tp2": Configuration(
         "float32", {**EAGER, "tensor_parallel_size": 2, **TWO_RANKS}, group="fp32"
     ),

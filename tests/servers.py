@@ -28,6 +28,7 @@ STOCK = ("-m", "vllm.entrypoints.openai.api_server")
 ENGINE_FLAGS = (
     "--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--block-size", "32",
     *(("--gpu-memory-utilization", "0.3") if torch.cuda.is_available() else ()),  # two at a time
+    *os.environ.get("MMQWEN_TEST_SERVE_FLAGS", "").split(),  # such as --data-parallel-size 2
 )  # fmt: skip
 
 TINY_FLAGS = ("--served-model-name", "tiny", "--enable-prompt-tokens-details", *ENGINE_FLAGS)
