@@ -221,7 +221,8 @@ CONFIGURATIONS: dict[str, Configuration] = {
         checkpoint={**NEXT, **FOUR_LAYERS},
     ),
 }
-CHILD_SECONDS = 280
+CHILD_SECONDS = 560
+"""Most that one may take. A hybrid's kernels are tuned at its start, which takes minutes."""
 
 _engines: list[Any] = []
 """Engines live until the process ends: freeing one tears down the process groups of all."""
@@ -475,7 +476,12 @@ def run_child(name: str, arguments: argparse.Namespace, scratch: Path, deadline:
         try:
             child.wait(timeout=left)
         except subprocess.TimeoutExpired:
-            return {"configuration": name, "ok": False, "failures": [f"no answer in {left:.0f} s"]}
+            return {
+                "configuration": name,
+                "ok": False,
+                "failures": [f"no answer in {left:.0f} s"],
+                "tail": (scratch / f"{name}.err").read_text()[-1000:],
+            }
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)

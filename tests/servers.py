@@ -27,7 +27,12 @@ STOCK = ("-m", "vllm.entrypoints.openai.api_server")
 
 ENGINE_FLAGS = (
     "--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--block-size", "32",
-    *(("--gpu-memory-utilization", "0.3") if torch.cuda.is_available() else ()),  # two at a time
+    # No share of a GPU's memory: servers start side by side, and profiling would see the others.
+    *(
+        ("--gpu-memory-utilization", "0.08", "--kv-cache-memory-bytes", str(1 << 30))
+        if torch.cuda.is_available()
+        else ()
+    ),
     *os.environ.get("MMQWEN_TEST_SERVE_FLAGS", "").split(),  # such as --data-parallel-size 2
 )  # fmt: skip
 
