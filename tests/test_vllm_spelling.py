@@ -12,11 +12,23 @@ from spelling import answers_of, compare, make_pairs, make_spelling_checkpoint
 
 import engines
 from engines import TOLERANCE
+from mmqwen_kernels import native
 
 
-@pytest.mark.parametrize("configuration", ["bf16-chunked", "bf16-preempted", "bf16-lora-eager"])
-def test_spelled_tokens_are_answered_as_tokens(configuration):
+def without_helper(monkeypatch):
+    """Here and in processes begun from here, Python does what the native helper does."""
+    monkeypatch.setenv(native.VARIABLE, "0")
+    monkeypatch.setattr(native, "helper", None)
+
+
+@pytest.mark.parametrize(
+    "configuration", ["bf16-chunked", "bf16-chunked by Python", "bf16-preempted", "bf16-lora-eager"]
+)
+def test_spelled_tokens_are_answered_as_tokens(configuration, monkeypatch):
     """Chunks that cut items and prefix hits; verified preemptions; an adapter on the text model."""
+    configuration, _, by_python = configuration.partition(" by ")
+    if by_python:
+        without_helper(monkeypatch)
     result = run_one(configuration, requests=24, extra={}, answers_file=None)
     assert result["ok"], result
     assert result["spelled"]["equal"] == 24, result
@@ -48,13 +60,18 @@ def test_text_models_answer_spelled_tokens_as_tokens_and_as_transformers(tmp_pat
 
 
 def test_tensor_and_pipeline_parallel_engines_answer_as_one_rank(monkeypatch, tmp_path):
-    """Two processes each, over gloo; with tensor parallelism a step has one collective."""
+    """Two processes each, over gloo; with tensor parallelism a step has one collective.
+
+    The pipeline's ranks do without the native helper.
+    """
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     # vLLM wants a NUMA node a rank otherwise. It reads its variables once a process.
     monkeypatch.setattr("vllm.envs.VLLM_CPU_OMP_THREADS_BIND", "nobind", raising=False)
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     names = ["fp32", "fp32-tp2", "fp32-pp2"]
     for name in names:
+        if name == "fp32-pp2":
+            without_helper(monkeypatch)
         result = run_one(name, requests=8, extra={}, answers_file=tmp_path / f"{name}.json")
         assert result["ok"], result
         if name == "fp32-tp2":
