@@ -36,18 +36,21 @@ from mmqwen.training import TrainSettings, train
 PROMPT = "Liked <|film|> next"
 FACTORS, HISTORY, CANDIDATES = 32, 20, 20
 LIKED, FANS = 4.0, 20  # stars that count as a like, and likes that a film needs to take part
+EPOCHS, SMALL_USERS, SMALL_FANS = 2.0, 100, 3
 SPECIAL = ("<|end|>", "<|other|>", "Liked", "next")
 
 
 class Films:
     """Titles, genres `[films, kinds]`, each user's likes in order of time, and all rated."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, small: bool = False) -> None:
         lines = (folder / "ml-100k.inter").read_text().splitlines()[1:]
         ratings = [line.split("\t") for line in lines]
+        if small:
+            ratings = [rating for rating in ratings if int(rating[0]) <= SMALL_USERS]
         fans = Counter(film for _, film, stars, _ in ratings if float(stars) >= LIKED)
         about = [line.split("\t") for line in (folder / "ml-100k.item").read_text().splitlines()]
-        kept = [line for line in about[1:] if fans[line[0]] >= FANS]
+        kept = [line for line in about[1:] if fans[line[0]] >= (SMALL_FANS if small else FANS)]
         number = {line[0]: at for at, line in enumerate(kept)}
         kinds = sorted({kind for line in kept for kind in line[3].split()})
         self.titles = [f"{'_'.join(n.split())}_({y})#{i}" for i, n, y, _ in kept]
@@ -75,7 +78,7 @@ def make_rows(films: Films) -> tuple[np.ndarray, np.ndarray]:
     popularity = liked.sum(0)
     weighted = liked / np.sqrt(liked.sum(1, keepdims=True) * np.maximum(popularity, 1))
     _, strength, right = np.linalg.svd(weighted, full_matrices=False)
-    factors = (right.T * strength)[:, 1 : FACTORS + 1]  # the first one is popularity
+    factors = (right.T * strength)[:, 1 : FACTORS + 1]  # the first one is how often each is liked
     rows = np.concatenate([factors / factors.std(), films.genres], 1)
     return rows.astype("f4"), popularity
 
@@ -126,7 +129,7 @@ def figures(scores: list[np.ndarray]) -> tuple[float, float, float]:
 
 def run(data: Path, folder: Path, engine: Any, small: bool) -> dict[str, tuple[float, ...]]:
     """Build the bank, train, serve and rank; the figures of each way to do so."""
-    films = Films(data)
+    films = Films(data, small)
     rows, popularity = make_rows(films)
     np.save(folder / "rows.npy", rows)
     (folder / "titles").write_text("\n".join(films.titles))
@@ -164,8 +167,30 @@ def run(data: Path, folder: Path, engine: Any, small: bool) -> dict[str, tuple[f
     pairs = list(zip(asked, histories, strict=True))
     found["factors, mean of history"] = figures([unit[a] @ unit[h].mean(0) for a, h in pairs])
     found["popularity"] = figures([popularity[a] for a, _ in pairs])
-    found["chance"] = figures([np.zeros(CANDIDATES)] * 1)
+    at_random = np.arange(CANDIDATES, 0, -1)
+    found["chance"] = figures([np.roll(at_random, place) for place in range(CANDIDATES)])
     return found
 
 
-EPOCHS = 2.0
+def main() -> None:
+    """Run in a temporary folder, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--data", type=Path, help="folder of the ml-100k files; recbole's otherwise"
+    )
+    parser.add_argument("--engine", default="vllm" if find_spec("vllm") else "transformers")
+    parser.add_argument("--small", action="store_true", help="a hundred users: a try, no figures")
+    arguments = parser.parse_args()
+    recbole = find_spec("recbole")
+    if arguments.data is None and recbole is None:
+        parser.error("no data: pip install --no-deps recbole, or --data FOLDER")
+    data = arguments.data or Path(recbole.origin).parent / "dataset_example/ml-100k"
+    with tempfile.TemporaryDirectory() as folder:
+        found = run(data, Path(folder), arguments.engine, arguments.small)
+    print(f"{'':26}  hit@1   hit@5    MRR")
+    for name, (first, fifth, rank) in found.items():
+        print(f"{name:26} {first:6.1%}  {fifth:6.1%}  {rank:5.3f}")
+
+
+if __name__ == "__main__":
+    main()
