@@ -91,6 +91,7 @@ class MultimodalQwen3Pipeline:
         self._closed = False
         self._reading = Lock()  # the engine starts once, and tokenizers are for one thread
         self.specs: dict[str, ModalitySpec] = {}
+        self.banks: dict[str, Any] = {}
         if _is_composite(self.model_name):
             if modalities is not None or projector is not None:
                 raise ValueError(
@@ -456,6 +457,7 @@ class MultimodalQwen3Pipeline:
         own = parse_banks(getattr(config, "banks", None), checkpoint)
         banks = {**{name: bank.to_dict() for name, bank in own.items()}, **self._banks}
         self._engine = kind(checkpoint, self._device, self._options, banks)
+        self.banks = banks
         self._vocab_size = config.vocab_size
         self.specs = config.modality_specs
 
