@@ -29,7 +29,6 @@ _POINTED = {f"*{name}": dtype for dtype, name in (TRITON_DTYPES | INTEGERS).item
 _WORDS = ("entries_ptr", "weights_ptr", "row_address_ptr", "slots_ptr", "text_ptr")
 _ADDRESSES = ("x_address", "w_address", "b_address")
 _WIDE = dict.fromkeys(_WORDS, "*i64") | dict.fromkeys(_ADDRESSES, "i64")
-_ROWS = ("hidden_ptr", "out_ptr", "table_ptr")
 
 
 def compiler_options(warps: int, stages: int, dependent: bool = False) -> dict[str, Any]:
@@ -55,7 +54,7 @@ def types_of(
     for name in kernel.arg_names:
         if name in constants:
             found[name] = "constexpr"
-        elif name in _ROWS:
+        elif name in kernels.ROW_POINTERS:
             found[name] = "*" + TRITON_DTYPES[dtype]
         elif name == "ids_ptr":
             found[name] = "*" + INTEGERS[ids_dtype]
@@ -83,7 +82,7 @@ def ast_source(
     attributes: dict[tuple[int, ...], list[list[Any]]] = {
         (at,): [["tt.divisibility", 16]]
         for at, name in enumerate(kernel.arg_names)
-        if name in _ROWS and (aligned or name == "hidden_ptr")
+        if name in kernels.ROW_POINTERS and (aligned or name == "hidden_ptr")
     }
     signature = types_of(kernel, constants, dtype, ids_dtype)
     return ASTSource(kernel, signature, constexprs=constants, attrs=attributes)

@@ -309,8 +309,7 @@ class TritonBackend:
         dependent: bool,
     ) -> Any:
         constants = _tile_constants(tile, weights.hidden, dtype, align, dependent)
-        # Slots are listed where there are tokens; rows projected alone go to out[r].
-        constants["HAS_SLOTS"] = constants["HAS_TEXT"] = ids_dtype is not None
+        constants["HAS_TOKENS"] = ids_dtype is not None
         constants["BLOCK_T"], constants["BLOCK_D"] = text_tile
         return self.kernels.get(
             kernels._project_down_kernel, dtype, ids_dtype or torch.int64,
