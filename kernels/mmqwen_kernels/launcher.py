@@ -101,24 +101,11 @@ class Compiled:
         # All of it is kept: from triton 3.8 on its end unloads the module that is launched here.
         self.kernel = triton.compile(source, options=options)
         self._run = self.kernel.run  # loads the module onto the current device
-        self._function = self.kernel.function
-        self._metadata = self.kernel.packed_metadata
+        self._fixed = (self.kernel.function, self.kernel.packed_metadata, None, None, None)
         self._constants = tuple(constants)
 
     def __call__(self, programs: int, stream: int, *args: int) -> None:
-        self._run(
-            programs,
-            1,
-            1,
-            stream,
-            self._function,
-            self._metadata,
-            None,
-            None,
-            None,
-            *args,
-            *self._constants,
-        )
+        self._run(programs, 1, 1, stream, *self._fixed, *args, *self._constants)
 
 
 class Pointer:

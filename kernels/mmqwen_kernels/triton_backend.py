@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,6 @@ from mmqwen_kernels.tiles import (
     launches_dependently,
     text_columns,
 )
-from mmqwen_kernels.upload import PerDevice
 from mmqwen_kernels.weights import WeightTable, WeightTables
 
 HIDDEN_ALIGN = 16  # elements; K2's kernel relies on it
@@ -382,4 +382,5 @@ def _align_of(itemsize: int, align_bytes: int, *tensors: torch.Tensor) -> int:
     return max(align_bytes // itemsize, 1)
 
 
-triton_backend = PerDevice(TritonBackend)
+triton_backend = cache(TritonBackend)
+"""A device's own."""
