@@ -224,8 +224,8 @@ def _call_of_launcher(compiled: Any, dispatch: Any) -> tuple[Any, ...]:
     """
     calls: list[tuple[Any, ...]] = []
     kind = type(compiled)
-    noted = type(kind.__name__, (kind,), {"run": property(lambda self: _noting(calls))})
-    compiled.__class__ = noted
+    noting = property(lambda self: lambda *args: calls.append(args))
+    compiled.__class__ = type(kind.__name__, (kind,), {"run": noting})
     try:
         dispatch()
     finally:
@@ -233,10 +233,6 @@ def _call_of_launcher(compiled: Any, dispatch: Any) -> tuple[Any, ...]:
     if len(calls) != 1:
         raise RuntimeError(f"Triton called a kernel's launcher {len(calls)} times, expected once")
     return calls[0]
-
-
-def _noting(calls: list[tuple[Any, ...]]) -> Any:
-    return lambda *args: calls.append(args)
 
 
 # -- all kernels of a device ---------------------------------------------------------------------

@@ -73,22 +73,17 @@ class LaunchConfig:
 # none, the last, unless waves of the one before it cost less (`WIDE_WAVE`).
 #
 # Every one of them multiplies by wgmma, with the weight rows (swap) or x's as the M of 64, and goes
-# through K in order, so that a row's bits do not depend on its batch. The prototype's split-K for
-# few rows would break that; more stages make up for it.
-FEW = {
-    rows: (
-        TileConfig(rows, 64, 128, num_warps=4, num_stages=6, swap=True),
-        TileConfig(rows, 64, 128, num_warps=4, num_stages=4, swap=True),
-    )
-    for rows in (16, 32)
-}
-FEW_DOWN = {
-    rows: (
-        TileConfig(rows, 64, 128, num_warps=4, num_stages=8, swap=True),
-        TileConfig(rows, 64, 128, num_warps=4, num_stages=4, swap=True),
-    )
-    for rows in (16, 32)
-}
+# through K in order, so that a row's bits do not depend on its batch. Split-K for few rows would
+# break that; more stages make up for it.
+
+
+def _few(rows: int, num_stages: int) -> tuple[TileConfig, TileConfig]:
+    tile = TileConfig(rows, 64, 128, num_warps=4, num_stages=num_stages, swap=True)
+    return tile, replace(tile, num_stages=4)
+
+
+FEW = {rows: _few(rows, 6) for rows in (16, 32)}
+FEW_DOWN = {rows: _few(rows, 8) for rows in (16, 32)}
 """Up to 16 or 32 rows a modality: weights stream. Several waves run better two to a processor."""
 LARGE = (
     TileConfig(128, 64, 128, num_warps=4, num_stages=4),

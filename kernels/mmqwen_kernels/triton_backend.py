@@ -49,8 +49,7 @@ class _Recipe(NamedTuple):
     down: Any
     down_programs: int
     stride: int
-    block_t: int
-    block_d: int
+    kind: _Kind
 
 
 class TritonBackend:
@@ -215,7 +214,7 @@ class TritonBackend:
         if text is not None:
             ids, vocabulary, vocab_start = text
             num_text = len(ids) - total
-            programs += -(-num_text // recipe.block_t) * -(-columns // recipe.block_d)
+            programs += -(-num_text // recipe.kind.block_t) * -(-columns // recipe.kind.block_d)
             slots = self._part(plan.buffer, plan.order_at + 8 * num_text)
             gathered = (
                 self._at(ids),
@@ -271,8 +270,7 @@ class TritonBackend:
             down=self._down(weights, config.down, kind),
             down_programs=config.down.tiles(some, [weights.columns] * len(active)),
             stride=-(-max(units) // HIDDEN_ALIGN) * HIDDEN_ALIGN,
-            block_t=kind.block_t,
-            block_d=kind.block_d,
+            kind=kind,
         )
         if len(weights.recipes) >= _RECIPES_KEPT:
             weights.recipes.clear()

@@ -22,17 +22,13 @@ WHOLE_BYTES = 1 << 16
 
 
 class Staging:
-    """One pinned buffer. `bytes` is its memory as numpy sees it."""
+    """One pinned buffer of `nbytes` bytes. `bytes` is its memory as numpy sees it."""
 
     def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
         self.pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
         self.bytes: np.ndarray = self.pinned.numpy()
         self.copied = torch.cuda.Event()
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the buffer."""
-        return self.pinned.numel()
 
 
 class Uploader:
