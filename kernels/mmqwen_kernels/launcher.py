@@ -19,6 +19,7 @@ import triton.language as tl
 from triton.compiler import ASTSource
 
 from mmqwen_kernels import triton_kernels as kernels
+from mmqwen_kernels.row_tables import ALIGN_BYTES
 from mmqwen_kernels.tiles import TRITON_DTYPES, TileConfig
 
 DISPATCH_VARIABLE = "MMQWEN_TRITON_DISPATCH"
@@ -270,13 +271,12 @@ class Kernels:
         kernel: Any,
         dtype: torch.dtype,
         ids_dtype: torch.dtype,
-        align_bytes: int,
         constants: dict[str, Any],
         tile: TileConfig | None = None,
         dependent: bool = False,
     ) -> Any:
         """A kernel compiled for these types and constants, once."""
-        aligned = align_bytes == 16
+        aligned = constants["ALIGN"] * dtype.itemsize == ALIGN_BYTES
         warps, stages = (4, 1) if tile is None else (tile.num_warps, tile.num_stages)
         key = (
             kernel, dtype, ids_dtype, aligned, tuple(constants.values()), warps, stages, dependent

@@ -283,22 +283,16 @@ class TritonBackend:
         constants["ACTIVATION"] = weights.activation
         constants["NORMS"], constants["DIRECT"] = weights.norms, weights.direct
         return self.kernels.get(
-            kernels._project_up_kernel, kind.dtype, torch.int64, ALIGN_BYTES, constants, tile
+            kernels._project_up_kernel, kind.dtype, torch.int64, constants, tile
         )
 
     def _down(self, weights: WeightTable, tile: TileConfig, kind: _Kind) -> Any:
         constants = _tile_constants(tile, weights.hidden, kind)
         constants["HAS_TOKENS"] = kind.ids_dtype is not None
         constants["BLOCK_T"], constants["BLOCK_D"] = kind.block_t, kind.block_d
-        ids_dtype, align_bytes = kind.ids_dtype or torch.int64, kind.align * kind.dtype.itemsize
+        ids_dtype = kind.ids_dtype or torch.int64
         return self.kernels.get(
-            kernels._project_down_kernel,
-            kind.dtype,
-            ids_dtype,
-            align_bytes,
-            constants,
-            tile,
-            kind.dependent,
+            kernels._project_down_kernel, kind.dtype, ids_dtype, constants, tile, kind.dependent
         )
 
     def _gather_text(
@@ -315,7 +309,6 @@ class TritonBackend:
             kernels._gather_text_kernel,
             out.dtype,
             input_ids.dtype,
-            align * out.dtype.itemsize,
             {"ALIGN": align, "BLOCK_T": block_t, "BLOCK_D": block_d},
         )
         variant(

@@ -45,7 +45,6 @@ import triton.language as tl
 
 from mmqwen_kernels.reference import ACTIVATIONS, NORMS
 
-WEIGHT_FIELDS = 8
 MIXED = -1
 ACTIVATION_PLACES = {name: at for at, name in enumerate(ACTIVATIONS)}
 NORM_PLACES = {name: at for at, name in enumerate(NORMS)}

@@ -13,7 +13,7 @@ import torch
 from mmqwen_kernels import triton_kernels as kernels
 from mmqwen_kernels.launcher import capturing, current_stream
 from mmqwen_kernels.reference import Projector, check_shapes
-from mmqwen_kernels.row_tables import ALIGN_BYTES, num_entries
+from mmqwen_kernels.row_tables import ALIGN_BYTES, ENTRY_FIELDS, num_entries
 
 MAX_MODALITIES = 64
 TABLES_KEPT = 64
@@ -50,7 +50,7 @@ class WeightTable:
             )
         itemsize = dtype.itemsize
         room = num_entries(len(projectors))
-        table = np.zeros((2 * room, kernels.WEIGHT_FIELDS), dtype=np.int64)
+        table = np.zeros((2 * room, ENTRY_FIELDS), dtype=np.int64)
         align = ALIGN_BYTES
         for m, projector in enumerate(projectors):
             _check_projector(m, projector, dtype, device)
