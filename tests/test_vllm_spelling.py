@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 pytest.importorskip("vllm")
 
-from run_gpu_engine import run_one
+from run_gpu_engine import results_of, run_one
 from spelling import answers_of, compare, make_pairs, make_spelling_checkpoint
 
 import engines
@@ -53,21 +48,7 @@ def test_text_models_answer_spelled_tokens_as_tokens_and_as_transformers(tmp_pat
 
 
 def run_script(*names: str, requests: int = 8) -> list[dict]:
-    script = Path(__file__).with_name("run_gpu_engine.py")
-    done = subprocess.run(
-        [sys.executable, str(script), *names, "--requests", str(requests), "--time-limit", "420"],
-        capture_output=True,
-        text=True,
-        timeout=450,
-        check=False,
-    )
-    lines = [
-        json.loads(line.removeprefix("RESULT "))
-        for line in done.stdout.splitlines()
-        if line.startswith("RESULT ")
-    ]
-    assert lines, done.stderr[-3000:]
-    return lines
+    return results_of(*names, "--requests", str(requests), "--time-limit", "420", timeout=450)
 
 
 def test_tensor_and_pipeline_parallel_engines_answer_as_one_rank(monkeypatch):
