@@ -522,6 +522,20 @@ def compare_groups(names: list[str], scratch: Path) -> list[dict[str, Any]]:
     return found
 
 
+def results_of(*arguments: str, timeout: float | None = None) -> list[dict[str, Any]]:
+    """What this script finds, run with these arguments in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, __file__, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stderr[-4000:]
+    return [json.loads(line.removeprefix("RESULT ")) for line in lines]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("configurations", nargs="*", help="names; all that fit, unless given")

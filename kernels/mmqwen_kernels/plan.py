@@ -30,14 +30,7 @@ from mmqwen_kernels.row_tables import (
     span_of,
     tables_of,
 )
-from mmqwen_kernels.sources import (
-    HostRows,
-    RowSource,
-    check_total,
-    collect_rows,
-    group_positions,
-    split_tokens,
-)
+from mmqwen_kernels.sources import HostRows, RowSource, collect_rows, split_tokens
 from mmqwen_kernels.upload import uploader
 
 MAX_MODALITIES = 256  # numpy sorts bytes by counting them
@@ -181,32 +174,28 @@ def plan_rows(
             return made
     text, positions = split_tokens(slots, num_tokens)
     parts: list[list[torch.Tensor]] = [[] for _ in widths]
-    resident: np.ndarray | None = None
-    on_device: tuple[torch.Tensor, ...] = ()
-    held: Sequence[torch.Tensor]
-    if isinstance(sources, HostRows):
-        counts = np.bincount(sources.modality, minlength=len(widths)).tolist()
-        if len(counts) > len(widths):
-            raise ValueError(f"modality index {len(counts) - 1}, expected 0 to {len(widths) - 1}")
-        check_total(sum(counts), positions)
-        address, held, resident = sources.address, sources.held, sources.resident
-        if max(counts, default=0) < len(positions):  # several modalities
-            by_modality = sources.modality.astype(np.uint8).argsort(kind="stable")
-            positions, address = positions[by_modality], address[by_modality]
-            resident = None if resident is None else resident[by_modality]
+    if not isinstance(sources, HostRows):
+        sources = collect_rows(sources, widths, dtype, device, parts)
+    modality, address, resident, held = sources
+    counts = np.bincount(modality, minlength=len(widths)).tolist()
+    if len(counts) > len(widths):
+        raise ValueError(f"modality index {len(counts) - 1}, expected 0 to {len(widths) - 1}")
+    total = sum(counts)
+    if total != len(positions):
+        raise ValueError(f"{total} rows for {len(positions)} slots; sources follow their slots")
+    if max(counts, default=0) < total:  # several modalities
+        by_modality = modality.astype(np.uint8).argsort(kind="stable")
+        positions, address = positions[by_modality], address[by_modality]
         if resident is not None:
-            on_device = tuple(rows for rows in held if rows.device == device)
-    else:
-        runs, address, held = collect_rows(sources, widths, dtype, device, parts)
-        counts = [0] * len(widths)
-        for m, length in runs:
-            counts[m] += length
-        check_total(sum(counts), positions)
-        if max(counts, default=0) < len(positions):
-            positions = group_positions(positions, runs, len(widths))
+            modality, resident = modality[by_modality], resident[by_modality]
+    stay = None
+    if resident is not None:
+        travelling = np.bincount(modality[~resident], minlength=len(widths)).tolist()
+        on_device = tuple(rows for rows in held if rows.device == device)
+        stay = Staying(address, resident, on_device, travelling)
 
     def write(raw: np.ndarray, order_at: int, rows_at: list[int]) -> None:
-        """`positions` are grouped by modality, and so is `address`, of the rows that travel."""
+        """`positions` and `address` are grouped by modality."""
         order = raw[order_at : order_at + 8 * num_tokens].view(np.int64)
         order[: len(text)] = text
         order[len(text) :] = positions
@@ -216,15 +205,10 @@ def plan_rows(
                 moving = address[first : first + count]
                 if resident is not None:
                     moving = moving[~resident[first : first + count]]
-                copy_rows(raw, rows_at[m], moving, widths[m] * itemsize)
-            if rows_at[m] >= 0 or resident is not None:  # then all rows have addresses here
-                first += count
+                copy_rows(raw, rows_at[m], moving, widths[m] * dtype.itemsize)
+            first += count
 
-    itemsize = dtype.itemsize
-    stay = None if resident is None else Staying(address, resident, on_device)
-    plan = _lay_out(parts, counts, num_tokens, widths, dtype, device, write, stay)
-    del held  # copied now
-    return plan
+    return _lay_out(parts, counts, num_tokens, widths, dtype, device, write, stay)
 
 
 def _plan_natively(
@@ -289,7 +273,7 @@ def _lay_out(
     """
     itemsize, total = dtype.itemsize, sum(counts)
     by_address = stay is not None or any(len(part) > 1 or is_far(part[0]) for part in parts if part)
-    moving = counts if stay is None else stay.moving(counts)
+    moving = counts if stay is None else stay.travelling
     entries_here = num_entries(len(counts))
     addresses_at = entries_here * ENTRY_BYTES
     order_at = addresses_at + (aligned(8 * total) if by_address else 0)

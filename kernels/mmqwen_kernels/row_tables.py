@@ -99,18 +99,13 @@ class Staying(NamedTuple):
         address: int64 `[R]`.
         resident: bool `[R]`, which do.
         held: the tensors in which those lie.
+        travelling: per modality, how many rows do not.
     """
 
     address: np.ndarray
     resident: np.ndarray
     held: tuple[torch.Tensor, ...]
-
-    def moving(self, counts: Sequence[int]) -> list[int]:
-        """Per modality the rows that travel."""
-        every = np.array(counts)
-        ends = every.cumsum()
-        staying = np.concatenate([[0], self.resident.cumsum()])
-        return (every - staying[ends] + staying[ends - every]).tolist()
+    travelling: list[int]
 
     def addresses(
         self,
