@@ -83,11 +83,9 @@ class BankRoutes:
     async def update(self, name: str, raw_request: Request) -> dict[str, Any]:
         """Serve another file as a bank, and answer when requests name it."""
         self._check_key(raw_request)
-        if name not in self._updates.catalog.banks:
-            raise HTTPException(
-                404,
-                f"unknown bank {name!r:.80}, expected one of {sorted(self._updates.catalog.banks)}",
-            )
+        known = self._updates.catalog.banks
+        if name not in known:
+            raise HTTPException(404, f"unknown bank {name!r:.80}, expected one of {sorted(known)}")
         file = self._file(await _body(raw_request))
         # A client that leaves does not end half an update.
         change = await asyncio.shield(self._start(self._run(name, file)))

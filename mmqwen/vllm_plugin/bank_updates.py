@@ -34,11 +34,13 @@ class Engine(Protocol):
     Attributes:
         settled: whether a request that is no longer live has left the engine too, or will before
             what is called next.
-        worker_extension: what vLLM mixes into its workers.
     """
 
     settled: bool
-    worker_extension: str
+
+    @property
+    def worker_extension(self) -> str:
+        """What vLLM mixes into its workers, or ""."""
 
     async def call(self, method: str, *args: Any) -> list[Any]:
         """What a method returns in each worker of each engine, run between two steps."""
@@ -149,8 +151,9 @@ class BankUpdates:
         catalog = self._get()
         if catalog.banks and not _loads_banks(engine.worker_extension):
             raise BankError(
-                f"bank {name!r:.80}: got worker_extension_cls {engine.worker_extension!r}, by which "
-                f"no worker loads banks; expected none, or a class that inherits from {BANK_WORKER}"
+                f"bank {name!r:.80}: got worker_extension_cls {engine.worker_extension!r}, by "
+                "which no worker loads banks; expected none, or a class that inherits from "
+                f"{BANK_WORKER}"
             )
         taken = {served.number for served in catalog.banks.values()}
         taken |= {version.number for version in self._leaving}
@@ -182,7 +185,8 @@ class BankUpdates:
             answers = await engine.call("mmqwen_load_bank", new.number, fields)
             wrong = dict.fromkeys(error for _, error in answers if error)
             if wrong:
-                raise BankError("; ".join(wrong))
+                told = f"bank {new.spec.name!r}: "
+                raise BankError(told + "; ".join(text.removeprefix(told) for text in wrong))
             if all(done for done, _ in answers):
                 return
 

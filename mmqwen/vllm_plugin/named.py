@@ -54,7 +54,7 @@ def write_named(pack: torch.Tensor, items: Sequence[Grouped]) -> None:
 
 
 class InUse:
-    """The versions of banks that a prompt names: they live as long as what the prompt was made into.
+    """The versions of banks that a prompt names: they live as long as what was made of it.
 
     It is no part of that, so it does not travel: another process gets an empty one.
     """

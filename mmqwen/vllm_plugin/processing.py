@@ -285,7 +285,7 @@ class PackingProcessor(BaseMultiModalProcessor[ProcessingInfo]):
 
     @cached_property
     def _parser(self) -> RowsParser:
-        return self.info.get_data_parser()
+        return RowsParser(self._specs, lambda: self.info.banks)
 
     @cached_property
     def _limited(self) -> bool:
