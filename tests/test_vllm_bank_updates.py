@@ -380,7 +380,7 @@ def run_load(llm: Any, files: Mapping[str, Sequence[str]], number: int, seed: in
         (bank, version, first, count)
         for bank in names
         for version in range(VERSIONS)
-        for first in range(0, 40, 8)
+        for first in range(0, 20, 4)
         for count in (1, 5, 30)
     ]
     prompts = [
@@ -408,7 +408,7 @@ def run_load(llm: Any, files: Mapping[str, Sequence[str]], number: int, seed: in
             update_bank(llm, bank, files[bank][current[bank]])
             updates += 1
         while begun < number and len(running) < 24 and draw.random() < 0.9:
-            bank, first, count = draw.choice(names), 8 * draw.randrange(5), draw.choice((1, 5, 30))
+            bank, first, count = draw.choice(names), 4 * draw.randrange(5), draw.choice((1, 5, 30))
             case = (bank, current[bank], first, count)
             tokens = draw.choice((1, 1, 1, 12))
             begin(
