@@ -221,6 +221,29 @@ def test_a_worker_that_cannot_load_leaves_the_old_version_everywhere(llm, files,
     assert first_of(ask(llm, asked("items", [3, 4]))) != before
 
 
+def test_a_rank_that_is_done_waits_for_the_others(llm, files):
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker
+    banks = worker_model(llm)._banks
+    fields = {"name": "items", "file": files["items"][2], "modality": "m1", "placement": "device"}
+    fields["version"] = open_bank(fields["file"]).version
+    held, number = loaded(llm), len(banks._banks)
+    for _ in range(2):
+        assert worker.mmqwen_load_bank(number, fields) == [True, ""]
+        assert loaded(llm) == held + 1
+        rows = banks._rows(banks._banks[number]).data_ptr()
+    assert worker.mmqwen_load_bank(number, fields) == [True, ""]
+    assert banks._rows(banks._banks[number]).data_ptr() == rows
+    other = {**fields, "file": files["items"][1], "version": open_bank(files["items"][1]).version}
+    assert worker.mmqwen_load_bank(number, other) == [True, ""]  # nobody dropped the first one
+    assert loaded(llm) == held + 1
+    assert worker.mmqwen_drop_bank(number) == [True, ""]
+    assert loaded(llm) == held
+    assert worker.mmqwen_drop_bank(number) == [True, ""]
+    done, error = worker.mmqwen_load_bank(number, {**other, "version": "00"})
+    assert not done
+    assert "expected '00'" in error
+
+
 def test_workers_that_load_no_banks_are_named(llm, files, monkeypatch):
     parallel = llm.llm_engine.vllm_config.parallel_config
     monkeypatch.setattr(parallel, "worker_extension_cls", "fractions.Fraction")

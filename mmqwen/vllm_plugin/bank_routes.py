@@ -133,16 +133,20 @@ class BankRoutes:
             raise HTTPException(400, 'expected {"file": PATH}, of a file in the folder for updates')
         try:
             file = Path(self._folder, given).resolve()
-            beside = [facts_file(file).resolve(), keys_file(file).resolve()]
+            self._require_inside(file, given)
+            if not file.is_file():
+                raise HTTPException(400, f"{given!r:.200} is no file in the folder for updates")
+            for beside in (facts_file(file), keys_file(file)):
+                self._require_inside(beside.resolve(), given)
         except (OSError, RuntimeError, ValueError):
             raise HTTPException(400, f"{given!r:.200} is no path of a file") from None
-        if not all(one.is_relative_to(self._folder) for one in (file, *beside)):
+        return file
+
+    def _require_inside(self, file: Path, given: str) -> None:
+        if not file.is_relative_to(self._folder):
             raise HTTPException(
                 403, f"{given!r:.200} lies outside the folder of --bank-updates; put it there"
             )
-        if not file.is_file():
-            raise HTTPException(400, f"{given!r:.200} is no file in the folder for updates")
-        return file
 
 
 async def _body(request: Request) -> Any:

@@ -32,11 +32,11 @@ class Engine(Protocol):
     """The engine, or engines, behind a front end; see `compat/bank_engines.py`.
 
     Attributes:
-        settled: whether a request that is no longer live has left the engine too, or will before
-            what is called next.
+        settle_seconds: after which an engine has heard of the end of a request that is no longer
+            live here.
     """
 
-    settled: bool
+    settle_seconds: float
 
     @property
     def worker_extension(self) -> str:
@@ -61,14 +61,16 @@ class _Leaving:
         name: of the bank.
         life: of the version: there as long as this process may hand over a pack that names it.
         waiting: once it is not, those of the requests that were live then, and still are.
-        quiet: whether there were none when it was last looked at.
+        quiet: since when there have been none.
+        dropping: whether workers are being told.
     """
 
     number: int
     name: str
     life: weakref.ref[Life]
     waiting: set[str] | None = None
-    quiet: bool = False
+    quiet: float | None = None
+    dropping: bool = False
 
 
 class BankUpdates:
@@ -119,14 +121,14 @@ class BankUpdates:
             )
         try:
             began = time.monotonic()
-            await self._let_go(engine)
+            await self.let_go(engine)
             try:
                 old, new = await self._load(engine, name, file)
             except BankError:
                 count_bank_update("refused")
                 raise
             seconds = time.monotonic() - began
-            await self._let_go(engine)
+            await self.let_go(engine)
         finally:
             self._busy.release()
         count_bank_update("done")
@@ -136,14 +138,6 @@ class BankUpdates:
             name, change.old, change.new, change.rows, seconds,
         )  # fmt: skip
         return change
-
-    async def let_go(self, engine: Engine) -> None:
-        """Drop the versions that no request can name any more, unless an update is running."""
-        if self._leaving and self._busy.acquire(blocking=False):
-            try:
-                await self._let_go(engine)
-            finally:
-                self._busy.release()
 
     async def _load(
         self, engine: Engine, name: str, file: str | os.PathLike[str]
@@ -190,24 +184,34 @@ class BankUpdates:
             if all(done for done, _ in answers):
                 return
 
-    async def _let_go(self, engine: Engine) -> None:
+    async def let_go(self, engine: Engine) -> None:
+        """Drop the versions that no request can name any more, beside an update too."""
         for version in list(self._leaving):
+            if version.dropping:
+                continue
             life = version.life()
             if life is not None:
                 self._forget(life)
                 del life
             if version.life() is not None:
-                version.waiting, version.quiet = None, False
+                version.waiting = version.quiet = None
                 continue
             # What was handed over while it was alive is live now, or was.
             live = engine.live()
             version.waiting = live if version.waiting is None else version.waiting & live
-            # The engine may hear of a request's end a moment after this process.
-            if not version.waiting and (version.quiet or engine.settled):
-                await engine.call("mmqwen_drop_bank", version.number)
+            if version.waiting:
+                continue
+            now = time.monotonic()
+            version.quiet = now if version.quiet is None else version.quiet
+            if now - version.quiet >= engine.settle_seconds:
+                version.dropping = True  # its number is not free before the call is done
+                try:
+                    await engine.call("mmqwen_drop_bank", version.number)
+                except BaseException:
+                    version.dropping = False
+                    raise
                 self._leaving.remove(version)
                 logger.info("Bank %r: a version that no request names was let go", version.name)
-            version.quiet = not version.waiting
 
 
 def _loads_banks(worker_extension: str) -> bool:

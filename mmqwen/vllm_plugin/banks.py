@@ -99,8 +99,12 @@ class ResidentBanks:
         """
         if self._home is None:
             return True
+        here = self._banks[number] if number < len(self._banks) else None
+        if here is not None and here.bank.version == fields["version"]:
+            return True  # asked again, because another rank is not done
         left = self._loading.pop(number, None)
         if left is None:
+            self.drop(number)
             self._note_headroom()
             left = self._load(self._catalog.open(BankSpec(**fields), number))
         end = time.monotonic() + seconds

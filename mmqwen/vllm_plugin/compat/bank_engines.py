@@ -14,7 +14,8 @@ class OfflineEngine:
         llm: the `vllm.LLM`.
     """
 
-    settled = True
+    settle_seconds = 0.0
+    """What is aborted has left the engine when the call returns, or will before the next one."""
 
     def __init__(self, llm: Any) -> None:
         self._llm = llm
@@ -50,7 +51,8 @@ class ServedEngine:
         client: vLLM's `AsyncLLM`.
     """
 
-    settled = False
+    settle_seconds = 0.5
+    """vLLM aborts a request in its own process first, and awaits between that and telling."""
 
     def __init__(self, client: Any) -> None:
         self._client = client
