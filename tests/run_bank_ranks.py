@@ -14,6 +14,7 @@ from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else a NUMA node a rank
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest

@@ -316,6 +316,8 @@ def test_the_stock_server_does_not_start_open_either(checkpoint, folder, files):
         patched.setenv(BANK_FOLDER_VARIABLE, str(folder))
         with pytest.raises(ValueError, match="without an API key"):
             attach(app, Client, Namespace(api_key=None))
+        with pytest.raises(ValueError, match="reads no rows"):
+            attach(app, Namespace(renderer=Namespace(bank_updates=None)), Namespace(api_key=[KEY]))
         before = len(app.routes)
         patched.delenv(BANK_FOLDER_VARIABLE)
         attach(app, Client, Namespace(api_key=[KEY]))

@@ -221,6 +221,26 @@ def test_a_worker_that_cannot_load_leaves_the_old_version_everywhere(llm, files,
     assert first_of(ask(llm, asked("items", [3, 4]))) != before
 
 
+def test_a_version_that_would_take_a_step_s_memory_is_refused(llm, files, monkeypatch):
+    """Of 10,000 bytes that the GPU has free, and 2,000 that torch keeps, a step has taken 9,000."""
+    banks = worker_model(llm)._banks
+    before = first_of(ask(llm, asked("items", [3, 4])))
+    with monkeypatch.context() as patched:
+        patched.setattr(banks, "_device", torch.device("cuda"))
+        patched.setattr(banks, "_headroom", 0)
+        for name, found in (
+            ("mem_get_info", (10_000, 0)),
+            ("memory_reserved", 32_000),
+            ("memory_allocated", 30_000),
+            ("max_memory_allocated", 39_000),
+        ):
+            patched.setattr(torch.cuda, name, lambda device, found=found: found)
+        words = "bank 'items' of 4800 bytes does not fit into the 3000 that are free on the GPU"
+        with pytest.raises(BankError, match=words):
+            update_bank(llm, "items", files["items"][1])
+    assert first_of(ask(llm, asked("items", [3, 4]))) == before
+
+
 def test_a_rank_that_is_done_waits_for_the_others(llm, files):
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker
     banks = worker_model(llm)._banks

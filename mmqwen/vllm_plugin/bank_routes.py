@@ -160,9 +160,12 @@ def attach(app: FastAPI, client: Any, args: Namespace) -> None:
     """Add the routes to a server that serves our model, where its environment asks for them.
 
     Raises:
-        ValueError: the folder is none, or the server has no API key.
+        ValueError: the folder is none, or the server has no API key, or reads no rows.
     """
     folder = bank_folder()
+    if folder is None:
+        return
     updates = getattr(getattr(client, "renderer", None), "bank_updates", None)
-    if folder is not None and updates is not None:
-        BankRoutes(folder, keys_of(args), client, updates).attach(app)
+    if updates is None:
+        raise ValueError("updates of banks: this server reads no rows; leave --bank-updates out")
+    BankRoutes(folder, keys_of(args), client, updates).attach(app)
