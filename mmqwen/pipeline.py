@@ -12,7 +12,7 @@ from threading import Lock
 from typing import Any, Literal, overload
 
 from mmqwen.attempts import Attempt, add_widths, attempts, is_single, joined, only
-from mmqwen.banks import parse_banks
+from mmqwen.banks import BankChange, parse_banks
 from mmqwen.chat import check_parts_kept, render_chat
 from mmqwen.checkpoint.names import MODEL_TYPE
 from mmqwen.checkpoint.trained import read_trained, warn_untrained
@@ -275,6 +275,22 @@ class MultimodalQwen3Pipeline:
                 for tokens, logprobs in zip(results[index].continuations, found, strict=True)
             ]
         return only(results, single)
+
+    def update_bank(self, name: str, file: str | os.PathLike[str]) -> BankChange:
+        """Serve another file as a bank, for all inputs that are read after this.
+
+        Others, running ones too, finish on the rows that they began with.
+
+        Args:
+            name: the bank's.
+            file: of its modality and width, a new one: not written over one that is served.
+
+        Raises:
+            BankError: there is no such bank, or the file cannot be served in its place; nothing has
+                changed.
+        """
+        engine = self._require_engine()
+        return engine.update_bank(name, os.path.abspath(os.path.expanduser(file)))
 
     def close(self) -> None:
         """Free the engine and the temporary checkpoint; the pipeline cannot be used again.

@@ -293,7 +293,7 @@ def test_the_flag_of_serve_stands_beside_the_checkpoint_s_banks(banks, tmp_path,
 def test_a_checkpoint_s_bank_is_settled_before_any_process_starts(banks, checkpoint, tmp_path):
     from types import SimpleNamespace
 
-    from mmqwen.vllm_plugin.engine_config import settle_banks
+    from mmqwen.vllm_plugin.engine_config import BANK_WORKER, settle_banks
 
     (tmp_path / "mine.bank").symlink_to(banks["items"])
 
@@ -307,8 +307,11 @@ def test_a_checkpoint_s_bank_is_settled_before_any_process_starts(banks, checkpo
         model_config = SimpleNamespace(
             hf_config=config, model=str(tmp_path), dtype=torch.bfloat16, tokenizer=None
         )
-        settle_banks(model_config)
-        settle_banks(model_config)  # as a worker does, which then holds the file to its version
+        parallel = SimpleNamespace(worker_extension_cls="")
+        vllm_config = SimpleNamespace(model_config=model_config, parallel_config=parallel)
+        settle_banks(vllm_config)
+        settle_banks(vllm_config)  # as a worker does, which then holds the file to its version
+        assert parallel.worker_extension_cls == BANK_WORKER
         return config.banks["items"]
 
     found = settle()

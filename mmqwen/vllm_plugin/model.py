@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -129,7 +129,7 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
             bank_catalog(model_config, self.specs),
             list(self.specs),
             cast(torch.dtype, model_config.dtype),
-            hold=self._hold_bank if self._place else None,
+            home=self if self._place else None,
         )
         if self._place and rank == 0:
             self._warn_untrained(vllm_config)
@@ -170,11 +170,13 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         if names:
             logger.warning("%s", untrained_message(names))
 
-    def _hold_bank(self, name: str, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """A bank's rows on the device, as a buffer: vLLM brings those through its sleep."""
-        if rows is not None:
-            self.register_buffer(f"_bank_{name}", rows, persistent=False)
-        return self.get_buffer(f"_bank_{name}")
+    def load_bank(self, number: int, fields: Mapping[str, str], seconds: float) -> bool:
+        """Load some more of a version of a bank; see `ResidentBanks.advance`."""
+        return self._banks.advance(number, fields, seconds)
+
+    def drop_bank(self, number: int) -> None:
+        """Let a version of a bank go; see `ResidentBanks.drop`."""
+        self._banks.drop(number)
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
