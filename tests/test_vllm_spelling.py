@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+
 import pytest
 import torch
 
@@ -15,12 +17,6 @@ from engines import TOLERANCE
 from mmqwen_kernels import native
 
 
-def without_helper(monkeypatch):
-    """Here and in processes begun from here, Python does what the native helper does."""
-    monkeypatch.setenv(native.VARIABLE, "0")
-    monkeypatch.setattr(native, "helper", None)
-
-
 @pytest.mark.parametrize(
     "configuration", ["bf16-chunked", "bf16-chunked by Python", "bf16-preempted", "bf16-lora-eager"]
 )
@@ -28,7 +24,7 @@ def test_spelled_tokens_are_answered_as_tokens(configuration, monkeypatch):
     """Chunks that cut items and prefix hits; verified preemptions; an adapter on the text model."""
     configuration, _, by_python = configuration.partition(" by ")
     if by_python:
-        without_helper(monkeypatch)
+        monkeypatch.setattr(native, "helper", None)
     result = run_one(configuration, requests=24, extra={}, answers_file=None)
     assert result["ok"], result
     assert result["spelled"]["equal"] == 24, result
@@ -60,18 +56,17 @@ def test_text_models_answer_spelled_tokens_as_tokens_and_as_transformers(tmp_pat
 
 
 def test_tensor_and_pipeline_parallel_engines_answer_as_one_rank(monkeypatch, tmp_path):
-    """Two processes each, over gloo; with tensor parallelism a step has one collective.
-
-    The pipeline's ranks do without the native helper.
-    """
+    """Two processes each, over gloo; with tensor parallelism a step has one collective."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     # vLLM wants a NUMA node a rank otherwise. It reads its variables once a process.
     monkeypatch.setattr("vllm.envs.VLLM_CPU_OMP_THREADS_BIND", "nobind", raising=False)
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    # Imports take longer than a rank's work: they are done once, and ranks are forked from there.
+    monkeypatch.setattr("vllm.envs.VLLM_WORKER_MULTIPROC_METHOD", "forkserver", raising=False)
+    modules = ["vllm.v1.worker.cpu_worker", "vllm.v1.executor.multiproc_executor"]
+    multiprocessing.set_forkserver_preload(modules)
     names = ["fp32", "fp32-tp2", "fp32-pp2"]
     for name in names:
-        if name == "fp32-pp2":
-            without_helper(monkeypatch)
         result = run_one(name, requests=8, extra={}, answers_file=tmp_path / f"{name}.json")
         assert result["ok"], result
         if name == "fp32-tp2":
