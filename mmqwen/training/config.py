@@ -114,7 +114,7 @@ def _banks(name: str, value: Any) -> tuple[str, ...]:
     try:
         parse_bank_flags(value)
     except BankError as error:
-        raise TrainingError(str(error)) from None
+        raise TrainingError(f"{name}: {error}") from None
     return tuple(value)
 
 
