@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -483,6 +485,19 @@ def test_no_answer_is_wrong_while_banks_change(llm, files):
 @pytest.mark.fuzz
 def test_no_answer_of_ten_thousand_is_wrong_while_banks_change(llm, files):
     assert run_load(llm, files, 10_000, seed=1) > 400
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tensor", "pipeline", "data"])
+def test_all_ranks_change_or_none(kind):
+    """Two processes each, over gloo; the last one is a server of two engines."""
+    script = Path(__file__).with_name("run_bank_ranks.py")
+    done = subprocess.run(
+        [sys.executable, str(script), kind], capture_output=True, text=True, timeout=600,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == {"kind": kind, "ok": True}
 
 
 # -- the pipeline --------------------------------------------------------------------------------
