@@ -447,7 +447,7 @@ def run_load(llm: Any, files: Mapping[str, Sequence[str]], number: int, seed: in
     begun = done = updates = 0
     engine = llm.llm_engine
     while done < number:
-        if draw.random() < 0.08:
+        if draw.random() < 0.2:
             bank = draw.choice(names)
             current[bank] = draw.randrange(VERSIONS)
             update_bank(llm, bank, files[bank][current[bank]])
@@ -476,7 +476,7 @@ def run_load(llm: Any, files: Mapping[str, Sequence[str]], number: int, seed: in
 
 
 def test_no_answer_is_wrong_while_banks_change(llm, files):
-    assert run_load(llm, files, 300) > 10
+    assert run_load(llm, files, 300) > 5
     ask(llm, {"prompt": "a text"})
     llm.llm_engine.renderer.let_banks_go(llm)
     assert updates_of(llm).leaving == 0
@@ -484,7 +484,7 @@ def test_no_answer_is_wrong_while_banks_change(llm, files):
 
 @pytest.mark.fuzz
 def test_no_answer_of_ten_thousand_is_wrong_while_banks_change(llm, files):
-    assert run_load(llm, files, 10_000, seed=1) > 400
+    assert run_load(llm, files, 10_000, seed=1) > 300
 
 
 @pytest.mark.slow
