@@ -223,8 +223,7 @@ class MultimodalQwen3Renderer(HookedRenderer):
         if not self._specs or isinstance(prompt, str):
             return None
         accepted: list[Accepted] = []
-        processor = self.get_mm_processor()
-        pack = partial(self._pack_rows, accepted, processor, processor.info.banks)
+        pack = partial(self._pack_rows, accepted, banks=self.get_mm_processor().info.banks)
         if self._references is not None and isinstance(mm_data, ChatRows) and mm_data.turns:
             processed = self._references.render(prompt, mm_data, pack, dry=dry)
         else:
@@ -232,12 +231,11 @@ class MultimodalQwen3Renderer(HookedRenderer):
         count_accepted(accepted)
         return processed
 
-    @staticmethod
     def _pack_rows(
-        accepted: list[Accepted], processor: Any, banks: BankCatalog, prompt: Any, mm_data: Any
+        self, accepted: list[Accepted], prompt: Any, mm_data: Any, banks: BankCatalog | None = None
     ) -> Any:
         """A prompt, or a stretch of one, whose rows came with it; what is accepted is noted."""
-        processed, found = processor.process(prompt, mm_data, banks)
+        processed, found = self.get_mm_processor().process(prompt, mm_data, banks)
         accepted += found
         return processed
 
