@@ -165,7 +165,8 @@ def run(data: Path, folder: Path, engine: Any, small: bool) -> dict[str, tuple[f
     factors = rows[:, :FACTORS]
     unit = factors / np.linalg.norm(factors, axis=1, keepdims=True)
     pairs = list(zip(asked, histories, strict=True))
-    found["factors, mean of history"] = figures([unit[a] @ unit[h].mean(0) for a, h in pairs])
+    for name, last in {"factors, mean of history": HISTORY, "factors, of its last 5": 5}.items():
+        found[name] = figures([unit[a] @ unit[h[-last:]].mean(0) for a, h in pairs])
     found["popularity"] = figures([popularity[a] for a, _ in pairs])
     at_random = np.arange(CANDIDATES, 0, -1)
     found["chance"] = figures([np.roll(at_random, place) for place in range(CANDIDATES)])
