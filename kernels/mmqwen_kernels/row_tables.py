@@ -13,6 +13,8 @@ import torch
 ALIGN_BYTES = 16
 ENTRY_FIELDS = 8
 ENTRY_BYTES = 8 * ENTRY_FIELDS
+NUM_TEXT_FIELD = 5
+"""Of the first entry, in steps with rows that were projected before: how many slots are text."""
 _MAX_ROW_STRIDE = 1 << 23  # elements: 256 rows of a tile times this fit in int32
 
 Span = tuple[int, int, int]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -99,7 +101,7 @@ class TritonBackend:
         if input_ids.dtype not in INTEGERS or not input_ids.is_contiguous():
             input_ids = input_ids.long().contiguous()
         with self._on_device():
-            if plan.num_rows:
+            if plan.num_rows or plan.num_projected:
                 weights = self._weights.of(projectors, dtype)
                 text = (input_ids, token_table, vocab_start)
                 self._project(weights, plan, result, launch, text)
@@ -131,11 +133,13 @@ class TritonBackend:
         ids_dtypes: Sequence[torch.dtype] = (torch.int32,),
         *,
         resident: bool = False,
+        projected: bool = False,
     ) -> int:
         """Compile every variant that steps with these projectors can meet, and launch none.
 
         For rows that lie together by modality, as `plan_rows` lays those that it copies, with token
-        table and out aligned to 16 bytes; where some are `resident`, also for rows by address.
+        table and out aligned to 16 bytes; where some are `resident`, also for rows by address, and
+        where some are `projected`, also for those.
 
         Returns:
             How many variants there are.
@@ -152,9 +156,14 @@ class TritonBackend:
             for tile in ups:
                 for by_address in (False, True) if resident else (False,):
                     self._up(weights, tile, dtype, align, by_address, dependent)
-            for tile in downs:
-                for ids_dtype in ids_dtypes:
-                    self._down(weights, tile, dtype, align, ids_dtype, text_tile, dependent)
+            for tile, ids_dtype in itertools.product(downs, ids_dtypes):
+                for gathers in (False, True) if projected else (False,):
+                    self._down(
+                        weights, tile, dtype, align, ids_dtype, text_tile, dependent, gathers
+                    )
+            for ids_dtype in ids_dtypes if projected else ():
+                none = (0,) * len(weights.rows)
+                self._recipe(weights, (none, dtype, align, False, ids_dtype, None, True))
             return len(self.kernels) - before
 
     # -- launches -------------------------------------------------------------------------------
@@ -179,7 +188,8 @@ class TritonBackend:
         tensors = (out,) if text is None else (out, text[1])
         align = _align_of(itemsize, math.gcd(plan.align_bytes, weights.align_bytes), *tensors)
         ids_dtype = None if text is None else text[0].dtype
-        shape = (counts, dtype, align, plan.addresses_at >= 0, ids_dtype, launch)
+        gathers = plan.num_projected > 0
+        shape = (counts, dtype, align, plan.addresses_at >= 0, ids_dtype, launch, gathers)
         recipe = self._recipe(weights, shape)
         hidden = torch.empty(total, recipe.stride, dtype=dtype, device=self._device)
         stream = current_stream(self._device)
@@ -191,23 +201,24 @@ class TritonBackend:
         # For one modality; with several the kernels read their tables.
         w1, b1, w2, b2, width, units, w1_stride, w2_stride = weights.rows[0]
         count = counts[0]
-        recipe.up(
-            recipe.up_programs,
-            stream,
-            entries,
-            weights.table if self._interpret else weights.address,
-            addresses,
-            self._at(hidden),
-            recipe.stride,
-            plan.address,
-            plan.stride,
-            count,
-            w1,
-            b1,
-            width,
-            units,
-            w1_stride,
-        )
+        if recipe.up is not None:
+            recipe.up(
+                recipe.up_programs,
+                stream,
+                entries,
+                weights.table if self._interpret else weights.address,
+                addresses,
+                self._at(hidden),
+                recipe.stride,
+                plan.address,
+                plan.stride,
+                count,
+                w1,
+                b1,
+                width,
+                units,
+                w1_stride,
+            )
         programs, num_text, vocab_start, vocab_rows, table_stride = recipe.down_programs, 0, 0, 0, 0
         slots = listed = ids = table = entries
         if text is not None:
@@ -250,7 +261,7 @@ class TritonBackend:
         found = weights.recipes.get(shape)
         if found is not None:
             return found
-        counts, dtype, align, by_address, ids_dtype, launch = shape
+        counts, dtype, align, by_address, ids_dtype, launch, gathers = shape
         config = launch or choose_config(
             counts,
             weights.widths,
@@ -262,15 +273,25 @@ class TritonBackend:
             aligned=align * dtype.itemsize == ALIGN_BYTES,
             norms=weights.norms,
         )
-        active = [m for m, count in enumerate(counts) if count]
+        if not any(counts):
+            # All rows were projected before: K2's text tiles alone, which without K1 before them
+            # have nothing that they may overtake, and need no memory for a product.
+            small = replace(config.down, num_stages=1, group_r=1)
+            config = replace(config, down=small, dependent=False)
+        active = [m for m, count in enumerate(counts) if count] or [0]
         some = [counts[m] for m in active]
         units = [weights.hidden[m] for m in active]
         dependent = self.kernels.depends(config.dependent)
         text_tile = (config.block_t, config.block_d)
+        up = None
+        if any(counts):
+            up = self._up(weights, config.up, dtype, align, by_address, dependent)
         found = _Recipe(
-            up=self._up(weights, config.up, dtype, align, by_address, dependent),
+            up=up,
             up_programs=config.up.tiles(some, units),
-            down=self._down(weights, config.down, dtype, align, ids_dtype, text_tile, dependent),
+            down=self._down(
+                weights, config.down, dtype, align, ids_dtype, text_tile, dependent, gathers
+            ),
             down_programs=config.down.tiles(some, [weights.columns] * len(active)),
             stride=-(-max(units) // HIDDEN_ALIGN) * HIDDEN_ALIGN,
             block_t=config.block_t,
@@ -307,11 +328,13 @@ class TritonBackend:
         ids_dtype: torch.dtype | None,
         text_tile: tuple[int, int],
         dependent: bool,
+        gathers: bool,
     ) -> Any:
         constants = _tile_constants(tile, weights.hidden, dtype, align, dependent)
         # Slots are listed where there are tokens; rows projected alone go to out[r].
         constants["HAS_SLOTS"] = constants["HAS_TEXT"] = ids_dtype is not None
         constants["BLOCK_T"], constants["BLOCK_D"] = text_tile
+        constants["PROJECTED"] = gathers
         return self.kernels.get(
             kernels._project_down_kernel, dtype, ids_dtype or torch.int64,
             align * dtype.itemsize, constants, tile, dependent,
