@@ -446,11 +446,13 @@ def _merge(named: np.ndarray, packed: HostRows, of_banks: HostRows) -> HostRows:
     modality, address = np.empty(len(named), np.int64), np.empty(len(named), np.int64)
     for where, found in ((~named, packed), (named, of_banks)):
         modality[where], address[where] = found.modality, found.address
-    resident = None
-    if of_banks.resident is not None:
-        resident = np.zeros(len(named), np.bool_)
-        resident[named] = of_banks.resident
-    return HostRows(modality, address, resident, of_banks.held)
+    masks: list[np.ndarray | None] = []
+    for mask in (of_banks.resident, of_banks.projected):
+        masks.append(None if mask is None else np.zeros(len(named), np.bool_))
+        if mask is not None:
+            masks[-1][named] = mask  # type: ignore[index]
+    resident, projected = masks
+    return HostRows(modality, address, resident, of_banks.held, projected, of_banks.tables)
 
 
 def _find_in_packs(

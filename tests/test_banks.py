@@ -196,7 +196,7 @@ def test_flags_and_configs():
         ({"a b": "x"}, "no identifier"),
         ({"a": {"modality": "m1"}}, "'file'"),
         ({"a": {"file": "x", "size": 1}}, "unknown fields"),
-        ({"a": {"file": "x", "placement": "projected"}}, "expected one of"),
+        ({"a": {"file": "x", "placement": "moon"}}, "expected one of"),
     ):
         with pytest.raises(BankError, match=words):
             parse_banks(raw)

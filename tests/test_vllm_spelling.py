@@ -71,13 +71,17 @@ def run_script(*names: str, requests: int = 8) -> list[dict]:
 
 
 def test_tensor_and_pipeline_parallel_engines_answer_as_one_rank(monkeypatch):
-    """Two processes each, over gloo; with tensor parallelism a step has one collective."""
+    """Two processes each, over gloo; with tensor parallelism a step has one collective.
+
+    Rows are sent, and named of a bank of each placement.
+    """
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     lines = run_script("fp32", "fp32-tp2", "fp32-pp2")
     by_name = {line["configuration"]: line for line in lines if "configuration" in line}
     assert by_name.keys() == {"fp32", "fp32-tp2", "fp32-pp2"}
     for line in by_name.values():
         assert line["ok"], line
+        assert line["named"]["requests"] == 8, line
     assert by_name["fp32-tp2"]["step"]["collectives"] == {"all_reduce": 1}
     compared = {line["compared"][1]: line for line in lines if "compared" in line}
     assert compared.keys() == {"fp32-tp2", "fp32-pp2"}

@@ -453,7 +453,6 @@ def _gather_text_tile(
     from_row = (tl.where(inside, row, 0) * table_stride)[:, None]
     to_row = (token * out_stride)[:, None]
     mask_d = (offs_d < columns)[None, :]
-    from_ptr = table_ptr + from_row
     if PROJECTED:
         DTYPE: tl.constexpr = table_ptr.dtype.element_ty
         by_address = mask_t & (offs_t >= tl.load(entries_ptr + _NUM_TEXT_FIELD))
@@ -462,7 +461,11 @@ def _gather_text_tile(
         inside = tl.where(by_address, address != 0, inside)
         address = tl.where(by_address, address, of_text)
         from_ptr = _aligned_pointer(address, DTYPE, ALIGN)[:, None]
-    value = tl.load(from_ptr + offs_d[None, :], mask=inside[:, None] & mask_d, other=0.0)
+        value = tl.load(from_ptr + offs_d[None, :], mask=inside[:, None] & mask_d, other=0.0)
+    else:
+        value = tl.load(
+            table_ptr + from_row + offs_d[None, :], mask=inside[:, None] & mask_d, other=0.0
+        )
     tl.store(out_ptr + to_row + offs_d[None, :], value, mask=mask_t[:, None] & mask_d)
 
 

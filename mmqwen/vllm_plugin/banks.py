@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -13,7 +13,7 @@ from mmqwen.banks.catalog import ServedBank
 from mmqwen.modalities import ModalitySpec
 from mmqwen.packs import Group, PackError
 from mmqwen.vllm_plugin import compat
-from mmqwen_kernels import HostRows
+from mmqwen_kernels import HostRows, Projector, project_rows
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -34,7 +34,9 @@ class ResidentBanks:
     """The rows of a worker's banks, found by a pack's bank numbers and ids.
 
     A bank placed on the device lies there whole, in the model's dtype. One placed on the host stays
-    in its file, mapped; a step reads the rows that it places.
+    in its file, mapped; a step reads the rows that it places. Of one that is projected the device
+    holds what the projector makes of its rows; each rank holds a share of them, one after another,
+    as it does of the vocabulary.
 
     Args:
         catalog: the model's banks.
@@ -42,6 +44,8 @@ class ResidentBanks:
         dtype: the model's.
         hold: keeps a bank's rows on the device, or returns those that it keeps; None on ranks that
             place no rows, which load nothing.
+        hidden_size: D, of rows that are projected.
+        rank, ranks: this rank, and how many share the projectors.
 
     Raises:
         BankError: a bank does not fit into the device's free memory.
@@ -54,20 +58,31 @@ class ResidentBanks:
         dtype: torch.dtype,
         *,
         hold: Callable[..., torch.Tensor] | None,
+        hidden_size: int,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         self._dtype = dtype
         self._hold = hold
         self._banks = list(catalog.banks.values()) if hold is not None else []
         self._modality = np.array([modalities.index(b.spec.modality or "") for b in self._banks])
         self._sizes = np.array([served.bank.num_rows for served in self._banks])
+        self._rank, self._ranks = rank, ranks
         for served in self._banks:
             if hold is not None and served.spec.placement == "device":
                 hold(served.spec.name, _load(served, dtype))
+            elif hold is not None and served.spec.placement == "projected":
+                first, last = self._share(served)
+                # At least one, where there are more ranks than rows.
+                share = _allocate(served, max(1, last - first), hidden_size, dtype)
+                hold(served.spec.name, share.zero_())
         self.on_device = any(
             served.spec.placement == "device" and self._rows(served).is_cuda
             for served in self._banks
         )
         """Whether a step's rows may lie on the GPU already."""
+        self.projected = [s for s in self._banks if s.spec.placement == "projected"]
+        """The banks whose rows are projected at load."""
 
     def check(self, group: Group) -> None:
         """Refuse a group of a pack that names another bank than one that is here.
@@ -86,6 +101,57 @@ class ResidentBanks:
                 f"{served.bank.version[:16]}"
             )
 
+    def refuse_untrained(self, modalities: Collection[str]) -> None:
+        """Refuse to project banks of these modalities, whose projectors were never trained.
+
+        Raises:
+            BankError: there is such a bank.
+        """
+        for served in self.projected:
+            if served.spec.modality in modalities:
+                raise BankError(
+                    f"bank {served.spec.name!r}, placement projected: the projector of modality "
+                    f"{served.spec.modality!r} is UNTRAINED (random), expected a trained one; "
+                    "train it, give one, or place the bank on the device until then"
+                )
+
+    def project(
+        self,
+        projectors: Mapping[str, Projector],
+        backend: str,
+        at_once: int,
+        reduce: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        """Project the rows of the banks of some modalities anew, in place.
+
+        Each rank projects every row by its share of the hidden units and keeps the sums of its own
+        rows, which so have the bits that they have where a step places them.
+
+        Args:
+            projectors: of each modality that changed its weights.
+            backend: of the op.
+            at_once: rows, for which there is memory.
+            reduce: sums over the ranks.
+        """
+        for served in self.projected:
+            projector = projectors.get(served.spec.modality or "")
+            if projector is None:
+                continue
+            table, raw = self._rows(served), served.bank.rows
+            first, last = self._share(served)
+            for at in range(0, len(raw), at_once):
+                block = raw[at : at + at_once].to(table.device, self._dtype)
+                done = reduce(project_rows(block, projector, backend=backend))
+                begin, end = max(first, at), min(last, at + len(block))
+                if begin < end:
+                    table[begin - first : end - first].copy_(done[begin - at : end - at])
+
+    def _share(self, served: ServedBank) -> tuple[int, int]:
+        """The first and the end of this rank's rows of a bank that is projected."""
+        count = served.bank.num_rows
+        each = -(-count // self._ranks)
+        return min(count, self._rank * each), min(count, (self._rank + 1) * each)
+
     def find(self, bank: np.ndarray, ids: np.ndarray, modality: np.ndarray) -> HostRows:
         """See `mmqwen.packs.Banks`."""
         if not len(self._banks) or bank.max() >= len(self._banks):
@@ -95,16 +161,26 @@ class ResidentBanks:
             raise PackError("an id lies outside its bank, or the bank is of another modality")
         first = int(bank[0])
         if (bank == first).all():
-            address, resident, held = self._find_in(self._banks[first], ids)
-            mask = np.ones(len(ids), np.bool_) if resident else None
-            return HostRows(modality, address, mask, held)
-        address, on_device = np.empty(len(ids), np.int64), np.zeros(len(ids), np.bool_)
-        every: list[torch.Tensor] = []
+            return self._find_in(self._banks[first], ids, modality)
+        address = np.empty(len(ids), np.int64)
+        on_device, done = np.zeros((2, len(ids)), np.bool_)
+        held: list[torch.Tensor] = []
+        tables: list[torch.Tensor] = []
         for number in np.unique(bank).tolist():
             mine = bank == number
-            address[mine], on_device[mine], held = self._find_in(self._banks[number], ids[mine])
-            every += held
-        return HostRows(modality, address, on_device if on_device.any() else None, tuple(every))
+            found = self._find_in(self._banks[number], ids[mine], modality[mine])
+            address[mine] = found.address
+            on_device[mine], done[mine] = found.resident is not None, found.projected is not None
+            held += found.held
+            tables += found.tables
+        return HostRows(
+            modality,
+            address,
+            on_device if on_device.any() else None,
+            tuple(held),
+            done if tables else None,
+            tuple(tables),
+        )
 
     def table(self) -> np.ndarray | None:
         """See `mmqwen.packs.Banks`."""
@@ -113,7 +189,9 @@ class ResidentBanks:
         words: list[int] = []
         for at, served in enumerate(self._banks):
             rows = self._rows(served)
-            address = rows.data_ptr() if rows.dtype == self._dtype else 0  # 0: to be converted
+            # 0: not to be found so, but here: to be converted, or to be gathered.
+            plain = rows.dtype == self._dtype and served.spec.placement != "projected"
+            address = rows.data_ptr() if plain else 0
             size = rows.shape[1] * rows.element_size()
             words += (address, len(rows), size, int(self._modality[at]), int(rows.is_cuda))
         return np.array(words, dtype=np.int64)
@@ -123,38 +201,54 @@ class ResidentBanks:
         found = map(self._rows, self._banks)
         return tuple(rows for rows in found if rows.is_cuda)
 
-    def _find_in(
-        self, served: ServedBank, ids: np.ndarray
-    ) -> tuple[np.ndarray, bool, tuple[torch.Tensor, ...]]:
-        """Addresses of a bank's rows, whether they are the GPU's, and what holds the rows."""
-        rows = self._rows(served)
+    def _find_in(self, served: ServedBank, ids: np.ndarray, modality: np.ndarray) -> HostRows:
+        """Rows of one bank."""
+        rows, every = self._rows(served), np.ones(len(ids), np.bool_)
+        if served.spec.placement == "projected":
+            first, last = self._share(served)
+            size = rows.shape[1] * rows.element_size()
+            mine = (ids >= first) & (ids < last)
+            address = np.where(mine, (ids - first) * size + rows.data_ptr(), 0)
+            return HostRows(modality, address, projected=every, tables=(rows,))
         if rows.dtype != self._dtype:  # of a file that the model's dtype differs from
             with compat.single_threaded():
                 rows = rows.index_select(0, torch.from_numpy(ids)).to(self._dtype)
             ids = np.arange(len(ids))
         size = rows.shape[1] * rows.element_size()
-        return ids * size + rows.data_ptr(), rows.is_cuda, (rows,)
+        address = ids * size + rows.data_ptr()
+        return HostRows(modality, address, every if rows.is_cuda else None, (rows,))
 
     def _rows(self, served: ServedBank) -> torch.Tensor:
-        if served.spec.placement == "device" and self._hold is not None:
+        if served.spec.placement != "host" and self._hold is not None:
             return self._hold(served.spec.name)
         return served.bank.rows
 
 
 def _load(served: ServedBank, dtype: torch.dtype) -> torch.Tensor:
     """A bank's rows on the current device, in `dtype`, some MiB at a time."""
-    bank, device = served.bank, torch.get_default_device()
-    nbytes = bank.num_rows * bank.width * dtype.itemsize
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        if nbytes > free:
-            raise BankError(
-                f"bank {served.spec.name!r} of {nbytes} bytes does not fit into the {free} that "
-                "are free on the GPU; place it on the host, or serve fewer rows"
-            )
-    rows = torch.empty(bank.num_rows, bank.width, dtype=dtype, device=device)
+    bank = served.bank
+    rows = _allocate(served, bank.num_rows, bank.width, dtype)
     at = 0
     for block in bank.blocks():
         rows[at : at + len(block)].copy_(block)
         at += len(block)
     return rows
+
+
+def _allocate(served: ServedBank, count: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Room on the current device for rows `[count, width]` of a bank.
+
+    Raises:
+        BankError: there is not as much.
+    """
+    device = torch.get_default_device()
+    nbytes = count * width * dtype.itemsize
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        if nbytes > free:
+            raise BankError(
+                f"bank {served.spec.name!r}, placement {served.spec.placement}: {count} rows of "
+                f"{width} elements take {nbytes} bytes, expected at most the {free} that are free "
+                "on the GPU; place it on the host, or serve fewer rows"
+            )
+    return torch.empty(count, width, dtype=dtype, device=device)

@@ -48,6 +48,9 @@ logger = init_logger(__name__)
 PROBED_IDS = 256
 """Tokens by which the text model's embedding is compared with rows of its table."""
 
+AT_ONCE = 8192
+"""Rows of a bank that are projected by one call, at most."""
+
 BACKEND_VARIABLE = "MMQWEN_BACKEND"
 """Environment variable that names the fusion backend; see `select_backend`."""
 
@@ -130,9 +133,15 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
             list(self.specs),
             cast(torch.dtype, model_config.dtype),
             hold=self._hold_bank if self._place else None,
+            hidden_size=text_config.hidden_size,
+            rank=rank,
+            ranks=self._ranks,
         )
-        if self._place and rank == 0:
-            self._warn_untrained(vllm_config)
+        if self._place and (rank == 0 or self._banks.projected):
+            names = self._untrained(vllm_config)
+            self._banks.refuse_untrained(names)
+            if names and rank == 0:
+                logger.warning("%s", untrained_message(names))
         placeholder_ids = sorted(spec.token_id for spec in self._spec_list)  # type: ignore[type-var]
         self.register_buffer(
             "_placeholder_ids", torch.tensor(placeholder_ids, dtype=torch.int64), persistent=False
@@ -157,7 +166,8 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         )
         return specs
 
-    def _warn_untrained(self, vllm_config: VllmConfig) -> None:
+    def _untrained(self, vllm_config: VllmConfig) -> list[str]:
+        """Modalities whose projectors are known to be a random start."""
         model_config = vllm_config.model_config
         file = getattr(self.config, "projector", None)
         trained = read_trained(
@@ -166,9 +176,7 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
             revision=model_config.revision,
             cache=vllm_config.load_config.download_dir,
         )
-        names = untrained(trained, self.specs)
-        if names:
-            logger.warning("%s", untrained_message(names))
+        return untrained(trained, self.specs)
 
     def _hold_bank(self, name: str, rows: torch.Tensor | None = None) -> torch.Tensor:
         """A bank's rows on the device, as a buffer: vLLM brings those through its sleep."""
@@ -246,9 +254,31 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
             slots=range(self._max_tokens),
             backend=self._backend,
         )
+        self._project_banks()
         if self._choice.name == "triton":
-            ready = warm_up(every, backend=self._backend, resident=self._banks.on_device)
+            ready = warm_up(
+                every,
+                backend=self._backend,
+                resident=self._banks.on_device,
+                projected=bool(self._banks.projected),
+            )
             logger.info("Fusion kernels made ready: %d", ready)
+
+    def _project_banks(self) -> None:
+        """Project the banks that are so placed, where their projectors have other weights now.
+
+        Before the first rows are placed, and not where weights are loaded: an update may come in
+        many parts, and some loaders fill parameters by themselves. All ranks place rows, and so
+        come here, in the same steps. As many rows at once as the largest step has memory for.
+        """
+        changed, self.projectors.changed = self.projectors.changed, set()
+        if not changed or not self._banks.projected:
+            return
+        reduce = tensor_model_parallel_all_reduce if self._ranks > 1 else lambda rows: rows
+        every = dict(zip(self.specs, self.projectors.weights(), strict=True))
+        stale = {name: every[name] for name in changed}
+        with torch.inference_mode():
+            self._banks.project(stale, self._backend, min(self._max_tokens, AT_ONCE), reduce)
 
     # -- the step -------------------------------------------------------------------------------
 
@@ -270,6 +300,7 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         if not multimodal_embeddings or is_multimodal is None:
             return self.language_model.embed_input_ids(input_ids)
         self._complete()
+        self._project_banks()
         projectors = self.projectors.weights()
         with compat.single_threaded():
             plan = self._plan(
