@@ -52,6 +52,8 @@ DTYPE_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 BANK_CODE = 3
 """In the place of a dtype's: the row lies in a bank."""
 VERSION_BYTES = 32
+ON_DEVICE, PROJECTED = 1, 2
+"""Where a bank's rows lie, for the native helper; 0: on the host."""
 
 
 class PackError(ValueError):
@@ -85,10 +87,17 @@ class Banks(Protocol):
         """
 
     def table(self) -> np.ndarray | None:
-        """The banks as the native helper is told of them, int64 `[5 n]`; None without banks."""
+        """The banks as the native helper is told of them, int64 `[7 n]`; None without banks.
+
+        Of each address, rows, bytes of a row, modality, place (0, `ON_DEVICE` or `PROJECTED`), and
+        the first and the end of the rows that lie at the address.
+        """
 
     def held(self) -> tuple[torch.Tensor, ...]:
         """The tensors on the device that hold rows."""
+
+    def projections(self) -> tuple[torch.Tensor, ...]:
+        """The tensors on the device that hold rows that were projected before."""
 
 
 def bank_group(modality: int, bank: int) -> int:
@@ -387,9 +396,17 @@ def find_rows(
             words = np.frombuffer(found, np.int64, 2 * rows)
             address, modality = words[:rows], words[rows:]
             if table is not None and banks is not None:
-                resident = np.frombuffer(found, np.bool_, rows, 16 * rows)
-                if resident.any():
-                    return HostRows(modality, address, resident, banks.held())
+                place = np.frombuffer(found, np.int8, rows, 16 * rows)
+                resident, projected = place == ON_DEVICE, place == PROJECTED
+                if place.any():
+                    return HostRows(
+                        modality,
+                        address,
+                        resident if resident.any() else None,
+                        banks.held(),
+                        projected if projected.any() else None,
+                        banks.projections(),
+                    )
             return HostRows(modality, address)
     tables, counts, begins, ends = [], [], [], []
     for part in parts:

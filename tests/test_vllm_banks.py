@@ -7,14 +7,22 @@ import json
 import numpy as np
 import pytest
 import torch
+from bank_tables import pack_named
 from safetensors.torch import load_file, save_file
 
 from engines import TOLERANCE, reference, start, worst_difference
 from mmqwen.banks import BankCatalog, BankError, BankRows, build_bank, open_bank, parse_banks
 from mmqwen.modalities import ModalitySpec
-from mmqwen.packs import PackError, allocate_pack, bank_group, find_rows, write_ids
+from mmqwen.packs import (
+    PackError,
+    allocate_pack,
+    bank_group,
+    directory,
+    find_rows,
+    write_ids,
+)
 from mmqwen.transport import encode_rows
-from mmqwen_kernels import Projector, fuse_embeddings, plan_rows, project_rows
+from mmqwen_kernels import Projector, fuse_embeddings, native, plan_rows, project_rows
 from tiny import make_composite
 
 pytest.importorskip("vllm")
@@ -404,21 +412,30 @@ def test_a_bank_is_not_projected_by_a_random_start(banks):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 40])
-def test_rows_that_were_projected_lie_once_over_the_ranks(banks, ranks):
+def test_rows_that_were_projected_lie_once_over_the_ranks(banks, ranks, monkeypatch):
     """Each rank places its share of them and zeros elsewhere, so that the sum is the projection."""
     generator = torch.Generator().manual_seed(1)
     up, down, bias = (torch.randn(n, generator=generator) for n in ((80, 24), (8, 80), (8,)))
     projector = Projector(up, None, down, bias)
-    ids, zeros = np.array([34, 0, 17, 18, 0]), np.zeros(5, np.int64)
+    ids = np.array([34, 0, 17, 18, 0])
+    named = directory(pack_named([(0, 0, ids.tolist())], [24], torch.float32))
     total, held = torch.zeros(5, 8), []
     for rank in range(ranks):
         resident, table = resident_goods(banks, rank=rank, ranks=ranks)
         # Nothing to be summed: here each rank has all hidden units.
         resident.project({"m1": projector}, "torch", 4, lambda rows: rows)
-        found = resident.find(zeros, ids, zeros)
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "helper", None)
+            found = find_rows([named], [24], torch.float32, resident)
+        assert found.projected.all()
+        if native.helper is not None:  # says the same
+            again = find_rows([named], [24], torch.float32, resident)
+            assert (again.address == found.address).all()
+            assert again.projected.all()
+            assert again.tables[0].data_ptr() == found.tables[0].data_ptr() == table.data_ptr()
         plan = plan_rows(found, range(5), 5, [24], dtype=torch.float32, device="cpu")
         total += fuse_embeddings(
-            torch.from_numpy(zeros), torch.zeros(1, 8), plan, [projector], backend="torch"
+            torch.zeros(5, dtype=torch.int64), torch.zeros(1, 8), plan, [projector], backend="torch"
         )
         held.append(len(table))
     assert 35 <= sum(held) < 35 + ranks

@@ -11,7 +11,7 @@ import torch
 from mmqwen.banks import BankCatalog, BankError, parse_banks
 from mmqwen.banks.catalog import ServedBank
 from mmqwen.modalities import ModalitySpec
-from mmqwen.packs import Group, PackError
+from mmqwen.packs import ON_DEVICE, PROJECTED, Group, PackError
 from mmqwen.vllm_plugin import compat
 from mmqwen_kernels import HostRows, Projector, project_rows
 
@@ -189,17 +189,23 @@ class ResidentBanks:
         words: list[int] = []
         for at, served in enumerate(self._banks):
             rows = self._rows(served)
-            # 0: not to be found so, but here: to be converted, or to be gathered.
-            plain = rows.dtype == self._dtype and served.spec.placement != "projected"
-            address = rows.data_ptr() if plain else 0
+            address = rows.data_ptr() if rows.dtype == self._dtype else 0  # 0: to be converted
             size = rows.shape[1] * rows.element_size()
-            words += (address, len(rows), size, int(self._modality[at]), int(rows.is_cuda))
+            place, (first, end) = ON_DEVICE * rows.is_cuda, (0, len(rows))
+            if served.spec.placement == "projected":
+                place, (first, end) = PROJECTED, self._share(served)
+            words += (address, int(self._sizes[at]), size, int(self._modality[at]))
+            words += (place, first, end)
         return np.array(words, dtype=np.int64)
 
     def held(self) -> tuple[torch.Tensor, ...]:
         """See `mmqwen.packs.Banks`."""
-        found = map(self._rows, self._banks)
+        found = (self._rows(b) for b in self._banks if b.spec.placement == "device")
         return tuple(rows for rows in found if rows.is_cuda)
+
+    def projections(self) -> tuple[torch.Tensor, ...]:
+        """See `mmqwen.packs.Banks`."""
+        return tuple(map(self._rows, self.projected))
 
     def _find_in(self, served: ServedBank, ids: np.ndarray, modality: np.ndarray) -> HostRows:
         """Rows of one bank."""
