@@ -411,6 +411,14 @@ def test_a_bank_is_not_projected_by_a_random_start(banks):
         resident.refuse_untrained(["m1"])
 
 
+def test_a_bank_that_does_not_fit_is_refused(banks, monkeypatch):
+    monkeypatch.setattr(torch, "get_default_device", lambda: torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (18 * 8 * 4 - 1, 1 << 40))
+    words = "bank 'goods', placement projected: 18 rows of 8 elements take 576 bytes, .* 575 that"
+    with pytest.raises(BankError, match=words):
+        resident_goods(banks, ranks=2)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 40])
 def test_rows_that_were_projected_lie_once_over_the_ranks(banks, ranks, monkeypatch):
     """Each rank places its share of them and zeros elsewhere, so that the sum is the projection."""

@@ -271,14 +271,15 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         many parts, and some loaders fill parameters by themselves. All ranks place rows, and so
         come here, in the same steps. As many rows at once as the largest step has memory for.
         """
-        changed, self.projectors.changed = self.projectors.changed, set()
-        if not changed or not self._banks.projected:
+        if not self.projectors.changed:
             return
-        reduce = tensor_model_parallel_all_reduce if self._ranks > 1 else lambda rows: rows
-        every = dict(zip(self.specs, self.projectors.weights(), strict=True))
-        stale = {name: every[name] for name in changed}
-        with torch.inference_mode():
-            self._banks.project(stale, self._backend, min(self._max_tokens, AT_ONCE), reduce)
+        if self._banks.projected:
+            reduce = tensor_model_parallel_all_reduce if self._ranks > 1 else lambda rows: rows
+            every = zip(self.specs, self.projectors.weights(), strict=True)
+            stale = {name: weights for name, weights in every if name in self.projectors.changed}
+            with torch.inference_mode():
+                self._banks.project(stale, self._backend, min(self._max_tokens, AT_ONCE), reduce)
+        self.projectors.changed.clear()
 
     # -- the step -------------------------------------------------------------------------------
 
