@@ -19,6 +19,7 @@ import triton.language as tl
 from triton.compiler import ASTSource
 
 from mmqwen_kernels import triton_kernels as kernels
+from mmqwen_kernels.row_tables import ALIGN_BYTES
 from mmqwen_kernels.tiles import TRITON_DTYPES, TileConfig
 
 DISPATCH_VARIABLE = "MMQWEN_TRITON_DISPATCH"
@@ -29,7 +30,6 @@ _POINTED = {f"*{name}": dtype for dtype, name in (TRITON_DTYPES | INTEGERS).item
 _WORDS = ("entries_ptr", "weights_ptr", "row_address_ptr", "slots_ptr", "text_ptr")
 _ADDRESSES = ("x_address", "w_address", "b_address")
 _WIDE = dict.fromkeys(_WORDS, "*i64") | dict.fromkeys(_ADDRESSES, "i64")
-_ROWS = ("hidden_ptr", "out_ptr", "table_ptr")
 
 
 def compiler_options(warps: int, stages: int, dependent: bool = False) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def types_of(
     for name in kernel.arg_names:
         if name in constants:
             found[name] = "constexpr"
-        elif name in _ROWS:
+        elif name in kernels.ROW_POINTERS:
             found[name] = "*" + TRITON_DTYPES[dtype]
         elif name == "ids_ptr":
             found[name] = "*" + INTEGERS[ids_dtype]
@@ -83,7 +83,7 @@ def ast_source(
     attributes: dict[tuple[int, ...], list[list[Any]]] = {
         (at,): [["tt.divisibility", 16]]
         for at, name in enumerate(kernel.arg_names)
-        if name in _ROWS and (aligned or name == "hidden_ptr")
+        if name in kernels.ROW_POINTERS and (aligned or name == "hidden_ptr")
     }
     signature = types_of(kernel, constants, dtype, ids_dtype)
     return ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
@@ -102,24 +102,11 @@ class Compiled:
         # All of it is kept: from triton 3.8 on its end unloads the module that is launched here.
         self.kernel = triton.compile(source, options=options)
         self._run = self.kernel.run  # loads the module onto the current device
-        self._function = self.kernel.function
-        self._metadata = self.kernel.packed_metadata
+        self._fixed = (self.kernel.function, self.kernel.packed_metadata, None, None, None)
         self._constants = tuple(constants)
 
     def __call__(self, programs: int, stream: int, *args: int) -> None:
-        self._run(
-            programs,
-            1,
-            1,
-            stream,
-            self._function,
-            self._metadata,
-            None,
-            None,
-            None,
-            *args,
-            *self._constants,
-        )
+        self._run(programs, 1, 1, stream, *self._fixed, *args, *self._constants)
 
 
 class Pointer:
@@ -238,8 +225,8 @@ def _call_of_launcher(compiled: Any, dispatch: Any) -> tuple[Any, ...]:
     """
     calls: list[tuple[Any, ...]] = []
     kind = type(compiled)
-    noted = type(kind.__name__, (kind,), {"run": property(lambda self: _noting(calls))})
-    compiled.__class__ = noted
+    noting = property(lambda self: lambda *args: calls.append(args))
+    compiled.__class__ = type(kind.__name__, (kind,), {"run": noting})
     try:
         dispatch()
     finally:
@@ -247,10 +234,6 @@ def _call_of_launcher(compiled: Any, dispatch: Any) -> tuple[Any, ...]:
     if len(calls) != 1:
         raise RuntimeError(f"Triton called a kernel's launcher {len(calls)} times, expected once")
     return calls[0]
-
-
-def _noting(calls: list[tuple[Any, ...]]) -> Any:
-    return lambda *args: calls.append(args)
 
 
 # -- all kernels of a device ---------------------------------------------------------------------
@@ -288,13 +271,12 @@ class Kernels:
         kernel: Any,
         dtype: torch.dtype,
         ids_dtype: torch.dtype,
-        align_bytes: int,
         constants: dict[str, Any],
         tile: TileConfig | None = None,
         dependent: bool = False,
     ) -> Any:
         """A kernel compiled for these types and constants, once."""
-        aligned = align_bytes == 16
+        aligned = constants["ALIGN"] * dtype.itemsize == ALIGN_BYTES
         warps, stages = (4, 1) if tile is None else (tile.num_warps, tile.num_stages)
         key = (
             kernel, dtype, ids_dtype, aligned, tuple(constants.values()), warps, stages, dependent

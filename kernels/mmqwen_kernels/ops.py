@@ -28,15 +28,11 @@ def _backend_of(device: torch.device) -> TritonBackend:
     return triton_backend(device)
 
 
-def _needs_gradients(first: torch.Tensor, others: Iterable[torch.Tensor | None]) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return first.requires_grad or any(t is not None and t.requires_grad for t in others)
-
-
-def _pick(backend: str, first: torch.Tensor, others: Iterable[torch.Tensor | None]) -> str:
+def _pick(backend: str, first: torch.Tensor, weights: Iterable[torch.Tensor]) -> str:
     """The backend's name for a call on these tensors; see `select_backend`."""
-    gradients = _needs_gradients(first, others)
+    gradients = torch.is_grad_enabled() and (
+        first.requires_grad or any(weight.requires_grad for weight in weights)
+    )
     return select_backend(first.device, first.dtype, backend, gradients=gradients).name
 
 

@@ -31,14 +31,7 @@ from mmqwen_kernels.row_tables import (
     span_of,
     tables_of,
 )
-from mmqwen_kernels.sources import (
-    HostRows,
-    RowSource,
-    check_total,
-    collect_rows,
-    group_positions,
-    split_tokens,
-)
+from mmqwen_kernels.sources import HostRows, RowSource, collect_rows, split_tokens
 from mmqwen_kernels.upload import uploader
 
 MAX_MODALITIES = 256  # numpy sorts bytes by counting them
@@ -69,8 +62,7 @@ class RowPlan:
         address: of the first modality's first row.
         stride: of the first modality's rows, in elements.
         held: tensors on the device in which rows lie that were given by address.
-        num_projected: P, rows that were projected before. Their addresses stand right before the
-            order.
+        num_projected: P, rows projected before; their addresses stand right before the order.
         tables: `[n, D]`, in which those lie.
     """
 
@@ -97,8 +89,7 @@ class RowPlan:
 
     @cached_property
     def order(self) -> torch.Tensor:
-        """int64 `[T]` on the device: the text slots, ascending, those of rows that were projected
-        before, then the rows' by modality."""
+        """int64 `[T]` on the device: text slots, those of projected rows, the rows' by modality."""
         return self._words(self.order_at, self.num_tokens)
 
     @property
@@ -141,13 +132,12 @@ class RowPlan:
     def _gather(self, address: torch.Tensor, places: Sequence[torch.Tensor]) -> torch.Tensor:
         """Rows that lie here and there, each found by its address, else zeros; no sync."""
         row_bytes = places[0].shape[1] * self.dtype.itemsize
-        found: torch.Tensor | float = 0.0
+        found = torch.zeros((), dtype=self.dtype, device=self.buffer.device)
         for rows in places:
             at = address - rows.data_ptr()
             picked = rows.index_select(0, (at // row_bytes).clamp(0, len(rows) - 1))
             inside = ((at >= 0) & (at < len(rows) * row_bytes)).unsqueeze(1)
             found = torch.where(inside, picked, found)
-        assert isinstance(found, torch.Tensor)
         return found
 
     @cached_property
@@ -196,38 +186,31 @@ def plan_rows(
             return made
     text, positions = split_tokens(slots, num_tokens)
     parts: list[list[torch.Tensor]] = [[] for _ in widths]
-    resident: np.ndarray | None = None
-    on_device: tuple[torch.Tensor, ...] = ()
-    held: Sequence[torch.Tensor]
-    done, done_address = positions[:0], positions[:0]
-    tables: tuple[torch.Tensor, ...] = ()
-    if isinstance(sources, HostRows):
-        if sources.projected is not None:
-            check_total(len(sources.address), positions)
-            tables = sources.tables
-            sources, positions, done, done_address = sources.split_projected(positions)
-        counts = np.bincount(sources.modality, minlength=len(widths)).tolist()
-        if len(counts) > len(widths):
-            raise ValueError(f"modality index {len(counts) - 1}, expected 0 to {len(widths) - 1}")
-        check_total(sum(counts), positions)
-        address, held, resident = sources.address, sources.held, sources.resident
-        if max(counts, default=0) < len(positions):  # several modalities
-            by_modality = sources.modality.astype(np.uint8).argsort(kind="stable")
-            positions, address = positions[by_modality], address[by_modality]
-            resident = None if resident is None else resident[by_modality]
+    if not isinstance(sources, HostRows):
+        sources = collect_rows(sources, widths, dtype, device, parts)
+    total = len(sources.address)
+    if total != len(positions):
+        raise ValueError(f"{total} rows for {len(positions)} slots; sources follow their slots")
+    done, done_address, tables = positions[:0], positions[:0], sources.tables
+    if sources.projected is not None:
+        sources, positions, done, done_address = sources.split(sources.projected, positions)
+    modality, address, resident, held = sources[:4]
+    counts = np.bincount(modality, minlength=len(widths)).tolist()
+    if len(counts) > len(widths):
+        raise ValueError(f"modality index {len(counts) - 1}, expected 0 to {len(widths) - 1}")
+    if max(counts, default=0) < len(positions):  # several modalities
+        by_modality = modality.astype(np.uint8).argsort(kind="stable")
+        positions, address = positions[by_modality], address[by_modality]
         if resident is not None:
-            on_device = tuple(rows for rows in held if rows.device == device)
-    else:
-        runs, address, held = collect_rows(sources, widths, dtype, device, parts)
-        counts = [0] * len(widths)
-        for m, length in runs:
-            counts[m] += length
-        check_total(sum(counts), positions)
-        if max(counts, default=0) < len(positions):
-            positions = group_positions(positions, runs, len(widths))
+            modality, resident = modality[by_modality], resident[by_modality]
+    stay = None
+    if resident is not None:
+        travelling = np.bincount(modality[~resident], minlength=len(widths)).tolist()
+        on_device = tuple(rows for rows in held if rows.device == device)
+        stay = Staying(address, resident, on_device, travelling)
 
     def write(raw: np.ndarray, order_at: int, rows_at: list[int]) -> None:
-        """`positions` are grouped by modality, and so is `address`, of the rows that travel."""
+        """`positions` and `address` are grouped by modality."""
         order = raw[order_at : order_at + 8 * num_tokens].view(np.int64)
         raw[order_at - done_address.nbytes : order_at].view(np.int64)[:] = done_address
         order[:] = np.concatenate([text, done, positions])
@@ -237,16 +220,11 @@ def plan_rows(
                 moving = address[first : first + count]
                 if resident is not None:
                     moving = moving[~resident[first : first + count]]
-                copy_rows(raw, rows_at[m], moving, widths[m] * itemsize)
-            if rows_at[m] >= 0 or resident is not None:  # then all rows have addresses here
-                first += count
+                copy_rows(raw, rows_at[m], moving, widths[m] * dtype.itemsize)
+            first += count
 
-    itemsize = dtype.itemsize
-    stay = None if resident is None else Staying(address, resident, on_device)
     gathered = (len(text), done_address, tables) if len(done) else None
-    plan = _lay_out(parts, counts, num_tokens, widths, dtype, device, write, stay, gathered)
-    del held  # copied now
-    return plan
+    return _lay_out(parts, counts, num_tokens, widths, dtype, device, write, stay, gathered)
 
 
 def _plan_natively(
@@ -314,7 +292,7 @@ def _lay_out(
     """
     itemsize, total = dtype.itemsize, sum(counts)
     by_address = stay is not None or any(len(part) > 1 or is_far(part[0]) for part in parts if part)
-    moving = counts if stay is None else stay.moving(counts)
+    moving = counts if stay is None else stay.travelling
     entries_here = num_entries(len(counts))
     addresses_at = entries_here * ENTRY_BYTES
     num_text, projected, tables = gathered or (0, np.empty(0, np.int64), ())

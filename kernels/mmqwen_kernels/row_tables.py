@@ -13,8 +13,7 @@ import torch
 ALIGN_BYTES = 16
 ENTRY_FIELDS = 8
 ENTRY_BYTES = 8 * ENTRY_FIELDS
-NUM_TEXT_FIELD = 5
-"""Of the first entry, in steps with rows that were projected before: how many slots are text."""
+NUM_TEXT_FIELD = 5  # of the first entry: text slots, in steps with rows projected before
 _MAX_ROW_STRIDE = 1 << 23  # elements: 256 rows of a tile times this fit in int32
 
 Span = tuple[int, int, int]
@@ -101,18 +100,13 @@ class Staying(NamedTuple):
         address: int64 `[R]`.
         resident: bool `[R]`, which do.
         held: the tensors in which those lie.
+        travelling: per modality, how many rows do not.
     """
 
     address: np.ndarray
     resident: np.ndarray
     held: tuple[torch.Tensor, ...]
-
-    def moving(self, counts: Sequence[int]) -> list[int]:
-        """Per modality the rows that travel."""
-        every = np.array(counts)
-        ends = every.cumsum()
-        staying = np.concatenate([[0], self.resident.cumsum()])
-        return (every - staying[ends] + staying[ends - every]).tolist()
+    travelling: list[int]
 
     def addresses(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,11 +35,8 @@ class HostRows(NamedTuple):
     projected: np.ndarray | None = None
     tables: tuple[torch.Tensor, ...] = ()
 
-    def split_projected(
-        self, positions: np.ndarray
-    ) -> tuple[HostRows, np.ndarray, np.ndarray, np.ndarray]:
-        """The other rows and their positions; positions and addresses of those projected before."""
-        done = np.zeros(len(positions), np.bool_) if self.projected is None else self.projected
+    def split(self, done: np.ndarray, positions: np.ndarray) -> tuple[HostRows, Any, Any, Any]:
+        """The rows not `done` and their positions; positions and addresses of those `projected`."""
         rest, resident = ~done, self.resident
         if resident is not None:
             resident = resident[rest] if resident[rest].any() else None
@@ -75,53 +72,37 @@ def split_tokens(
     return text, positions
 
 
-def check_total(total: int, positions: np.ndarray) -> None:
-    if total != len(positions):
-        raise ValueError(f"{total} rows for {len(positions)} slots; sources follow their slots")
-
-
-def group_positions(
-    positions: np.ndarray, runs: Sequence[tuple[int, int]], modalities: int
-) -> np.ndarray:
-    """Positions of runs (modality, rows), by modality."""
-    pieces: list[list[np.ndarray]] = [[] for _ in range(modalities)]
-    at = 0
-    for m, length in runs:
-        pieces[m].append(positions[at : at + length])
-        at += length
-    return np.concatenate([piece for of_modality in pieces for piece in of_modality])
-
-
 def collect_rows(
     sources: Sequence[RowSource],
     widths: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
     parts: list[list[torch.Tensor]],
-) -> tuple[list[tuple[int, int]], np.ndarray, list[torch.Tensor]]:
-    """Loose tensors: those of modalities that stay go into `parts`.
+) -> HostRows:
+    """Loose tensors as rows by address.
 
-    A modality stays where one of its tensors lies on the device.
-
-    Returns:
-        Runs (modality, rows); addresses of the rows that travel, by modality; what these point to.
+    A modality stays where one of its tensors lies on the device: it goes into `parts` instead, and
+    its rows have the address 0.
     """
     try:
         stays = {m for m, rows in sources if _lies_on(rows, device)}
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(_NO_SOURCES) from error
-    runs: list[tuple[int, int]] = []
+    modality: list[int] = []
+    lengths: list[int] = []
     held: list[torch.Tensor] = []
-    travelling: list[list[np.ndarray]] = [[] for _ in widths]
+    address = [np.empty(0, dtype=np.int64)]
     for m, rows in sources:
         if rows.ndim != 2 or not 0 <= m < len(widths) or rows.shape[1] != widths[m]:
             _refuse(m, rows, widths)
         count = rows.shape[0]
         if not count:
             continue
-        runs.append((m, count))
+        modality.append(m)
+        lengths.append(count)
         if m in stays:
             parts[m].append(_settle(rows, dtype, device))
+            address.append(np.zeros(count, dtype=np.int64))
             continue
         if rows.requires_grad:
             raise ValueError(
@@ -131,10 +112,9 @@ def collect_rows(
         rows = rows.to("cpu", dtype).contiguous()
         held.append(rows)
         begin, step = rows.data_ptr(), rows.shape[1] * dtype.itemsize
-        travelling[m].append(np.arange(begin, begin + count * step, step, dtype=np.int64))
-    pieces = [piece for of_modality in travelling for piece in of_modality]
-    address = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
-    return runs, address, held
+        address.append(np.arange(begin, begin + count * step, step, dtype=np.int64))
+    each = np.array(modality, dtype=np.int64).repeat(np.array(lengths, dtype=np.int64))
+    return HostRows(each, np.concatenate(address), held=tuple(held))
 
 
 def _lies_on(rows: torch.Tensor, device: torch.device) -> bool:

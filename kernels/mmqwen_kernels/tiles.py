@@ -17,10 +17,6 @@ import torch
 
 TRITON_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 """What the kernels are written for, with Triton's names."""
-SHARED_BYTES = {(8, 0): 166_912, (8, 7): 166_912, (9, 0): 232_448, (10, 0): 232_448}
-"""Shared memory of a block, at most, by capability (CUDA C++ Programming Guide, "Compute
-Capabilities"). Others are taken to have what the smallest, 8.6, 8.9 and 12.0, have."""
-SHARED_BYTES_DEFAULT = 101_376
 
 
 @dataclass(frozen=True)
@@ -45,10 +41,6 @@ class TileConfig:
     group_r: int = 1
     swap: bool = False
 
-    def shared_bytes(self, itemsize: int) -> int:
-        """Bytes of the pipeline's ring: every stage holds a tile of x and one of the weights."""
-        return self.num_stages * (self.block_r + self.block_n) * self.block_k * itemsize
-
     def tiles(self, counts: Sequence[int], columns: Sequence[int]) -> int:
         """Programs for `counts` rows per modality with `columns` output columns each."""
         return sum(
@@ -67,7 +59,6 @@ class LaunchConfig:
         block_t: tokens in a tile of text rows.
         block_d: columns in a tile of text rows.
         dependent: K2 is launched before K1 ends (programmatic dependent launch).
-        reason: why these, in words.
     """
 
     up: TileConfig
@@ -75,7 +66,6 @@ class LaunchConfig:
     block_t: int = 8
     block_d: int = 1024
     dependent: bool = False
-    reason: str = ""
 
 
 # Hopper, 16 bit. One rule for all: of the tiles that fit the largest modality's rows, from narrow
@@ -83,22 +73,17 @@ class LaunchConfig:
 # none, the last, unless waves of the one before it cost less (`WIDE_WAVE`).
 #
 # Every one of them multiplies by wgmma, with the weight rows (swap) or x's as the M of 64, and goes
-# through K in order, so that a row's bits do not depend on its batch. The prototype's split-K for
-# few rows would break that; more stages make up for it.
-FEW = {
-    rows: (
-        TileConfig(rows, 64, 128, num_warps=4, num_stages=6, swap=True),
-        TileConfig(rows, 64, 128, num_warps=4, num_stages=4, swap=True),
-    )
-    for rows in (16, 32)
-}
-FEW_DOWN = {
-    rows: (
-        TileConfig(rows, 64, 128, num_warps=4, num_stages=8, swap=True),
-        TileConfig(rows, 64, 128, num_warps=4, num_stages=4, swap=True),
-    )
-    for rows in (16, 32)
-}
+# through K in order, so that a row's bits do not depend on its batch. Split-K for few rows would
+# break that; more stages make up for it.
+
+
+def _few(rows: int, num_stages: int) -> tuple[TileConfig, TileConfig]:
+    tile = TileConfig(rows, 64, 128, num_warps=4, num_stages=num_stages, swap=True)
+    return tile, replace(tile, num_stages=4)
+
+
+FEW = {rows: _few(rows, 6) for rows in (16, 32)}
+FEW_DOWN = {rows: _few(rows, 8) for rows in (16, 32)}
 """Up to 16 or 32 rows a modality: weights stream. Several waves run better two to a processor."""
 LARGE = (
     TileConfig(128, 64, 128, num_warps=4, num_stages=4),
@@ -146,11 +131,6 @@ UNALIGNED_16 = TileConfig(16, 64, 64, num_warps=4, num_stages=2, swap=True)
 UNALIGNED_MIDDLE = TileConfig(64, 64, 32, num_warps=4, num_stages=2)
 
 
-def shared_limit(capability: tuple[int, int]) -> int:
-    """Bytes of shared memory that a program may use on this GPU."""
-    return SHARED_BYTES.get(capability, SHARED_BYTES_DEFAULT)
-
-
 def choose_config(
     counts: Sequence[int],
     widths: Sequence[int],
@@ -185,7 +165,7 @@ def choose_config(
             "one of each per modality"
         )
     most = max(counts, default=0)
-    ups, downs, reason = _candidates(most, dtype, capability, aligned, norms)
+    ups, downs = _candidates(most, dtype, capability, aligned, norms)
     up = _cheapest(ups, counts, hidden, num_sms)
     down = _cheapest(downs, counts, [columns] * len(counts), num_sms)
     return LaunchConfig(
@@ -193,7 +173,6 @@ def choose_config(
         down,
         block_d=text_columns(columns),
         dependent=launches_dependently(capability),
-        reason=reason,
     )
 
 
@@ -214,7 +193,7 @@ def every_tile(
     ups: dict[TileConfig, None] = {}
     downs: dict[TileConfig, None] = {}
     for most in ROW_CLASSES:
-        up, down, _ = _candidates(most, dtype, capability, aligned, norms)
+        up, down = _candidates(most, dtype, capability, aligned, norms)
         ups |= dict.fromkeys(up)
         downs |= dict.fromkeys(down)
     return list(ups), list(downs)
@@ -223,54 +202,47 @@ def every_tile(
 ROW_CLASSES = (16, 32, 64, 128, 512, 513)
 """One number of rows of each class of `_candidates`."""
 
-_Candidates = tuple[Sequence[TileConfig], Sequence[TileConfig], str]
+_Candidates = tuple[Sequence[TileConfig], Sequence[TileConfig]]
 
 
 def _candidates(
     most: int, dtype: torch.dtype, capability: tuple[int, int], aligned: bool, norms: bool
 ) -> _Candidates:
-    """Tiles of K1 and K2 from narrow to wide for `most` rows a modality, and why these."""
+    """Tiles of K1 and of K2, each from narrow to wide, for at most `most` rows a modality."""
     if dtype == torch.float32:
-        return _plain(most, FP32_16, FP32_MIDDLE, "fp32 by FMA")
+        return _alone(FP32_16 if most <= 16 else FP32_MIDDLE)
     if not aligned:
-        return _plain(most, UNALIGNED_16, UNALIGNED_MIDDLE, "rows not 16-byte aligned")
-    if capability in ((9, 0), (10, 0)):
-        ups, downs, reason = _hopper(most)
-        if capability == (9, 0):
-            if norms:  # 128x256 spills up to 1 KB (triton 3.9) where activations differ as well
-                ups = [_for_norms(tile) for tile in ups if tile.block_n < 256]
-            return ups, downs, reason
-        # On sm_100 a 128x128 accumulator in four warps spills 80 bytes, in eight none; a 128x256
-        # one spills 160 bytes with triton 3.6 (3.9: none), so it is left out.
-        return (
-            *([_for_sm_100(t) for t in tiles if t.block_n < 256] for tiles in (ups, downs)),
-            reason + " (Hopper's tiles, not measured here)",
-        )  # type: ignore[return-value]
-    if most <= 16:
-        tile, reason = DEFAULT_16, "default for up to 16 rows"
-    elif most <= 128:
-        tile, reason = DEFAULT_MIDDLE, "default for up to 128 rows"
-    else:
-        tile, reason = DEFAULT_LARGE, "default for more than 128 rows"
-    return (tile,), (tile,), reason
+        return _alone(UNALIGNED_16 if most <= 16 else UNALIGNED_MIDDLE)
+    if capability not in ((9, 0), (10, 0)):
+        if most <= 16:
+            return _alone(DEFAULT_16)
+        return _alone(DEFAULT_MIDDLE if most <= 128 else DEFAULT_LARGE)
+    ups, downs = _hopper(most)
+    if capability == (10, 0):
+        # Hopper's, not measured here. A 128x128 accumulator in four warps spills 80 bytes, in eight
+        # none; a 128x256 one spills 160 bytes with triton 3.6 (3.9: none), so it is left out.
+        ups = [_in_more_warps(tile) for tile in ups if tile.block_n < 256]
+        downs = [_in_more_warps(tile) for tile in downs if tile.block_n < 256]
+    elif norms:  # 128x256 spills up to 1 KB (triton 3.9) where activations differ as well
+        ups = [_for_norms(tile) for tile in ups if tile.block_n < 256]
+    return ups, downs
 
 
-def _plain(most: int, few: TileConfig, many: TileConfig, why: str) -> _Candidates:
-    tile = few if most <= 16 else many
-    return (tile,), (tile,), f"{why}, {'up to' if most <= 16 else 'more than'} 16 rows"
+def _alone(tile: TileConfig) -> _Candidates:
+    return (tile,), (tile,)
 
 
 def _hopper(most: int) -> _Candidates:
     if most <= 32:
         rows = 16 if most <= 16 else 32
-        return FEW[rows], FEW_DOWN[rows], f"up to {rows} rows: swapped, weights stream"
+        return FEW[rows], FEW_DOWN[rows]
     if most <= 64:
-        return MIDDLE_UP, MIDDLE_DOWN, "33 to 64 rows"
+        return MIDDLE_UP, MIDDLE_DOWN
     if most <= 128:
-        return (*MIDDLE_UP, *LARGE_UP), (*MIDDLE_DOWN, *LARGE_DOWN), "65 to 128 rows"
+        return (*MIDDLE_UP, *LARGE_UP), (*MIDDLE_DOWN, *LARGE_DOWN)
     if most <= 512:
-        return (NARROW, *LARGE_UP), (NARROW, *LARGE_DOWN), "129 to 512 rows"
-    return LARGE_UP, LARGE_DOWN, "more than 512 rows"
+        return (NARROW, *LARGE_UP), (NARROW, *LARGE_DOWN)
+    return LARGE_UP, LARGE_DOWN
 
 
 def _for_norms(tile: TileConfig) -> TileConfig:
@@ -279,11 +251,12 @@ def _for_norms(tile: TileConfig) -> TileConfig:
     Rows on its left would stay in registers: each product waits for the one before it (ptxas'
     C7514), and 128x64 spills 384 bytes. On the right they go by shared memory, and neither happens.
     """
-    tile = replace(tile, swap=True, block_n=max(64, tile.block_n))  # less falls back to mma.sync
-    return replace(tile, num_warps=8) if tile.block_r * tile.block_n == 128 * 128 else tile
+    # Fewer weight rows than 64 would fall back to mma.sync.
+    return _in_more_warps(replace(tile, swap=True, block_n=max(64, tile.block_n)))
 
 
-def _for_sm_100(tile: TileConfig) -> TileConfig:
+def _in_more_warps(tile: TileConfig) -> TileConfig:
+    """A 128x128 tile in eight warps; others as they are."""
     return replace(tile, num_warps=8) if tile.block_r * tile.block_n == 128 * 128 else tile
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -24,11 +24,23 @@ from mmqwen_kernels.tiles import (
     launches_dependently,
     text_columns,
 )
-from mmqwen_kernels.upload import PerDevice
 from mmqwen_kernels.weights import WeightTable, WeightTables
 
 HIDDEN_ALIGN = 16  # elements; K2's kernel relies on it
 _RECIPES_KEPT = 4096
+
+
+class _Kind(NamedTuple):
+    """What a step's kernels are compiled for, beside its projectors and tiles."""
+
+    dtype: torch.dtype
+    align: int
+    by_address: bool
+    ids_dtype: torch.dtype | None  # None: rows are projected alone
+    dependent: bool
+    block_t: int
+    block_d: int
+    projected: bool = False
 
 
 class _Recipe(NamedTuple):
@@ -39,8 +51,7 @@ class _Recipe(NamedTuple):
     down: Any
     down_programs: int
     stride: int
-    block_t: int
-    block_d: int
+    kind: _Kind
 
 
 class TritonBackend:
@@ -128,18 +139,13 @@ class TritonBackend:
         return out
 
     def warm_up(
-        self,
-        projectors: Sequence[Projector],
-        ids_dtypes: Sequence[torch.dtype] = (torch.int32,),
-        *,
-        resident: bool = False,
-        projected: bool = False,
+        self, projectors: Sequence[Projector], *, resident: bool = False, projected: bool = False
     ) -> int:
         """Compile every variant that steps with these projectors can meet, and launch none.
 
-        For rows that lie together by modality, as `plan_rows` lays those that it copies, with token
-        table and out aligned to 16 bytes; where some are `resident`, also for rows by address, and
-        where some are `projected`, also for those.
+        For int32 ids and rows that lie together by modality, as `plan_rows` lays those that it
+        copies, with token table and out aligned to 16 bytes; where some are `resident`, also for
+        rows by address, and where some are `projected`, also for those.
 
         Returns:
             How many variants there are.
@@ -150,20 +156,19 @@ class TritonBackend:
             align = max(weights.align_bytes // dtype.itemsize, 1)
             aligned = weights.align_bytes == ALIGN_BYTES
             ups, downs = every_tile(dtype, self.capability, aligned, weights.norms)
-            text_tile = (LaunchConfig.block_t, text_columns(weights.columns))
             dependent = self.kernels.depends(launches_dependently(self.capability))
+            text_tile = (LaunchConfig.block_t, text_columns(weights.columns))
+            kind = _Kind(dtype, align, False, torch.int32, dependent, *text_tile)
             before = len(self.kernels)
             for tile in ups:
                 for by_address in (False, True) if resident else (False,):
-                    self._up(weights, tile, dtype, align, by_address, dependent)
-            for tile, ids_dtype in itertools.product(downs, ids_dtypes):
-                for gathers in (False, True) if projected else (False,):
-                    self._down(
-                        weights, tile, dtype, align, ids_dtype, text_tile, dependent, gathers
-                    )
-            for ids_dtype in ids_dtypes if projected else ():
-                none = (0,) * len(weights.rows)
-                self._recipe(weights, (none, dtype, align, False, ids_dtype, None, True))
+                    self._up(weights, tile, kind._replace(by_address=by_address))
+            for tile in downs:
+                for done in (False, True) if projected else (False,):
+                    self._down(weights, tile, kind._replace(projected=done))
+            if projected:
+                none = (0,) * len(projectors)
+                self._recipe(weights, (none, dtype, align, False, torch.int32, None, True))
             return len(self.kernels) - before
 
     # -- launches -------------------------------------------------------------------------------
@@ -177,83 +182,71 @@ class TritonBackend:
         text: tuple[torch.Tensor, torch.Tensor, int] | None = None,
     ) -> None:
         """K1 and K2; `text` (ids, token table, vocab_start) is for `fuse`."""
-        tokens, columns = out.shape
-        counts, total = plan.counts, plan.num_rows
-        dtype, itemsize = out.dtype, out.dtype.itemsize
-        if weights.columns != columns or len(counts) != len(weights.rows):
+        columns, total = out.shape[1], plan.num_rows
+        counts, dtype = plan.counts, out.dtype
+        if weights.columns != columns:
             raise ValueError(
-                f"{len(weights.rows)} projectors to {weights.columns} columns, expected "
-                f"{len(counts)} to {columns}"
+                f"{len(counts)} projectors to {weights.columns} columns, expected {len(counts)} to "
+                f"{columns}"
             )
         tensors = (out,) if text is None else (out, text[1])
-        align = _align_of(itemsize, math.gcd(plan.align_bytes, weights.align_bytes), *tensors)
+        align = _align_of(dtype.itemsize, math.gcd(plan.align_bytes, weights.align_bytes), *tensors)
         ids_dtype = None if text is None else text[0].dtype
-        gathers = plan.num_projected > 0
-        shape = (counts, dtype, align, plan.addresses_at >= 0, ids_dtype, launch, gathers)
-        recipe = self._recipe(weights, shape)
+        shape = (counts, dtype, align, plan.addresses_at >= 0, ids_dtype, launch)
+        recipe = self._recipe(weights, (*shape, plan.num_projected > 0))
         hidden = torch.empty(total, recipe.stride, dtype=dtype, device=self._device)
         stream = current_stream(self._device)
         weights.read_on(stream)
-        entries = self._part(plan.buffer, 0)
-        addresses = entries
+        table = weights.table if self._interpret else weights.address
+        slots = addresses = entries = self._part(plan.buffer, 0)
         if plan.addresses_at >= 0:
             addresses = self._part(plan.buffer, plan.addresses_at)
-        # For one modality; with several the kernels read their tables.
-        w1, b1, w2, b2, width, units, w1_stride, w2_stride = weights.rows[0]
-        count = counts[0]
-        if recipe.up is not None:
+        # Counts, what is `alone`, address and stride are for one modality; with several the kernels
+        # read their tables.
+        if total:
             recipe.up(
                 recipe.up_programs,
                 stream,
                 entries,
-                weights.table if self._interpret else weights.address,
+                table,
                 addresses,
                 self._at(hidden),
                 recipe.stride,
                 plan.address,
                 plan.stride,
-                count,
-                w1,
-                b1,
-                width,
-                units,
-                w1_stride,
+                counts[0],
+                *weights.up_alone,
             )
-        programs, num_text, vocab_start, vocab_rows, table_stride = recipe.down_programs, 0, 0, 0, 0
-        slots = listed = ids = table = entries
+        programs = recipe.down_programs
+        gathered = (entries, entries, 0, self._at(out), 0, 0, 0)
         if text is not None:
-            input_ids, token_table, vocab_start = text
-            num_text = tokens - total
-            programs += -(-num_text // recipe.block_t) * -(-columns // recipe.block_d)
-            listed = self._part(plan.buffer, plan.order_at)
+            ids, vocabulary, vocab_start = text
+            num_text = len(ids) - total
+            programs += -(-num_text // recipe.kind.block_t) * -(-columns // recipe.kind.block_d)
             slots = self._part(plan.buffer, plan.order_at + 8 * num_text)
-            ids, table = self._at(input_ids), self._at(token_table)
-            vocab_rows, table_stride = token_table.shape[0], token_table.stride(0)
-        else:
-            table = self._at(out)
+            gathered = (
+                self._at(ids),
+                self._part(plan.buffer, plan.order_at),
+                num_text,
+                self._at(vocabulary),
+                vocabulary.stride(0),
+                vocab_start,
+                vocabulary.shape[0],
+            )
         recipe.down(
             programs,
             stream,
             entries,
-            weights.table if self._interpret else weights.address,
+            table,
             self._at(hidden),
             recipe.stride,
             slots,
             self._at(out),
             out.stride(0),
             columns,
-            ids,
-            listed,
-            num_text,
-            table,
-            table_stride,
-            vocab_start,
-            vocab_rows,
-            count,
-            w2,
-            b2,
-            units,
-            w2_stride,
+            *gathered,
+            counts[0],
+            *weights.down_alone,
         )
 
     def _recipe(self, weights: WeightTable, shape: tuple[Any, ...]) -> _Recipe:
@@ -261,7 +254,7 @@ class TritonBackend:
         found = weights.recipes.get(shape)
         if found is not None:
             return found
-        counts, dtype, align, by_address, ids_dtype, launch, gathers = shape
+        counts, dtype, align, by_address, ids_dtype, launch, projected = shape
         config = launch or choose_config(
             counts,
             weights.widths,
@@ -283,62 +276,38 @@ class TritonBackend:
         units = [weights.hidden[m] for m in active]
         dependent = self.kernels.depends(config.dependent)
         text_tile = (config.block_t, config.block_d)
-        up = None
-        if any(counts):
-            up = self._up(weights, config.up, dtype, align, by_address, dependent)
+        kind = _Kind(dtype, align, by_address, ids_dtype, dependent, *text_tile, projected)
         found = _Recipe(
-            up=up,
+            up=self._up(weights, config.up, kind) if any(counts) else None,
             up_programs=config.up.tiles(some, units),
-            down=self._down(
-                weights, config.down, dtype, align, ids_dtype, text_tile, dependent, gathers
-            ),
+            down=self._down(weights, config.down, kind),
             down_programs=config.down.tiles(some, [weights.columns] * len(active)),
             stride=-(-max(units) // HIDDEN_ALIGN) * HIDDEN_ALIGN,
-            block_t=config.block_t,
-            block_d=config.block_d,
+            kind=kind,
         )
         if len(weights.recipes) >= _RECIPES_KEPT:
             weights.recipes.clear()
         weights.recipes[shape] = found
         return found
 
-    def _up(
-        self,
-        weights: WeightTable,
-        tile: TileConfig,
-        dtype: torch.dtype,
-        align: int,
-        by_address: bool,
-        dependent: bool,
-    ) -> Any:
-        constants = _tile_constants(tile, weights.widths, dtype, align, dependent)
-        constants["BY_ADDRESS"] = by_address
+    def _up(self, weights: WeightTable, tile: TileConfig, kind: _Kind) -> Any:
+        constants = _tile_constants(tile, weights.widths, kind)
+        constants["BY_ADDRESS"] = kind.by_address
         constants["ACTIVATION"] = weights.activation
         constants["NORMS"], constants["DIRECT"] = weights.norms, weights.direct
         return self.kernels.get(
-            kernels._project_up_kernel, dtype, torch.int64, ALIGN_BYTES, constants, tile
+            kernels._project_up_kernel, kind.dtype, torch.int64, constants, tile
         )
 
-    def _down(
-        self,
-        weights: WeightTable,
-        tile: TileConfig,
-        dtype: torch.dtype,
-        align: int,
-        ids_dtype: torch.dtype | None,
-        text_tile: tuple[int, int],
-        dependent: bool,
-        gathers: bool,
-    ) -> Any:
-        constants = _tile_constants(tile, weights.hidden, dtype, align, dependent)
-        # Slots are listed where there are tokens; rows projected alone go to out[r].
-        constants["HAS_SLOTS"] = constants["HAS_TEXT"] = ids_dtype is not None
-        constants["BLOCK_T"], constants["BLOCK_D"] = text_tile
-        constants["PROJECTED"] = gathers
+    def _down(self, weights: WeightTable, tile: TileConfig, kind: _Kind) -> Any:
+        constants = _tile_constants(tile, weights.hidden, kind)
+        constants["HAS_TOKENS"] = kind.ids_dtype is not None
+        constants["BLOCK_T"], constants["BLOCK_D"] = kind.block_t, kind.block_d
+        constants["PROJECTED"] = kind.projected
+        ids_dtype = kind.ids_dtype or torch.int64
         return self.kernels.get(
-            kernels._project_down_kernel, dtype, ids_dtype or torch.int64,
-            align * dtype.itemsize, constants, tile, dependent,
-        )  # fmt: skip
+            kernels._project_down_kernel, kind.dtype, ids_dtype, constants, tile, kind.dependent
+        )
 
     def _gather_text(
         self,
@@ -354,7 +323,6 @@ class TritonBackend:
             kernels._gather_text_kernel,
             out.dtype,
             input_ids.dtype,
-            align * out.dtype.itemsize,
             {"ALIGN": align, "BLOCK_T": block_t, "BLOCK_D": block_d},
         )
         variant(
@@ -388,13 +356,7 @@ class TritonBackend:
         return torch.cuda.device(self._device)
 
 
-def _tile_constants(
-    tile: TileConfig,
-    depths: Sequence[int],
-    dtype: torch.dtype,
-    align: int,
-    dependent: bool,
-) -> dict[str, Any]:
+def _tile_constants(tile: TileConfig, depths: Sequence[int], kind: _Kind) -> dict[str, Any]:
     """The constexprs that K1 and K2 share; `depths` are what they multiply along."""
     return {
         "NUM_ENTRIES": num_entries(len(depths)),
@@ -402,11 +364,11 @@ def _tile_constants(
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
         "GROUP_R": tile.group_r,
-        "ALIGN": align,
+        "ALIGN": kind.align,
         "EVEN_K": all(depth % tile.block_k == 0 for depth in depths),
         "SWAP": tile.swap,
-        "DEPENDENT": dependent,
-        "INPUT_PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "DEPENDENT": kind.dependent,
+        "INPUT_PRECISION": "ieee" if kind.dtype == torch.float32 else "tf32",
     }
 
 
@@ -425,4 +387,5 @@ def _align_of(itemsize: int, align_bytes: int, *tensors: torch.Tensor) -> int:
     return max(align_bytes // itemsize, 1)
 
 
-triton_backend = PerDevice(TritonBackend)
+triton_backend = cache(TritonBackend)
+"""A device's own."""

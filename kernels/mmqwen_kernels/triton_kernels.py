@@ -40,13 +40,14 @@ the code is a constexpr, so that `triton.compile` builds exactly what a launch r
 
 from __future__ import annotations
 
+import inspect
+
 import triton
 import triton.language as tl
 
 from mmqwen_kernels.reference import ACTIVATIONS, NORMS
 from mmqwen_kernels.row_tables import NUM_TEXT_FIELD
 
-WEIGHT_FIELDS = 8
 MIXED = -1
 ACTIVATION_PLACES = {name: at for at, name in enumerate(ACTIVATIONS)}
 NORM_PLACES = {name: at for at, name in enumerate(NORMS)}
@@ -62,6 +63,19 @@ _NO_NORM = tl.constexpr(NORM_PLACES["none"])
 _LAYER_NORM = tl.constexpr(NORM_PLACES["layer"])
 _SUMMED = tl.constexpr(64)
 _NUM_TEXT_FIELD = tl.constexpr(NUM_TEXT_FIELD)
+
+ROW_POINTERS = ("hidden_ptr", "out_ptr", "table_ptr")
+"""The arguments whose alignment to 16 bytes is compiled in; nothing else of a value is."""
+
+
+def _kernel(function):
+    """`triton.jit` that specialises nothing but the alignment of `ROW_POINTERS`."""
+    values = [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.annotation != "tl.constexpr" and name not in ROW_POINTERS
+    ]
+    return triton.jit(function, do_not_specialize=values)
 
 
 @triton.jit
@@ -205,11 +219,11 @@ def _multiply(
     EVEN_K: tl.constexpr,
     SWAP: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
-    mean,
-    scale,
-    gamma_ptr,
-    beta_ptr,
-    NORMS: tl.constexpr,
+    mean=0.0,
+    scale=1.0,
+    gamma_ptr=None,
+    beta_ptr=None,
+    NORMS: tl.constexpr = False,
 ):
     """acc += x w^T over all of `width`, in order of k whatever the tile: no split-K.
 
@@ -243,22 +257,7 @@ def _multiply(
     return acc
 
 
-@triton.jit(
-    do_not_specialize=[
-        "entries_ptr",
-        "weights_ptr",
-        "row_address_ptr",
-        "hidden_stride",
-        "x_address",
-        "x_stride",
-        "count",
-        "w_address",
-        "b_address",
-        "width",
-        "units",
-        "w_stride",
-    ]
-)
+@_kernel
 def _project_up_kernel(
     entries_ptr,
     weights_ptr,
@@ -439,8 +438,8 @@ def _gather_text_tile(
     The tokens are those that `text_ptr` lists, or all up to `num_text`. Zero where the id lies
     outside the table.
 
-    Where PROJECTED, those behind the first entry's number of text slots take the rows whose
-    addresses stand before the list, in its order; zero where an address is 0.
+    Where PROJECTED, those past the first entry's number of text slots take rows by the addresses
+    before the list, in its order; zero where one is 0.
     """
     tiles_d = tl.cdiv(columns, BLOCK_D)
     tile_t = tile // tiles_d
@@ -469,27 +468,7 @@ def _gather_text_tile(
     tl.store(out_ptr + to_row + offs_d[None, :], value, mask=mask_t[:, None] & mask_d)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "entries_ptr",
-        "weights_ptr",
-        "hidden_stride",
-        "slots_ptr",
-        "out_stride",
-        "columns",
-        "ids_ptr",
-        "text_ptr",
-        "num_text",
-        "table_stride",
-        "vocab_start",
-        "vocab_rows",
-        "count",
-        "w_address",
-        "b_address",
-        "units",
-        "w_stride",
-    ]
-)
+@_kernel
 def _project_down_kernel(
     entries_ptr,
     weights_ptr,
@@ -519,8 +498,7 @@ def _project_down_kernel(
     ALIGN: tl.constexpr,
     EVEN_K: tl.constexpr,
     SWAP: tl.constexpr,
-    HAS_SLOTS: tl.constexpr,
-    HAS_TEXT: tl.constexpr,
+    HAS_TOKENS: tl.constexpr,
     DEPENDENT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -531,7 +509,8 @@ def _project_down_kernel(
 
     `count` to `w_stride` are for one entry. Text tiles do not wait for K1.
 
-    out `[T, columns]`; slots int64 `[R]`, absent (HAS_SLOTS False) where row r goes to out[r].
+    out `[T, columns]`; slots int64 `[R]`. Without HAS_TOKENS rows are projected alone: row r goes
+    to out[r], and there is no text.
     """
     DTYPE: tl.constexpr = hidden_ptr.dtype.element_ty
     hidden_stride = hidden_stride // 16 * 16
@@ -582,7 +561,7 @@ def _project_down_kernel(
             other=0.0,
         ).to(tl.float32)
         out_ptr += begin_n
-        if HAS_SLOTS:
+        if HAS_TOKENS:
             slot = tl.load(slots_ptr + first_row + begin_r + local_r, mask=mask_r, other=0)
             to_row = slot * out_stride
         else:
@@ -602,11 +581,6 @@ def _project_down_kernel(
             EVEN_K,
             SWAP,
             INPUT_PRECISION,
-            0.0,
-            1.0,
-            w_ptr,
-            w_ptr,
-            False,
         )
         acc += _along_columns(bias, SWAP)
         tl.store(
@@ -614,7 +588,7 @@ def _project_down_kernel(
             acc.to(DTYPE),
             mask=_along_rows(mask_r, SWAP) & _along_columns(mask_n, SWAP),
         )
-    elif HAS_TEXT:
+    elif HAS_TOKENS:
         _gather_text_tile(
             pid - tiles,
             ids_ptr,
@@ -636,17 +610,7 @@ def _project_down_kernel(
         )
 
 
-@triton.jit(
-    do_not_specialize=[
-        "ids_ptr",
-        "table_stride",
-        "vocab_start",
-        "vocab_rows",
-        "out_stride",
-        "num_tokens",
-        "columns",
-    ]
-)
+@_kernel
 def _gather_text_kernel(
     ids_ptr,
     table_ptr,

@@ -10,29 +10,25 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 
-T = TypeVar("T")
 SMALLEST_BYTES = 1 << 13
 WHOLE_BYTES = 1 << 16
 """Up to this size a buffer is copied whole: a slice of it costs the host more than the bytes."""
 
 
 class Staging:
-    """One pinned buffer. `bytes` is its memory as numpy sees it."""
+    """One pinned buffer of `nbytes` bytes. `bytes` is its memory as numpy sees it."""
 
     def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
         self.pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
         self.bytes: np.ndarray = self.pinned.numpy()
         self.copied = torch.cuda.Event()
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the buffer."""
-        return self.pinned.numel()
 
 
 class Uploader:
@@ -111,25 +107,5 @@ class Uploader:
         return found
 
 
-class PerDevice(Generic[T]):
-    """One object for each device, made on first use.
-
-    Attributes:
-        made: what there is.
-    """
-
-    def __init__(self, make: Callable[[torch.device], T]) -> None:
-        self._make = make
-        self.made: dict[torch.device, T] = {}
-
-    def __call__(self, device: torch.device) -> T:
-        """The device's own; "cuda" alone is the current one."""
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-        found = self.made.get(device)
-        if found is None:
-            found = self.made.setdefault(device, self._make(device))
-        return found
-
-
-uploader = PerDevice(Uploader)
+uploader = cache(Uploader)
+"""A device's own."""

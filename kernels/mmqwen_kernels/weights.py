@@ -13,11 +13,10 @@ import torch
 from mmqwen_kernels import triton_kernels as kernels
 from mmqwen_kernels.launcher import capturing, current_stream
 from mmqwen_kernels.reference import Projector, check_shapes
-from mmqwen_kernels.row_tables import ALIGN_BYTES, num_entries
+from mmqwen_kernels.row_tables import ALIGN_BYTES, ENTRY_FIELDS, num_entries
 
 MAX_MODALITIES = 64
 TABLES_KEPT = 64
-_RELU = kernels.ACTIVATION_PLACES["relu"]
 
 
 class WeightTable:
@@ -25,8 +24,9 @@ class WeightTable:
 
     Attributes:
         table: int64 `[2 A, 8]` on the device, weights and traits, see `triton_kernels.py`.
-        rows: its first M on the host.
         address: of the table.
+        up_alone: of the first projector, what K1 takes as arguments where it is the only one.
+        down_alone: what K2 takes.
         widths: d of each projector.
         hidden: H of each; d of one layer.
         activation: place of that of all, or MIXED.
@@ -50,7 +50,7 @@ class WeightTable:
             )
         itemsize = dtype.itemsize
         room = num_entries(len(projectors))
-        table = np.zeros((2 * room, kernels.WEIGHT_FIELDS), dtype=np.int64)
+        table = np.zeros((2 * room, ENTRY_FIELDS), dtype=np.int64)
         align = ALIGN_BYTES
         for m, projector in enumerate(projectors):
             _check_projector(m, projector, dtype, device)
@@ -93,21 +93,20 @@ class WeightTable:
                 align = math.gcd(align, int(table[m, column]))
             for column in (4, 5, 6, 7):
                 align = math.gcd(align, int(table[m, column]) * itemsize)
-        host = torch.from_numpy(table)
-        if device.type == "cuda":
-            # Only here does the host wait, once per set of projectors: other streams may be next.
-            self.table = host.to(device)
-        else:
-            self.table = host
+        # Only here does the host wait, once per set of projectors: other streams may be next.
+        self.table = torch.from_numpy(table).to(device)
         self.align_bytes = align
         self.widths = tuple(p.width for p in projectors)
         self.hidden = tuple(p.w2.shape[1] for p in projectors)
-        some = len(activations) > 1
-        self.activation = kernels.MIXED if some else min(activations, default=_RELU)
+        self.activation = kernels.MIXED
+        if len(activations) < 2:
+            self.activation = min(activations, default=kernels.ACTIVATION_PLACES["relu"])
         self.norms = any(p.norm is not None for p in projectors)
         self.direct = any(p.w1 is None for p in projectors)
         self.columns = projectors[0].w2.shape[0]
-        self.rows: list[list[int]] = table[: len(projectors)].tolist()
+        w1, b1, w2, b2, width, units, w1_stride, w2_stride = table[0].tolist()
+        self.up_alone = (w1, b1, width, units, w1_stride)
+        self.down_alone = (w2, b2, units, w2_stride)
         self.address = self.table.data_ptr()
         self.recipes: dict[tuple[Any, ...], Any] = {}
         self.captured = False

@@ -123,7 +123,7 @@ def compile_variant(v: Variant) -> Built:
     else:
         constants |= {"BLOCK_T": 8, "BLOCK_D": 1024}
     if v.kernel == "down":
-        constants |= {"HAS_SLOTS": True, "HAS_TEXT": True, "PROJECTED": v.projected}
+        constants |= {"HAS_TOKENS": True, "PROJECTED": v.projected}
     source = ast_source(kernel, constants, v.dtype, aligned=v.align_bytes == 16)
     options = compiler_options(tile.num_warps, tile.num_stages, v.kernel == "down" and v.dependent)
     built = triton.compile(source, target=GPUTarget("cuda", v.capability, 32), options=options)

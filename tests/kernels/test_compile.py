@@ -13,8 +13,7 @@ if WHY_NOT:
 
 import triton
 from compiled_kernels import Variant, compile_variant, full_list, short_list, tiles_of
-
-from mmqwen_kernels.tiles import shared_limit
+from shared_memory import shared_bytes, shared_limit
 
 # Explained exceptions: bytes of stack, on paths that are slow for other reasons. fp32 off 16-byte
 # alignment on sm_100 keeps 64 addresses of 4-byte copies live; the rest, by triton 3.7 to 3.9, are
@@ -61,7 +60,7 @@ def check(v: Variant) -> None:
         # Both operands come in by 16-byte asynchronous copies: what the pipeline rests on.
         assert built.count(r"cp\.async\.cg\.shared\.global[^;]*0x10") > 0
         assert built.shared >= (v.tile.num_stages - 1) * (
-            v.tile.shared_bytes(v.dtype.itemsize) // v.tile.num_stages
+            shared_bytes(v.tile, v.dtype.itemsize) // v.tile.num_stages
         )
     if v.align_bytes == 16:  # the store too, masked or not
         assert built.count(r"st\.global\.v4\.b32") > 0

@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,12 @@ from mmqwen_kernels import (
     fuse_embeddings,
     plan_rows,
     project_rows,
+    triton_backend,
     warm_up,
 )
 from mmqwen_kernels.launcher import DISPATCH_VARIABLE
 from mmqwen_kernels.plan import RowSource
-from mmqwen_kernels.triton_backend import triton_backend
+from mmqwen_kernels.triton_backend import TritonBackend
 
 pytestmark = pytest.mark.gpu
 
@@ -83,6 +85,10 @@ def plan_of(case: Case, items: list[RowSource] | HostRows | None = None) -> RowP
         dtype=case.table.dtype,
         device="cuda",
     )
+
+
+def backend_in_use() -> TritonBackend:
+    return triton_backend.triton_backend(torch.device("cuda", torch.cuda.current_device()))
 
 
 # -- numbers -------------------------------------------------------------------------------------
@@ -441,7 +447,7 @@ def test_warm_up_leaves_nothing_to_compile() -> None:
     """Steps of an engine, rows in packs on the host, of any size."""
     case = gpu_case([768, 512], [0, 0], torch.bfloat16, ids_dtype=torch.int32)
     warm_up(case.projectors, backend="triton")
-    made = len(triton_backend(torch.device("cuda")).kernels)
+    made = len(backend_in_use().kernels)
     assert warm_up(case.projectors, backend="triton") == 0
     for counts in ([1, 0], [16, 17], [0, 33], [130, 70], [600, 1], [3000, 2000]):
         case = gpu_case([768, 512], counts, torch.bfloat16, item_rows=5, ids_dtype=torch.int32)
@@ -450,7 +456,7 @@ def test_warm_up_leaves_nothing_to_compile() -> None:
             case.input_ids, case.table, packed, case.projectors, slots=mask, backend="triton"
         )
         check_against_torch(case, got)
-    assert len(triton_backend(torch.device("cuda")).kernels) == made
+    assert len(backend_in_use().kernels) == made
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -461,15 +467,12 @@ def test_tritons_own_dispatch_gives_the_same_bits(
     """What runs where the installed Triton launches otherwise than is known; forced here."""
     case = gpu_case([768, 770], counts, dtype, item_rows=9)
     want = check(case)
-    device = torch.device("cuda", torch.cuda.current_device())
-    assert triton_backend(device).kernels.dispatches() is False, (
-        "this Triton is launched past its dispatch"
-    )
-    monkeypatch.setattr(triton_backend, "made", {})
+    assert not backend_in_use().kernels.dispatches(), "this Triton is launched past its dispatch"
+    monkeypatch.setattr(triton_backend, "triton_backend", cache(TritonBackend))
     monkeypatch.setenv(DISPATCH_VARIABLE, "1")
     warm_up(case.projectors, backend="triton")
     assert torch.equal(check(case), want)
-    assert triton_backend(device).kernels.dispatches()
+    assert backend_in_use().kernels.dispatches()
 
 
 def test_compiled_kernels_outlive_a_collection() -> None:
@@ -555,7 +558,7 @@ def test_a_captured_graph_outlives_the_tables_of_others() -> None:
         other = gpu_case([64, 64], [1, 1], torch.bfloat16, hidden=64, columns=64, seed=seed)
         other.run("triton")
         alive.append(other)
-    backend = triton_backend(torch.device("cuda"))
+    backend = backend_in_use()
     assert any(table.captured for table in backend._weights._tables.values())
     zeros = [torch.zeros(64, dtype=torch.int64, device="cuda") for _ in range(1000)]
     out.fill_(NAN)
