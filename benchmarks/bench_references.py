@@ -20,35 +20,21 @@ from typing import Any
 import bench_host  # sets what vLLM reads from the environment
 import torch
 from bench_vllm_prefill import (
-    MARKERS,
     TURNS,
     WORKLOADS,
     as_text,
+    conversation,
     environment,
     make_requests,
     start,
     write_checkpoint,
 )
 
-from mmqwen.references import ChatRows, Turn
+from mmqwen.references import ChatRows
 from mmqwen.vllm_plugin.compat import processor_cache
 from mmqwen.vllm_plugin.engine_config import REFERENCES_SWITCH
 
 KINDS = ("text", "rows", "references")
-
-
-def conversation(requests: list[dict[str, Any]]) -> dict[str, Any]:
-    """The prompt of a conversation whose messages these are."""
-    names = {token: name for name, token in MARKERS.items()}
-    rows = ChatRows()
-    ids: list[int] = []
-    for at, request in enumerate(requests):
-        ids += request["prompt_token_ids"]
-        found = [names[token] for token in request["prompt_token_ids"] if token in names]
-        rows.turns.append(Turn(at, found))
-        for name, items in request["multi_modal_data"].items():
-            rows.setdefault(name, []).extend(items)
-    return {"prompt_token_ids": ids, "multi_modal_data": rows}
 
 
 def measure(path: bench_host.HostPath, count: int, turns: int) -> dict[str, Any]:

@@ -13,7 +13,8 @@ round that warms up:
   its front end is ours.
 - `plain`: text on vLLM's own Qwen3 class.
 - `prompt_embeds`: vLLM's `prompt_embeds`, whole prompts at the model's width, and text.
-- `multiturn`: conversations that grow by a turn, prefix cache on, ours and text.
+- `multiturn`: conversations that grow by a turn, prefix cache on: text, ours (all rows are sent at
+  each turn) and by reference (a new turn's alone).
 - `profile`: where the time goes, by process and stage, and how long the GPU is busy
   (`stage_timers.py`).
 
@@ -54,6 +55,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 12288,
         "num_hidden_layers": 36,
         "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+    },
+    "32B": {
+        "hidden_size": 5120,
+        "intermediate_size": 25600,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 64,
         "num_key_value_heads": 8,
         "tie_word_embeddings": False,
     },
@@ -349,6 +358,22 @@ def measure(
             return
 
 
+def conversation(turns: list[dict[str, Any]]) -> dict[str, Any]:
+    """The prompt of a conversation whose messages these are, as the chat doors make it."""
+    from mmqwen.references import ChatRows, Turn
+
+    names = {token: name for name, token in MARKERS.items()}
+    rows = ChatRows()
+    ids: list[int] = []
+    for at, request in enumerate(turns):
+        ids += request["prompt_token_ids"]
+        found = [names[token] for token in request["prompt_token_ids"] if token in names]
+        rows.turns.append(Turn(at, found))
+        for name, items in request["multi_modal_data"].items():
+            rows.setdefault(name, []).extend(items)
+    return {"prompt_token_ids": ids, "multi_modal_data": rows}
+
+
 def measure_turns(
     clock: Clock, arguments: argparse.Namespace, save: Callable[[dict[str, Any]], None]
 ) -> None:
@@ -357,33 +382,37 @@ def measure_turns(
     count = max(1, arguments.requests // 4)
     for workload in arguments.workloads:
         items, rows = WORKLOADS[workload]
-        times: dict[str, list[list[float]]] = {"text": [], "ours": []}
-        hits: dict[str, list[float]] = {"text": [], "ours": []}
+        times: dict[str, list[list[float]]] = {"text": [], "ours": [], "references": []}
+        hits: dict[str, list[float]] = {kind: [] for kind in times}
         for repeat in range(arguments.repeats + 1):
-            for kind in times:
-                generator = torch.Generator().manual_seed(100 * repeat + len(kind))
-                talks: list[dict[str, Any]] = [
-                    {"prompt_token_ids": [], "multi_modal_data": {}} for _ in range(count)
-                ]
+            for at, kind in enumerate(times):
+                generator = torch.Generator().manual_seed(100 * repeat + at)
+                talks: list[list[dict[str, Any]]] = [[] for _ in range(count)]
+                tokens: list[dict[int, str]] = [{} for _ in range(count)]
                 spent, cached, total = [], 0, 0
                 for _ in range(TURNS):
                     if clock.over:
                         break
-                    for talk in talks:
+                    prompts = []
+                    for talk, known in zip(talks, tokens, strict=True):
                         turn = make_request(items, rows, generator, markers=True)
                         if kind == "text":
                             length = length_of(turn)
                             ids = torch.randint(1, 200, (length,), generator=generator).tolist()
                             turn = {"prompt_token_ids": ids, "multi_modal_data": {}}
-                        talk["prompt_token_ids"] += [*turn["prompt_token_ids"], TURN_ID]
-                        for name, value in turn["multi_modal_data"].items():
-                            talk["multi_modal_data"].setdefault(name, []).extend(value)
-                    prompts = [
-                        {k: v for k, v in talk.items() if v}
-                        | {"prompt_token_ids": list(talk["prompt_token_ids"])}
-                        for talk in talks
-                    ]
+                        turn["prompt_token_ids"].append(TURN_ID)
+                        talk.append(turn)
+                        prompt = conversation(talk)
+                        if kind == "text":
+                            del prompt["multi_modal_data"]
+                        elif kind == "references":
+                            sent = prompt["multi_modal_data"]
+                            prompt["multi_modal_data"] = sent.by_reference(known)
+                        prompts.append(prompt)
                     elapsed, outputs = clock.once(prompts)
+                    if kind == "references":
+                        for prompt, known in zip(prompts, tokens, strict=True):
+                            known |= prompt["multi_modal_data"].issued
                     spent.append(elapsed)
                     cached += sum(o.num_cached_tokens or 0 for o in outputs)
                     total += sum(len(o.prompt_token_ids) for o in outputs)
@@ -483,7 +512,14 @@ def run_part(arguments: argparse.Namespace) -> None:
         all_kinds = {"text": as_text, "prompt_embeds": partial(as_prompt_embeds, hidden=hidden)}
         options = {"enable_prompt_embeds": True, **options}
     elif arguments.part == "multiturn":
-        options = {"enable_prefix_caching": True, "max_model_len": 2048, **options}
+        from mmqwen.vllm_plugin.engine_config import REFERENCES_SWITCH
+
+        options = {
+            "enable_prefix_caching": True,
+            "max_model_len": 2048,
+            "additional_config": {REFERENCES_SWITCH: True},
+            **options,
+        }
     kinds = {kind: all_kinds[kind] for kind in all_kinds if kind in arguments.kinds}
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_checkpoint(Path(scratch), arguments.shape)

@@ -41,6 +41,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import torch
+from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModel,
@@ -231,7 +232,8 @@ def ask(
 
 def shares(model: MultimodalQwen3Pipeline, data: Path) -> dict[str, float]:
     """Share of right answers with rows, with those of other samples, and without."""
-    report = evaluate(model, data)
+    report = evaluate(model, data)  # what `mmqwen eval CHECKPOINT DATA` prints
+    Console().print(report.table())
     return {kind: report.accuracy(control) for control, kind in KINDS.items()}
 
 

@@ -12,6 +12,7 @@ from itertools import count
 from threading import Lock
 from typing import Any
 
+from mmqwen.banks import BankChange, update_bank
 from mmqwen.named_rows import NamedRows, is_lost
 from mmqwen.references import ChatRows
 from mmqwen.sampling import check_count, check_fields
@@ -212,6 +213,11 @@ class VllmEngine:
             self._left.extend(running)
             self._abort_left()
 
+    def update_bank(self, name: str, file: str) -> BankChange:
+        """Serve another file as a bank; see `mmqwen.banks.update_bank`."""
+        with self._turn():
+            return update_bank(self.llm, name, file)
+
     @contextmanager
     def _turn(self) -> Iterator[Any]:
         """The engine, for one thread at a time, in the order in which they ask."""
@@ -219,6 +225,7 @@ class VllmEngine:
             self._using.acquire()
         try:
             self._abort(self.llm.llm_engine)
+            self.llm.llm_engine.renderer.let_banks_go(self.llm)
             yield self.llm.llm_engine
         finally:
             self._using.release()

@@ -12,7 +12,7 @@ from threading import Lock
 from typing import Any, Literal, overload
 
 from mmqwen.attempts import Attempt, add_widths, attempts, is_single, joined, only
-from mmqwen.banks import parse_banks
+from mmqwen.banks import BankChange, parse_banks
 from mmqwen.chat import check_parts_kept, render_chat
 from mmqwen.checkpoint.names import MODEL_TYPE
 from mmqwen.checkpoint.trained import read_trained, warn_untrained
@@ -91,6 +91,7 @@ class MultimodalQwen3Pipeline:
         self._closed = False
         self._reading = Lock()  # the engine starts once, and tokenizers are for one thread
         self.specs: dict[str, ModalitySpec] = {}
+        self.banks: dict[str, Any] = {}
         if _is_composite(self.model_name):
             if modalities is not None or projector is not None:
                 raise ValueError(
@@ -275,6 +276,22 @@ class MultimodalQwen3Pipeline:
             ]
         return only(results, single)
 
+    def update_bank(self, name: str, file: str | os.PathLike[str]) -> BankChange:
+        """Serve another file as a bank, for all inputs that are read after this.
+
+        Others, running ones too, finish on the rows that they began with.
+
+        Args:
+            name: the bank's.
+            file: of its modality and width, a new one: not written over one that is served.
+
+        Raises:
+            BankError: there is no such bank, or the file cannot be served in its place; nothing has
+                changed.
+        """
+        engine = self._require_engine()
+        return engine.update_bank(name, os.path.abspath(os.path.expanduser(file)))
+
     def close(self) -> None:
         """Free the engine and the temporary checkpoint; the pipeline cannot be used again.
 
@@ -456,6 +473,7 @@ class MultimodalQwen3Pipeline:
         own = parse_banks(getattr(config, "banks", None), checkpoint)
         banks = {**{name: bank.to_dict() for name, bank in own.items()}, **self._banks}
         self._engine = kind(checkpoint, self._device, self._options, banks)
+        self.banks = banks
         self._vocab_size = config.vocab_size
         self.specs = config.modality_specs
 

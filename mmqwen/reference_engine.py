@@ -10,6 +10,7 @@ from queue import SimpleQueue
 from threading import Lock, Thread, current_thread, main_thread
 from typing import Any
 
+from mmqwen.banks import BankChange
 from mmqwen.sampling import check_count, check_fields
 from mmqwen.scoring import Ask, Completion, Ready, score_by_transformers
 
@@ -74,6 +75,10 @@ class TransformersEngine:
         """
         ids, rows = self.processor.expand(token_ids, items, self.model.dtype)
         return Ready((ids, rows), len(ids))
+
+    def update_bank(self, name: str, file: str) -> BankChange:
+        """Serve another file as a bank: prompts that were prepared have their rows already."""
+        return self.processor.update_bank(name, file)
 
     def options(self, fields: Mapping[str, Any], *, stream: bool, full: bool = False) -> Any:
         """Arguments of transformers' `generate`.

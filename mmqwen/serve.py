@@ -24,8 +24,8 @@ def main(argv: list[str]) -> int:
 
     Args:
         argv: a checkpoint and flags: `--max-item-bytes N`, `--max-request-bytes N`, `--bank
-            NAME=FILE`, `--allow-token-api`, `--row-references`, `--row-reference-key FILE`, and
-            all of `vllm serve`'s.
+            NAME=FILE`, `--bank-updates FOLDER`, `--allow-token-api`, `--row-references`,
+            `--row-reference-key FILE`, and all of `vllm serve`'s.
 
     Returns:
         The exit status; 2 where the flags or the installation do not do.
@@ -177,6 +177,11 @@ def _add_own_flags(parser: ArgumentParser) -> None:
         ":placement=device, projected or host, and :modality=NAME; repeat for more.",
     )  # fmt: skip
     group.add_argument(
+        "--bank-updates", metavar="FOLDER",
+        help="Let clients with the API key replace a bank by a file of this folder: POST "
+        "/v1/banks/NAME with {\"file\": PATH}; GET /v1/banks lists them.",
+    )  # fmt: skip
+    group.add_argument(
         "--allow-token-api", action="store_true",
         help="Open /inference/v1/generate and its family, which bypass all checks of embeddings. "
         "For trusted clients only.",
@@ -223,6 +228,7 @@ def prepare(args: Namespace) -> None:
     except ValueError as error:
         raise ServeError(str(error)) from None
 
+    _allow_bank_updates(args)
     middleware = [_name(gate.BodyLimit), _name(gate.CleanExit)]
     if _asks_for_references(args):
         middleware.append(_name(gate.RowReferences))
@@ -252,6 +258,45 @@ def prepare(args: Namespace) -> None:
             )
 
 
+def _allow_bank_updates(args: Namespace) -> None:
+    """Tell vLLM's processes of the folder for updates, where there is one.
+
+    Raises:
+        ServeError: it is none, there is no API key, or there are several front ends.
+    """
+    from mmqwen.vllm_plugin.bank_routes import keys_of
+    from mmqwen.vllm_plugin.limits import BANK_FOLDER_VARIABLE, bank_folder
+
+    if args.bank_updates is None:
+        os.environ.pop(BANK_FOLDER_VARIABLE, None)
+        return
+    os.environ[BANK_FOLDER_VARIABLE] = args.bank_updates
+    try:
+        if bank_folder() is None:
+            raise ServeError("--bank-updates without a folder; name the one that new files come to")
+    except ValueError as error:
+        raise ServeError(f"--bank-updates: {error}") from None
+    if not keys_of(args):
+        raise ServeError(
+            "--bank-updates without an API key: whoever reaches the server could change what it "
+            "serves; add --api-key KEY, or set VLLM_API_KEY"
+        )
+    servers = _api_servers(args)
+    if servers > 1:
+        raise ServeError(
+            f"--bank-updates with {servers} API servers (vLLM starts as many as there are data-"
+            "parallel ranks): one would learn of an update, the others would name rows that are "
+            "gone; add --api-server-count 1"
+        )
+
+
+def _api_servers(args: Namespace) -> int:
+    """How many front ends vLLM starts."""
+    if getattr(args, "data_parallel_external_lb", False):
+        return 1
+    return int(getattr(args, "api_server_count", None) or args.data_parallel_size)
+
+
 def _asks_for_references(args: Namespace) -> bool:
     """Whether rows may be given by reference; then what vLLM's processes need to know is set.
 
@@ -276,8 +321,8 @@ def _asks_for_references(args: Namespace) -> bool:
             "--row-references keep rows for later requests, and --mm-processor-cache-gb "
             f"{args.mm_processor_cache_gb:g} leaves no memory for them; give it a size"
         )
-    servers = getattr(args, "api_server_count", None) or args.data_parallel_size
-    if servers > 1 and not getattr(args, "data_parallel_external_lb", False):
+    servers = _api_servers(args)
+    if servers > 1:
         raise ServeError(
             f"--row-references with {servers} API servers (vLLM starts as many as there are data-"
             "parallel ranks): a request may come to one that has never seen the rows; add "

@@ -3,6 +3,7 @@
 import os
 import random
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -28,9 +29,17 @@ def _own_random_numbers() -> None:
         sys.modules["torch"].manual_seed(0)
 
 
-LONG = ("spelling", "resume", "server", "parity", "interpreter", "readme", "examples", "demo")
-"""Words in the names of the files that take minutes: begun first, they do not run alone at the end
-while another process has nothing left."""
+LONG = (
+    "server", "spelling", "readme", "hybrid", "vllm_references", "interpreter", "parity",
+    "playground", "resume", "evaluation", "scoring", "examples", "demo",
+)  # fmt: skip
+"""Words in the names of the files that take minutes, the longest first: begun early, they do not
+run alone at the end while another process has nothing left."""
+
+
+def _place(path: Path) -> int:
+    """Of a file among the long ones; of all others, behind them."""
+    return next((at for at, word in enumerate(LONG) if word in path.stem), len(LONG))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     Not the tests of all files at once: each file's engine would be started for every test.
     """
-    items.sort(key=lambda item: not any(word in item.path.stem for word in LONG))
+    items.sort(key=lambda item: _place(item.path))
     seed = os.environ.get("MMQWEN_TEST_ORDER")
     if seed:
         draw = random.Random(seed).random

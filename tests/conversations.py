@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from engines import TOLERANCE, reference, rows_of
@@ -68,3 +70,14 @@ class Conversation:
                     assert logprobs[step].max() - logprobs[step, token] <= TOLERANCE
                 got = choice.logprobs.content[step].logprob
                 assert abs(float(logprobs[step, token]) - got) <= TOLERANCE
+
+
+def still_alive(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After each test of a module's `server`, a good request still gets the right answer."""
+    if not {"server", "client"} & set(request.fixturenames):
+        yield
+        return
+    server, client, checkpoint = map(request.getfixturevalue, ("server", "client", "checkpoint"))
+    yield
+    Conversation().user(rows("m1", 3), "still there?").check(client, checkpoint)
+    assert server.process.poll() is None

@@ -163,6 +163,13 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "moe-tp2": Configuration(
         "bfloat16", {"tensor_parallel_size": 2, **TWO_RANKS}, checkpoint=MOE, group="moe"
     ),
+    "moe-ep2": Configuration(
+        "bfloat16",
+        {"tensor_parallel_size": 2, "enable_expert_parallel": True, **TWO_RANKS},
+        checkpoint=MOE,
+        group="moe",
+        cpu=False,
+    ),
     "fp32-tp2": Configuration(
         "float32", {**EAGER, "tensor_parallel_size": 2, **TWO_RANKS}, group="fp32", banks=True
     ),
@@ -220,7 +227,8 @@ CONFIGURATIONS: dict[str, Configuration] = {
         checkpoint={**NEXT, **FOUR_LAYERS},
     ),
 }
-CHILD_SECONDS = 280
+CHILD_SECONDS = 560
+"""Most that one may take. A hybrid's kernels are tuned at its start, which takes minutes."""
 
 _engines: list[Any] = []
 """Engines live until the process ends: freeing one tears down the process groups of all."""
@@ -379,6 +387,8 @@ def run_one(name: str, requests: int, extra: dict[str, Any], answers_file: Path 
             )
             if result["reference"]["largest"] > configuration.reference:
                 failures.append("reference")
+        if configuration.options.get("distributed_executor_backend"):
+            llm.llm_engine.engine_core.shutdown()  # ranks that wait for work keep a CPU busy
     if answers_file is not None:
         answers_file.write_text(json.dumps(spelled))
     result["failures"] = failures
@@ -494,7 +504,12 @@ def run_child(name: str, arguments: argparse.Namespace, scratch: Path, deadline:
         try:
             child.wait(timeout=left)
         except subprocess.TimeoutExpired:
-            return {"configuration": name, "ok": False, "failures": [f"no answer in {left:.0f} s"]}
+            return {
+                "configuration": name,
+                "ok": False,
+                "failures": [f"no answer in {left:.0f} s"],
+                "tail": (scratch / f"{name}.err").read_text()[-1000:],
+            }
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
@@ -531,6 +546,20 @@ def compare_groups(names: list[str], scratch: Path) -> list[dict[str, Any]]:
         other, reference = first[group]
         found.append({"compared": [other, name], **asdict(compare(reference, answers))})
     return found
+
+
+def results_of(*arguments: str, timeout: float | None = None) -> list[dict[str, Any]]:
+    """What this script finds, run with these arguments in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, __file__, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stderr[-4000:]
+    return [json.loads(line.removeprefix("RESULT ")) for line in lines]
 
 
 def main() -> int:

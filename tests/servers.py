@@ -27,8 +27,18 @@ STOCK = ("-m", "vllm.entrypoints.openai.api_server")
 
 ENGINE_FLAGS = (
     "--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--block-size", "32",
-    *(("--gpu-memory-utilization", "0.3") if torch.cuda.is_available() else ()),  # two at a time
+    # No share of a GPU's memory: servers start side by side, and profiling would see the others.
+    *(
+        ("--gpu-memory-utilization", "0.08", "--kv-cache-memory-bytes", str(1 << 30))
+        if torch.cuda.is_available()
+        else ()
+    ),
+    *os.environ.get("MMQWEN_TEST_SERVE_FLAGS", "").split(),  # such as --data-parallel-size 2
 )  # fmt: skip
+
+ONE_WORKER = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+"""The environment in which a server's engine is its own worker, as it is on one GPU. On a CPU, vLLM
+starts one more process otherwise, which costs as much as all the rest of a start."""
 
 TINY_FLAGS = ("--served-model-name", "tiny", "--enable-prompt-tokens-details", *ENGINE_FLAGS)
 
@@ -113,10 +123,10 @@ def launch(
 def _environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
     settings = {
         **os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1",
-        "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "INFO", **(more or {}),
+        "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "INFO",
     }  # fmt: skip
     settings.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    return settings
+    return {**settings, **(more or {})}
 
 
 def run_batch(flags: Sequence[str]) -> None:
@@ -127,7 +137,7 @@ def run_batch(flags: Sequence[str]) -> None:
     """
     command = [sys.executable, "-m", "vllm.entrypoints.openai.run_batch", *flags]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=START_SECONDS, env=_environment()
+        command, capture_output=True, text=True, timeout=START_SECONDS, env=_environment(ONE_WORKER)
     )
     if done.returncode:
         raise RuntimeError(f"the batch ended with {done.returncode}:\n{done.stderr[-4000:]}")

@@ -281,9 +281,16 @@ def test_the_page_s_commands_and_snippet_run_as_printed(tmp_path, monkeypatch, c
     assert len(commands) == 2
     for command in commands:
         assert main(shlex.split(command)) == 0
-    (snippet,) = re.findall(r"<!-- test: generate -->\n```python\n(.*?)```", page, flags=re.DOTALL)
-    exec(compile(snippet, "banks.md", "exec"), {})
+    snippets = dict(re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", page, flags=re.DOTALL))
+    assert list(snippets) == ["generate", "update"]
+    names = {}
+    exec(compile(snippets["generate"], "banks.md", "exec"), names)
     assert capsys.readouterr().out.splitlines()[-1]
+    np.save("items.npy", draw(30, 24, seed=1).numpy())
+    build_bank("items.npy", "items-2.bank", modality="m1")
+    exec(compile(snippets["update"], "banks.md", "exec"), names)
+    processor = names["pipeline"]._engine.processor
+    assert torch.equal(processor.bank_catalog.banks["items"].bank.rows, draw(30, 24, seed=1))
 
 
 # -- packs and plans -----------------------------------------------------------------------------

@@ -225,14 +225,20 @@ def test_this_vllm_answers_a_batch_where_it_is_looked_for():
     )
 
 
-def test_register_stays_light():
-    """Engines and workers register too: no server, no HTTP there."""
+def test_register_is_light_and_reentrant_in_a_fresh_process():
+    """Engines and workers register too: no model, no server and no HTTP there."""
     code = (
-        "import sys, mmqwen.vllm_plugin as plugin; plugin.register(); "
+        "import sys; from mmqwen.vllm_plugin import ARCHITECTURE, register\n"
+        "register(); register()\n"
         "print(sorted(name for name in sys.modules if name.startswith(('fastapi', 'uvicorn')) "
-        "or name == 'mmqwen.vllm_plugin.door'))"
+        "or name in ('mmqwen.vllm_plugin.door', 'mmqwen.vllm_plugin.model')))\n"
+        "from vllm import ModelRegistry as R; assert ARCHITECTURE in R.get_supported_archs()\n"
+        "from transformers import AutoConfig\n"
+        "assert AutoConfig.for_model('multimodal_qwen3').model_type == 'multimodal_qwen3'"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False
     )
+    assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip().splitlines()[-1] == "[]"
+    assert "already registered" not in done.stderr

@@ -110,3 +110,38 @@ def test_training_example_on_a_base_that_chats(training_example, monkeypatch, tm
     lines = (tmp_path / "rows" / "data.jsonl").read_text().splitlines()
     answers = [json.loads(line)["messages"][1]["content"] for line in lines]
     assert sorted(answers) == sorted(words[:6] * 6)  # of eight sentences, two are held out
+
+
+def write_films(folder: Path) -> None:
+    """Sixty users of four tastes, fifteen films of each, in the form of RecBole's ml-100k."""
+    g = torch.Generator().manual_seed(0)
+    films = ["item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq"]
+    films += [f"{film}\tThe Film {film}\t1990\tKind{film % 4}" for film in range(1, 61)]
+    ratings = ["user_id:token\titem_id:token\trating:float\ttimestamp:float"]
+    for user in range(1, 61):
+        liked = torch.randperm(15, generator=g)[:11].tolist()
+        for when, film in enumerate(liked):
+            ratings.append(f"{user}\t{4 * film + user % 4 + 1}\t5\t{when}")
+        ratings.append(f"{user}\t{(user + 1) % 4 + 1}\t1\t99")  # disliked: no part of a history
+    (folder / "ml-100k.item").write_text("\n".join(films) + "\n")
+    (folder / "ml-100k.inter").write_text("\n".join(ratings) + "\n")
+
+
+def test_recommender_from_files_to_a_table(tmp_path, monkeypatch, capsys):
+    write_films(tmp_path)
+    module = load("recommender")
+    films = module.Films(tmp_path, small=True)
+    assert (len(films.titles), films.genres.shape, len(films.likes)) == (60, (60, 4), 60)
+    assert all(len({film % 4 for film in likes}) == 1 for likes in films.likes)
+    assert all(len(likes) == 11 and len(rated) == 12
+               for likes, rated in zip(films.likes, films.rated, strict=True))  # fmt: skip
+    monkeypatch.setattr(module, "EPOCHS", 30.0)
+    flags = ["--data", str(tmp_path), "--engine", "transformers", "--small"]
+    monkeypatch.setattr(sys, "argv", ["recommender.py", *flags])
+    module.main()
+    out = capsys.readouterr().out
+    table = dict(re.findall(r"^(\S.*?) {2,}[\d.]+% +([\d.]+)%", out, re.MULTILINE))  # hit@5
+    assert float(table["model"]) > 80  # 20 candidates have some two of a user's taste
+    assert float(table["model, others' ids"]) < 40  # neighbours have other tastes
+    assert float(table["chance"]) == 25.0
+    assert float(table["popularity"]) < 60

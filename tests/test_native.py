@@ -101,7 +101,8 @@ def compare_messages(helper: ModuleType, seeds: range) -> int:
         native.helper = None
         want = answer(processors[dtype], tokens, data)
         native.helper = helper
-        taken += processors[dtype]._process_natively(list(tokens), data) is not None
+        made = processors[dtype]._process_natively(list(tokens), data, processors[dtype].info.banks)
+        taken += made is not None
         assert answer(processors[dtype], tokens, data) == want, f"case {seed}"
     return taken
 
@@ -145,7 +146,8 @@ def test_messages_that_name_rows_equal_the_twins(helper: ModuleType, banks: Bank
         native.helper = None
         want = answer(processors[dtype], tokens, data)
         native.helper = helper
-        taken += processors[dtype]._process_natively(list(tokens), data) is not None
+        made = processors[dtype]._process_natively(list(tokens), data, processors[dtype].info.banks)
+        taken += made is not None
         assert answer(processors[dtype], tokens, data) == want, f"case {seed}"
     assert taken > FAST / 4
 

@@ -10,10 +10,11 @@ from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 
+import projector_ranks
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import multiprocessing, nn
 
 from mmqwen.checkpoint import (
     CheckpointError,
@@ -140,6 +141,12 @@ def test_shards_of_every_kind_sum_to_the_module(ranks):
                 share.load(name, tensor)
             total += project_rows(rows(), share.weights(), backend="torch")
         torch.testing.assert_close(total, module(rows()).detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_two_processes_place_rows_of_every_kind_with_one_all_reduce(tmp_path):
+    """Tensor parallelism over gloo, below the engine: the shares' sum is what one rank places."""
+    assert len(EVERY) == 36
+    multiprocessing.spawn(projector_ranks.run, (2, str(tmp_path / "store"), EVERY), nprocs=2)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

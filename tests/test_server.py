@@ -19,13 +19,22 @@ import numpy as np
 import pytest
 import torch
 
-from conversations import Conversation, rows
+from conversations import Conversation, rows, still_alive
 from engines import TOLERANCE, reference
 from malformed import CHAT, COMPLETIONS, chat, good_part, malformed, text
 from mmqwen.client import embeds_part
 from mmqwen.pipeline import MultimodalQwen3Pipeline
 from mmqwen_kernels.native import select_native
-from servers import ENGINE_FLAGS, STOCK, TINY_FLAGS, Server, launch, run_batch, running
+from servers import (
+    ENGINE_FLAGS,
+    ONE_WORKER,
+    STOCK,
+    TINY_FLAGS,
+    Server,
+    launch,
+    run_batch,
+    running,
+)
 from tiny import make_composite
 
 vllm = pytest.importorskip("vllm")
@@ -52,31 +61,38 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(checkpoint, tmp_path_factory):
+def start(checkpoint, tmp_path_factory):
+    """Gives the module's server: the one that runs, or a new one after a test has ended it."""
     flags = [
         *TINY_FLAGS, "--max-item-bytes", str(ITEM_BYTES), "--max-request-bytes", str(REQUEST_BYTES),
         "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
         "--structured-outputs-config", '{"disable_any_whitespace": true, "backend": "xgrammar"}',
     ]  # fmt: skip
-    with running(checkpoint, tmp_path_factory.mktemp("log") / "server.log", flags) as found:
-        yield found
+    folder = tmp_path_factory.mktemp("log")
+    started: list[Server] = []
+
+    def current() -> Server:
+        if not started or started[-1].process.poll() is not None:
+            started.append(launch(checkpoint, folder / f"server{len(started)}.log", flags))
+        return started[-1]
+
+    yield current
+    for server in started:
+        if server.process.poll() is None:
+            server.stop()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
+def server(start):
+    return start()
+
+
+@pytest.fixture
 def client(server):
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
 
 
-@pytest.fixture(autouse=True)
-def _alive(request):
-    """After each test, a good request still gets the right answer."""
-    if not {"server", "client"} & set(request.fixturenames):
-        yield
-        return
-    server, client, checkpoint = map(request.getfixturevalue, ("server", "client", "checkpoint"))
-    yield
-    Conversation().user(rows("m1", 3), "still there?").check(client, checkpoint)
-    assert server.process.poll() is None
+_alive = pytest.fixture(autouse=True)(still_alive)
 
 
 # -- conversations and their reference ---------------------------------------------------------
@@ -731,7 +747,7 @@ def test_checkpoints_and_overrides_are_let_through(checkpoint):
 
 def test_stock_server_takes_embeddings(checkpoint, tmp_path):
     """vLLM's own command without any flag of ours."""
-    with running(checkpoint, tmp_path / "stock.log", program=STOCK) as server:
+    with running(checkpoint, tmp_path / "stock.log", program=STOCK, env=ONE_WORKER) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         LAYOUTS["many turns"](Conversation()).check(client, checkpoint)
         refuse(server, chat(text("<|m1|>")), "placeholder")
@@ -824,16 +840,14 @@ def test_given_answers_are_scored_as_the_page_says(client, checkpoint):
     assert found == pytest.approx(wanted, abs=20 * TOLERANCE)
 
 
-def test_sigterm_under_load(tmp_path):
+def test_sigterm_under_load(start):
     """It ends in time, and each answer is whole, ended with an error, or refused."""
-    checkpoint = make_composite(tmp_path / "model", max_position_embeddings=8192)
-    flags = ["8192" if flag == "512" else flag for flag in TINY_FLAGS]
-    server = launch(checkpoint, tmp_path / "sigterm.log", flags)
+    server = start()
     ends: list[str] = []
 
     def ask(index: int) -> None:
         streamed = index % 2 == 0
-        body = chat(good_part(index, 8), text("tell"), max_tokens=8000, stream=streamed)
+        body = chat(good_part(index, 8), text("tell"), max_tokens=450, stream=streamed)
         body["ignore_eos"] = True
         end = "not taken"  # the connection was closed before the server answered at all
         try:

@@ -259,6 +259,7 @@ NONSENSE = {
     ("stage",): ["all", None, 1],
     ("schedule",): [None, 1],
     ("fsdp",): [True, 1],
+    ("banks",): ["a=b", ["a"], ["=b"], [3], None, 1],
     ("lora_layers",): ["q_proj", (), ("",), (1,), None],
     ("accumulation", "keep", "log_steps"): [0, -1, 1.5, "2", True, None],
     ("tokens_per_step", "save_steps", "max_length"): [0, -1, 1.5, "2", True],

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,43 +16,20 @@ from safetensors.torch import load_file
 from mmqwen.hf import MultimodalQwen3ForConditionalGeneration
 from mmqwen.training import TrainingError, TrainSettings, export, train
 from tiny import make_composite
+from training_processes import (
+    apart,
+    free_port,
+    killed_after_a_step,
+    killed_while_saving,
+    plainly,
+    sharded,
+)
 from training_runs import SAME_CURVE, losses, write_data
 
 pytest.importorskip("accelerate")
 pytest.importorskip("peft")
 
 ROOT = Path(__file__).parents[1]
-
-KILL_AFTER_A_STEP = """
-import json, os, signal, sys
-import torch
-from transformers import TrainerCallback
-from mmqwen.training import TrainSettings, train
-
-class Kill(TrainerCallback):
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-train(TrainSettings(**json.loads(sys.argv[1])), callbacks=[Kill()])
-"""
-
-KILL_WHILE_SAVING = """
-import json, os, signal, sys
-import torch
-from mmqwen.training import TrainSettings, train
-
-real, calls = torch.save, []
-
-def save(*args, **kwargs):
-    calls.append(1)
-    real(*args, **kwargs)
-    if len(calls) == 5:  # three files a checkpoint: in the middle of the second
-        os.kill(os.getpid(), signal.SIGKILL)
-
-torch.save = save
-train(TrainSettings(**json.loads(sys.argv[1])))
-"""
 
 
 def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess:
@@ -64,20 +39,11 @@ def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess
     )
 
 
-def search_path() -> str:
-    """For scripts that lie elsewhere: the checkout, and what this process was given."""
-    return os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-
-
 def train_apart(settings: TrainSettings) -> Path:
     """Train in a process like those that are killed: this one may have run engines,
     and then its weights came out 1e-6 apart (seen; the cause was not found)."""
-    code = (
-        "import json, sys; from mmqwen.training import TrainSettings, train; "
-        "train(TrainSettings(**json.loads(sys.argv[1])))"
-    )
-    done = run([sys.executable, "-c", code, json.dumps(settings.to_dict())])
-    assert done.returncode == 0, done.stderr[-2000:]
+    log = Path(f"{settings.output}.log")
+    assert apart(plainly, settings, log=log) == [0], log.read_text()[-2000:]
     return Path(settings.output)
 
 
@@ -110,16 +76,16 @@ def whole(settings):
 
 
 @pytest.mark.parametrize(
-    ("code", "left"),
+    ("begin", "left"),
     [
-        (KILL_AFTER_A_STEP, ["checkpoint-2", "checkpoint-4"]),
-        (KILL_WHILE_SAVING, [".saving", "checkpoint-2"]),
+        (killed_after_a_step, ["checkpoint-2", "checkpoint-4"]),
+        (killed_while_saving, [".saving", "checkpoint-2"]),
     ],
 )
-def test_a_killed_run_goes_on_with_the_same_curve(settings, whole, code, left):
+def test_a_killed_run_goes_on_with_the_same_curve(settings, whole, tmp_path, begin, left):
     own = replace(settings, output=f"{settings.output}-{len(left[0])}")
-    result = run([sys.executable, "-c", code, json.dumps(own.to_dict())])
-    assert result.returncode == -signal.SIGKILL, result.stderr[-2000:]
+    log = tmp_path / "log"
+    assert apart(begin, own, log=log) == [-signal.SIGKILL], log.read_text()[-2000:]
     found = sorted(p.name for p in own.run_folder.iterdir())
     kept = ("runs", "settings.json", "datasets.json", "plan.safetensors", ".lock")
     assert [name for name in found if name not in kept] == left
@@ -136,30 +102,6 @@ def test_a_killed_run_goes_on_with_the_same_curve(settings, whole, code, left):
             # What was not restored would have moved by whole steps of the rate.
             torch.testing.assert_close(got[name], tensor, rtol=0, atol=own.lr / 100)
     assert not (own.run_folder / ".saving").exists()
-
-
-SHARDED = """
-import json, os, signal, sys
-from transformers import TrainerCallback
-from mmqwen.training import TrainSettings, train
-from mmqwen.training.sharding import is_sharded
-
-class Watch(TrainerCallback):
-    def on_step_end(self, args, state, control, model=None, **_):
-        assert all(is_sharded(p) for p in model.parameters())
-        local = sum(p.to_local().numel() for p in model.parameters())
-        assert local < 0.6 * sum(p.numel() for p in model.parameters())
-        if state.global_step == int(sys.argv[2]):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-train(TrainSettings(**json.loads(sys.argv[1])), callbacks=[Watch()])
-"""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.parametrize("stage", ["projector", pytest.param("full", marks=pytest.mark.slow)])
@@ -188,20 +130,14 @@ def test_shards_learn_what_one_process_does_and_go_on_after_a_kill(settings, tmp
     two = replace(
         settings, output=f"{settings.output}-shards", accumulation=1, fsdp="full_shard", **shared
     )
-    script = tmp_path / "sharded.py"
-    script.write_text(SHARDED)
-
-    def launch(kill_at: int) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-        command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port()), str(script)]
-        return run([*command, json.dumps(two.to_dict()), str(kill_at)], PYTHONPATH=search_path())
-
-    assert launch(kill_at=5).returncode != 0
+    log = tmp_path / "log"
+    killed = apart(sharded, two, 5, log=log, ranks=2)
+    # The other rank may miss the one that ended first.
+    assert -signal.SIGKILL in killed, log.read_text()[-3000:]
     left = sorted(p.name for p in two.run_folder.glob("checkpoint-*"))
     assert left == ["checkpoint-2", "checkpoint-4"]
     assert not Path(two.output).exists()
-    result = launch(kill_at=-1)
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert apart(sharded, two, -1, log=log, ranks=2) == [0, 0], log.read_text()[-3000:]
     assert losses(Path(two.output)) == pytest.approx(losses(one), rel=SAME_CURVE)
     model = MultimodalQwen3ForConditionalGeneration.from_pretrained(two.output).eval()
     want = MultimodalQwen3ForConditionalGeneration.from_pretrained(one).eval()

@@ -27,7 +27,7 @@ from tiny import make_composite
 
 pytest.importorskip("vllm")
 
-from mmqwen.vllm_plugin.banks import ResidentBanks
+from mmqwen.vllm_plugin.banks import Projection, ResidentBanks
 
 SIZES = {"items": (50, 24), "users": (30, 24), "scenes": (20, 40)}
 SIZES |= {"goods": (35, 24), "places": (15, 40)}
@@ -336,7 +336,7 @@ def test_the_flag_of_serve_stands_beside_the_checkpoint_s_banks(banks, tmp_path,
 def test_a_checkpoint_s_bank_is_settled_before_any_process_starts(banks, checkpoint, tmp_path):
     from types import SimpleNamespace
 
-    from mmqwen.vllm_plugin.engine_config import settle_banks
+    from mmqwen.vllm_plugin.engine_config import BANK_WORKER, settle_banks
 
     (tmp_path / "mine.bank").symlink_to(banks["items"])
 
@@ -350,8 +350,11 @@ def test_a_checkpoint_s_bank_is_settled_before_any_process_starts(banks, checkpo
         model_config = SimpleNamespace(
             hf_config=config, model=str(tmp_path), dtype=torch.bfloat16, tokenizer=None
         )
-        settle_banks(model_config)
-        settle_banks(model_config)  # as a worker does, which then holds the file to its version
+        parallel = SimpleNamespace(worker_extension_cls="")
+        vllm_config = SimpleNamespace(model_config=model_config, parallel_config=parallel)
+        settle_banks(vllm_config)
+        settle_banks(vllm_config)  # as a worker does, which then holds the file to its version
+        assert parallel.worker_extension_cls == BANK_WORKER
         return config.banks["items"]
 
     found = settle()
@@ -389,23 +392,19 @@ def test_new_weights_of_a_projector_reach_rows_that_were_projected(llm, checkpoi
         assert one != pytest.approx(two, abs=10 * TOLERANCE)
 
 
-def resident_goods(banks, **ranks):
-    """A rank's share of the bank `goods`, projected to 8 columns, and its table."""
+def resident_goods(banks, run=None, **ranks):
+    """A rank's share of the bank `goods`, projected to 8 columns, 4 rows at a time."""
     catalog = BankCatalog(
         parse_banks({"goods": {"file": str(banks["goods"]), "placement": "projected"}}),
         {"m1": ModalitySpec("m1", 24)},
     )
-    tables = {}
-
-    def hold(name, rows=None):
-        return tables.setdefault(name, rows)
-
-    found = ResidentBanks(catalog, ["m1"], torch.float32, hold=hold, hidden_size=8, **ranks)
-    return found, tables["goods"]
+    projection = Projection(run, 8, 4, **ranks)
+    home = torch.nn.Module()
+    return ResidentBanks(catalog, ["m1"], torch.float32, home=home, projection=projection)
 
 
 def test_a_bank_is_not_projected_by_a_random_start(banks):
-    resident, _ = resident_goods(banks)
+    resident = resident_goods(banks)
     resident.refuse_untrained(["m2"])
     with pytest.raises(BankError, match=r"bank 'goods', placement projected: .*'m1' is UNTRAINED"):
         resident.refuse_untrained(["m1"])
@@ -413,10 +412,34 @@ def test_a_bank_is_not_projected_by_a_random_start(banks):
 
 def test_a_bank_that_does_not_fit_is_refused(banks, monkeypatch):
     monkeypatch.setattr(torch, "get_default_device", lambda: torch.device("cuda:0"))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (18 * 8 * 4 - 1, 1 << 40))
-    words = "bank 'goods', placement projected: 18 rows of 8 elements take 576 bytes, .* 575 that"
+    for name, value in (
+        ("mem_get_info", (575, 0)),
+        ("memory_reserved", 0),
+        ("memory_allocated", 0),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    words = "bank 'goods', projected, of 576 bytes does not fit into the 575 that"
     with pytest.raises(BankError, match=words):
         resident_goods(banks, ranks=2)
+
+
+def test_a_version_that_comes_while_weights_change_is_projected_by_the_new_ones(banks):
+    """Some blocks a call, as many on each rank: ranks wait for each other."""
+    weight = torch.ones(8, 24)
+    resident = resident_goods(banks, lambda _, rows: rows @ weight.T)
+    resident.project({"m1"})
+    fields = {"name": "goods", **resident.projected[0].spec.to_dict()}
+    assert not resident.advance(1, fields, 1e9)  # there is room, and no rank waits yet
+    assert not resident.advance(1, fields, 1e9)  # 8 blocks of 9
+    weight *= 2
+    resident.project({"m1"})
+    while not resident.advance(1, fields, 0.0):
+        assert len(resident.projected) == 1
+    old, new = resident.projections()
+    assert torch.equal(old, new)
+    assert torch.equal(new, rows_of_bank("goods") @ weight.T)
+    resident.drop(0)
+    assert [rows.data_ptr() for rows in resident.projections()] == [new.data_ptr()]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 40])
@@ -429,9 +452,12 @@ def test_rows_that_were_projected_lie_once_over_the_ranks(banks, ranks, monkeypa
     named = directory(pack_named([(0, 0, ids.tolist())], [24], torch.float32))
     total, held = torch.zeros(5, 8), []
     for rank in range(ranks):
-        resident, table = resident_goods(banks, rank=rank, ranks=ranks)
         # Nothing to be summed: here each rank has all hidden units.
-        resident.project({"m1": projector}, "torch", 4, lambda rows: rows)
+        resident = resident_goods(
+            banks, lambda _, rows: project_rows(rows, projector), rank=rank, ranks=ranks
+        )
+        resident.project({"m1"})
+        (table,) = resident.projections()
         with monkeypatch.context() as patch:
             patch.setattr(native, "helper", None)
             found = find_rows([named], [24], torch.float32, resident)

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from run_gpu_engine import CONFIGURATIONS
+from run_gpu_engine import CONFIGURATIONS, results_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,20 +20,7 @@ NAMES = [
 
 @pytest.fixture(scope="module")
 def results():
-    script = Path(__file__).with_name("run_gpu_engine.py")
-    done = subprocess.run(
-        [sys.executable, str(script), *NAMES, "--jobs", "4", "--time-limit", "1500"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    lines = [
-        json.loads(line.removeprefix("RESULT "))
-        for line in done.stdout.splitlines()
-        if line.startswith("RESULT ")
-    ]
-    assert lines, done.stderr[-4000:]
-    return lines
+    return results_of(*NAMES, "--jobs", "4", "--time-limit", "1500")
 
 
 @pytest.mark.parametrize("configuration", NAMES)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from conversations import Conversation, rows
+from conversations import Conversation, rows, still_alive
 from engines import start
 from malformed import CHAT, text
 from mmqwen import MultimodalQwen3Pipeline
@@ -542,16 +542,7 @@ def client(server):
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=2, timeout=120)
 
 
-@pytest.fixture(autouse=True)
-def _alive(request):
-    """After each test, a good request still gets the right answer."""
-    if not {"server", "client"} & set(request.fixturenames):
-        yield
-        return
-    server, client, checkpoint = map(request.getfixturevalue, ("server", "client", "checkpoint"))
-    yield
-    Conversation().user(rows("m1", 3), "still there?").check(client, checkpoint)
-    assert server.process.poll() is None
+_alive = pytest.fixture(autouse=True)(still_alive)
 
 
 def post(server, messages, path=CHAT, **fields):

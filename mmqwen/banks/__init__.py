@@ -13,33 +13,42 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mmqwen.banks.build import build_bank, check_bank
     from mmqwen.banks.catalog import BankCatalog, BankSpec, parse_bank_flags, parse_banks
-    from mmqwen.banks.file import Bank, BankError, open_bank
+    from mmqwen.banks.file import Bank, BankBusyError, BankError, UnknownBankError, open_bank
     from mmqwen.banks.rows import BankRows
+    from mmqwen.banks.update import BankChange, update_bank
 
 _HOMES = {
     "Bank": "file",
+    "BankBusyError": "file",
     "BankCatalog": "catalog",
+    "BankChange": "update",
     "BankError": "file",
     "BankRows": "rows",
     "BankSpec": "catalog",
+    "UnknownBankError": "file",
     "build_bank": "build",
     "check_bank": "build",
     "open_bank": "file",
     "parse_bank_flags": "catalog",
     "parse_banks": "catalog",
+    "update_bank": "update",
 }
 
 __all__ = [
     "Bank",
+    "BankBusyError",
     "BankCatalog",
+    "BankChange",
     "BankError",
     "BankRows",
     "BankSpec",
+    "UnknownBankError",
     "build_bank",
     "check_bank",
     "open_bank",
     "parse_bank_flags",
     "parse_banks",
+    "update_bank",
 ]
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from copy import copy
+from dataclasses import asdict, dataclass, field
 from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import torch
 
-from mmqwen.banks.file import Bank, BankError, open_bank
+from mmqwen.banks.file import Bank, BankError, UnknownBankError, open_bank
 from mmqwen.banks.rows import BankRows, is_named
 from mmqwen.modalities import NAME_PATTERN, ModalitySpec
 from mmqwen.transport.errors import EmbeddingError, refuse, show
@@ -112,20 +113,30 @@ def parse_bank_flags(flags: Sequence[str]) -> dict[str, dict[str, Any]]:
     return banks
 
 
-class ServedBank(NamedTuple):
-    """A bank of a catalog.
+class Life:
+    """Lives as long as anything may name rows by a number: catalogs and prompts keep it alive."""
+
+    __slots__ = ("__weakref__",)
+
+
+@dataclass(frozen=True, eq=False)
+class ServedBank:
+    """A version of a bank, as a catalog has it.
 
     Attributes:
-        number: by which packs call it: its place in the catalog.
+        number: by which packs call this version: of two versions that are served at the same time,
+            each has its own.
         spec: as the config names it, its modality and version settled.
         bank: its file.
         version: its version, as bytes.
+        life: of the number.
     """
 
     number: int
     spec: BankSpec
     bank: Bank
     version: bytes
+    life: Life = field(default_factory=Life)
 
 
 class NamedRows(NamedTuple):
@@ -169,25 +180,62 @@ class BankCatalog:
         dtype: torch.dtype | None = None,
     ) -> None:
         self._modalities = modalities
+        self._dtype = dtype
         self.banks: dict[str, ServedBank] = {}
         for number, (name, spec) in enumerate(banks.items()):
-            try:
-                bank = open_bank(spec.file)
-                if dtype is not None:
-                    bank.require_range(dtype)
-                modality = self._modality(spec, bank)
-                _ = bank.keys
-            except BankError as error:
-                raise BankError(f"bank {name!r}: {error}") from None
-            if spec.version not in (None, bank.version):
-                raise BankError(
-                    f"bank {name!r}: {spec.file} has version {bank.version[:16]}, expected "
-                    f"{spec.version!r:.18}; the file was changed since, start anew with this one"
-                )
-            settled = BankSpec(
-                name, os.path.abspath(spec.file), modality, spec.placement, bank.version
+            self.banks[name] = self.open(spec, number)
+
+    def open(self, spec: BankSpec, number: int) -> ServedBank:
+        """A version of a bank, checked, and mapped, so that another file may take its place.
+
+        Args:
+            spec: as a config names it.
+            number: by which packs are to call it.
+
+        Raises:
+            BankError: as the catalog itself.
+        """
+        try:
+            bank = open_bank(spec.file)
+            if self._dtype is not None:
+                bank.require_range(self._dtype)
+            modality = self._modality(spec, bank)
+            _ = bank.keys, bank.rows
+            stat, facts = bank.file.stat(), bank.facts
+        except (BankError, OSError) as error:
+            raise BankError(f"bank {spec.name!r}: {error}") from None
+        if (stat.st_size, stat.st_mtime_ns) != (facts.size, facts.mtime_ns):
+            raise BankError(f"bank {spec.name!r}: {spec.file} was changed while it was opened")
+        if spec.version not in (None, bank.version):
+            raise BankError(
+                f"bank {spec.name!r}: {spec.file} has version {bank.version[:16]}, expected "
+                f"{spec.version!r:.18}; the file was changed since, start anew with this one"
             )
-            self.banks[name] = ServedBank(number, settled, bank, bytes.fromhex(bank.version))
+        settled = BankSpec(
+            spec.name, os.path.abspath(spec.file), modality, spec.placement, bank.version
+        )
+        return ServedBank(number, settled, bank, bytes.fromhex(bank.version))
+
+    def open_another(self, name: str, file: str | os.PathLike[str], number: int) -> ServedBank:
+        """Another version of a bank, served as the one that is here, which stays.
+
+        Raises:
+            UnknownBankError: there is no such bank.
+            BankError: as `open`; also another modality than the bank's.
+        """
+        now = self.banks.get(name) if isinstance(name, str) else None
+        if now is None:
+            raise UnknownBankError(
+                f"unknown bank {name!r:.80}, expected one of {sorted(self.banks)}"
+            )
+        spec = now.spec
+        return self.open(BankSpec(name, os.fspath(file), spec.modality, spec.placement), number)
+
+    def replaced(self, served: ServedBank) -> BankCatalog:
+        """The catalog with this version of a bank; who has the catalog itself sees no change."""
+        other = copy(self)
+        other.banks = {**self.banks, served.spec.name: served}
+        return other
 
     def _modality(self, spec: BankSpec, bank: Bank) -> str:
         given = {name for name in (spec.modality, bank.modality) if name is not None}
@@ -259,8 +307,8 @@ class BankCatalog:
 
     def read_items(
         self, value: Any, modality: str
-    ) -> tuple[Sequence[Any], list[tuple[int, np.ndarray, bytes] | None]] | None:
-        """A modality's items, and of each the bank's number, ids and version, or None.
+    ) -> tuple[Sequence[Any], list[NamedRows | None]] | None:
+        """A modality's items, and of each the rows that it names, or None.
 
         Returns:
             None where one cannot be served: `read_item` says why.
@@ -273,7 +321,7 @@ class BankCatalog:
             ]
         except EmbeddingError:
             return None
-        return members, [named and named.native for named in found]
+        return members, found
 
     def by_value(self, items: Mapping[str, Any]) -> dict[str, Any]:
         """Items in which the rows themselves stand where rows were named.

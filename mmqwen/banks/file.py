@@ -31,6 +31,14 @@ class BankError(ValueError):
     """A bank's file cannot be used, with the reason."""
 
 
+class UnknownBankError(BankError):
+    """No bank is served under a name."""
+
+
+class BankBusyError(BankError):
+    """A bank is being changed already."""
+
+
 def facts_file(file: Path) -> Path:
     """Where it stands beside a bank what a scan of it has found."""
     return file.with_name(file.name + ".json")

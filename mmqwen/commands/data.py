@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +23,24 @@ _Modality = Annotated[
 _Model = Annotated[
     Path | None, typer.Option(metavar="CHECKPOINT", help="Whose modalities and tokenizer count.")
 ]
+
+
+_Banks = Annotated[
+    list[str] | None,
+    typer.Option("--bank", metavar="NAME=FILE", help="Rows that samples may name; repeat."),
+]
+
+
+def _read_banks(bank: list[str] | None, model: Path | None) -> Mapping[str, Any]:
+    from mmqwen.banks import parse_bank_flags, parse_banks
+
+    given = parse_bank_flags(bank or [])
+    if model is None:
+        return parse_banks(given)
+    from mmqwen.checkpoint import read_config
+    from mmqwen.data.banks import served_banks
+
+    return served_banks(read_config(model), model, given)
 
 
 def _read_specs(modality: list[str] | None, model: Path | None) -> Mapping[str, ModalitySpec]:
@@ -82,6 +101,7 @@ def validate(
     data: Annotated[Path, typer.Argument(help="Dataset: a folder.")],
     modality: _Modality = None,
     model: _Model = None,
+    bank: _Banks = None,
     max_length: Annotated[
         int | None, typer.Option(help="Most tokens of a sample, rows counted; needs --model.")
     ] = None,
@@ -94,7 +114,10 @@ def validate(
     from mmqwen.data import validate as check
 
     tokenizer = _read_tokenizer(model, specs)
-    found = check(data, specs, tokenizer=tokenizer, max_length=max_length, limit=problems)
+    banks = _read_banks(bank, model)
+    found = check(
+        data, specs, tokenizer=tokenizer, max_length=max_length, limit=problems, banks=banks
+    )
     rows = "".join(f", {count} rows of {name}" for name, count in found.rows.items())
     longest = f", the longest of {found.longest} tokens" if found.longest else ""
     _say(f"{data}: {found.samples} samples{longest}{rows}: no problem found")
@@ -105,11 +128,19 @@ def show(
     data: Annotated[Path, typer.Argument(help="Dataset: a folder.")],
     samples: Annotated[int, typer.Option(help="How many samples.")] = 3,
     line: Annotated[int, typer.Option(help="The first one's line, from 1.")] = 1,
+    modality: _Modality = None,
+    model: _Model = None,
+    bank: _Banks = None,
 ) -> None:
-    """What a dataset holds, and some samples: texts, shapes, means and spreads of rows."""
-    from mmqwen.data import DatasetError, RowsDataset
+    """What a dataset holds, and some samples: texts, shapes, means and spreads of rows.
 
-    dataset = RowsDataset(data)
+    Rows of a bank are read with --model, or --modality and --bank; without, only their names shown.
+    """
+    from mmqwen.data import DatasetError, RowsDataset
+    from mmqwen.data.banks import BankItem
+
+    specs = _read_specs(modality, model) if modality or model else {}
+    dataset = RowsDataset(data, specs, _read_banks(bank, model))
     _say(f"{dataset.folder}: {len(dataset)} samples")
     for file in sorted(dataset.folder.glob("rows-*.safetensors")):
         store = dataset.store(file.stem.removeprefix("rows-"))
@@ -118,19 +149,26 @@ def show(
     if not 1 <= line <= len(dataset):
         raise DatasetError(f"{dataset.folder}: there is no line {line}, only 1 to {len(dataset)}")
     for index in range(line - 1, min(line - 1 + samples, len(dataset))):
-        example = dataset[index]
-        sample = example.sample
-        _say(f"\n{example.where}")
+        sample = dataset.sample(index)
+        _say(f"\n{dataset.where(index)}")
         if sample.prompt is not None:
             _say(f"  prompt: {sample.prompt!r}\n  answer: {sample.answer!r}")
         for message in sample.messages:
             _say(f"  {message['role']}: {message['content']!r}")
         if sample.choices:
             _say(f"  choices: {list(sample.choices)}")
-        for name, items in example.rows.items():
-            for number, item in zip(sample.items[name], items, strict=True):
-                values = item.double()
+        for name, items in sample.items.items():
+            for at, item in enumerate(items):
+                named = isinstance(item, BankItem)
+                title = f"  {name} item {json.dumps(item.to_dict()) if named else item}"
+                if named and not specs:
+                    _say(title)
+                    continue
+                try:
+                    values = dataset.rows(name, item, at).double()
+                except (ValueError, IndexError) as error:
+                    raise DatasetError(f"{dataset.where(index)}: {error}") from None
                 _say(
-                    f"  {name} item {number}: {list(item.shape)}, mean {values.mean():.3g}, "
+                    f"{title}: {list(values.shape)}, mean {values.mean():.3g}, "
                     f"spread {values.std(correction=0):.3g}"
                 )

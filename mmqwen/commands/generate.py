@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from mmqwen.commands.options import (
+    BankOption,
     DeviceOption,
     DtypeOption,
     EngineOptions,
@@ -30,9 +31,11 @@ def command(
         typer.Option(
             metavar="NAME=FILE",
             help="An item of a modality: a .npy file [d] or [rows, d], or "
-            "NAME=FILE.safetensors[:TENSOR]; repeat for more, in the order of the markers.",
+            'NAME=FILE.safetensors[:TENSOR], or NAME={"bank": "items", "ids": [5, 17]}; repeat '
+            "for more, in the order of the markers.",
         ),
     ] = None,
+    bank: BankOption = None,
     chat: Annotated[bool, typer.Option("--chat", help="Through the chat template.")] = False,
     engine: Annotated[str, typer.Option(help="vllm or transformers.")] = "vllm",
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
@@ -50,6 +53,7 @@ def command(
     items = read_rows(rows or [])
     text = sys.stdin.read() if prompt == "-" else prompt
     quiet_engine()
+    from mmqwen.banks import parse_bank_flags
     from mmqwen.pipeline import MultimodalQwen3Pipeline
 
     asked: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
@@ -59,6 +63,7 @@ def command(
         device,
         engine=engine,  # type: ignore[arg-type]
         dtype=dtype,
+        banks=parse_bank_flags(bank or []),
         **options,
     ) as pipeline:
         if chat:

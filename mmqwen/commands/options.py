@@ -25,6 +25,16 @@ EngineOptions = Annotated[
 ]
 
 
+BankOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=FILE",
+        help="Rows that samples and prompts may name, beside the checkpoint's own; repeat for "
+        "more. `mmqwen bank build` writes such a file.",
+    ),
+]
+
+
 def quiet_engine() -> None:
     """Keep vLLM's log off a command's own output, unless the user has set where it goes."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -85,7 +95,8 @@ def read_renames(given: Sequence[str]) -> dict[str, str]:
 
 
 def read_rows(given: Sequence[str]) -> dict[str, list[Any]]:
-    """`NAME=FILE` or `NAME=FILE.safetensors:TENSOR`, an item each, to the items of each modality.
+    """`NAME=FILE`, `NAME=FILE.safetensors:TENSOR` or `NAME={"bank": ...}`, an item each, to the
+    items of each modality.
 
     Raises:
         ValueError: one is not of this form, or its file holds no such array.
@@ -96,10 +107,20 @@ def read_rows(given: Sequence[str]) -> dict[str, list[Any]]:
         if not separator or not name or not file:
             raise ValueError(
                 f"--rows {one!r}: expected NAME=FILE with a .npy or .safetensors file, or "
-                "NAME=FILE.safetensors:TENSOR"
+                'NAME=FILE.safetensors:TENSOR, or NAME={"bank": "items", "ids": [5, 17]}'
             )
-        items.setdefault(name, []).append(_read_array(file))
+        found = _read_named(file) if file.startswith("{") else _read_array(file)
+        items.setdefault(name, []).append(found)
     return items
+
+
+def _read_named(text: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(text))
+    except ValueError as error:
+        raise ValueError(
+            f'--rows {text!r:.80}: expected JSON as {{"bank": "items", "ids": [5, 17]}}: {error}'
+        ) from None
 
 
 def _read_array(name: str) -> Any:

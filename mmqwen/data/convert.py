@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmqwen.data.banks import BankItem
 from mmqwen.data.errors import DatasetError
 from mmqwen.data.format import TextLines, read_sample
 from mmqwen.data.writer import DatasetWriter
@@ -27,7 +28,7 @@ def from_npy_folder(
 
     A line is that of a dataset with file names in place of item numbers:
     `{"prompt": "<|m1|> is", "answer": " a cat", "items": {"m1": ["cats/0001.npy"]}}`. A file that
-    several samples name is stored once.
+    several samples name is stored once. Rows of a bank may be named as in a dataset.
 
     Args:
         folder: the folder; file names are relative to it and stay within it.
@@ -51,12 +52,14 @@ def from_npy_folder(
         for number, raw in enumerate(TextLines(file), start=1):
             try:
                 sample = read_sample(raw, str)
-                items: dict[str, list[int]] = {}
-                for name, files in sample.items.items():
-                    for one in files:
-                        if (name, one) not in known:
+                items: dict[str, list[Any]] = {}
+                for name, given in sample.items.items():
+                    for one in given:
+                        if isinstance(one, str) and (name, one) not in known:
                             known[name, one] = writer.add_item(name, _load(folder, one))
-                    items[name] = [known[name, one] for one in files]
+                    items[name] = [
+                        one.rows if isinstance(one, BankItem) else known[name, one] for one in given
+                    ]
                 if sample.prompt is not None and sample.answer is not None:
                     writer.add(sample.prompt, sample.answer, items, choices=sample.choices)
                 else:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
+from mmqwen.data.banks import BankItem, DatasetBanks
 from mmqwen.data.errors import DatasetError
 from mmqwen.data.format import (
     RowStore,
@@ -16,6 +19,7 @@ from mmqwen.data.format import (
     open_lines,
     read_sample,
 )
+from mmqwen.modalities import ModalitySpec
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Example:
 
     Attributes:
         sample: the line.
-        rows: modality to its items `[n, d]`, in the order of the markers, in the file's dtype.
+        rows: modality to its items `[n, d]`, in the order of the markers, in their file's dtype.
         where: file and line, for messages.
     """
 
@@ -47,15 +51,24 @@ class RowsDataset(Dataset[Example]):
 
     Args:
         path: the directory, or its data.jsonl or data.parquet.
+        modalities: the model's, where samples name rows of banks.
+        banks: these banks, `{"items": FILE}` or as a config has them; read by id, memory-mapped.
 
     Raises:
         DatasetError: there is no dataset.
+        BankError: `banks` cannot be read. One is opened when a sample names it.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        modalities: Mapping[str, ModalitySpec] | None = None,
+        banks: Mapping[str, Any] | None = None,
+    ) -> None:
         self.folder = find_folder(path)
         self._lines = open_lines(self.folder)
         self._stores: dict[str, RowStore] = {}
+        self.banks = DatasetBanks(banks, modalities)
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -74,8 +87,8 @@ class RowsDataset(Dataset[Example]):
         try:
             sample = self.sample(index)
             rows = {
-                name: [self.store(name).item(number) for number in numbers]
-                for name, numbers in sample.items.items()
+                name: [self.rows(name, item, at) for at, item in enumerate(items)]
+                for name, items in sample.items.items()
             }
         except DatasetError:
             raise
@@ -99,6 +112,40 @@ class RowsDataset(Dataset[Example]):
     def where(self, index: int) -> str:
         """File and line of a sample, for messages."""
         return f"{self._lines.file}:{index + 1}"
+
+    def rows(self, name: str, item: int | BankItem, index: int = 0) -> torch.Tensor:
+        """Rows `[n, d]` of an item of a modality, in their file's dtype.
+
+        Args:
+            name: the modality.
+            item: its number, or what it names.
+            index: its place among the sample's items of the modality, for messages.
+
+        Raises:
+            ValueError: a file cannot be used, or a bank has no such rows.
+            IndexError: there is no such item.
+        """
+        if isinstance(item, BankItem):
+            return self.banks.read(item, name, index).read()
+        return self.store(name).item(item)
+
+    def counts(self, sample: Sample) -> dict[str, list[int]]:
+        """Rows of each item of a sample, for each modality that it has items of; none is read.
+
+        Raises:
+            ValueError, IndexError: as `rows`.
+        """
+        return {
+            name: [self._count(name, item, at) for at, item in enumerate(items)]
+            for name, items in sample.items.items()
+            if items
+        }
+
+    def _count(self, name: str, item: int | BankItem, index: int) -> int:
+        if isinstance(item, BankItem):
+            return len(self.banks.read(item, name, index).ids)
+        begin, end = self.store(name).bounds(item)
+        return end - begin
 
     def store(self, name: str) -> RowStore:
         """The items of one modality."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from mmqwen.data.banks import read_bank_item
 from mmqwen.data.errors import DatasetError
 from mmqwen.data.parquet import ParquetRows
 from mmqwen.modalities import ROW_DTYPES, ModalitySpec
@@ -85,7 +86,7 @@ class Sample:
         prompt: text before the answer; None for a conversation.
         answer: text to be learnt; None for a conversation.
         messages: the conversation; every assistant's message is learnt.
-        items: modality to the numbers of its items, in the order of the markers.
+        items: modality to the numbers of its items, or `BankItem`s, in the order of the markers.
         choices: what the last answer may be, for evaluation; training does not read it.
     """
 
@@ -134,8 +135,7 @@ def read_sample(raw: bytes | dict[str, Any] | ValueError, item_type: type = int)
     known = {"items", "choices"} | ({"messages"} if chat else {"prompt", "answer"})
     if set(fields) - known:
         raise ValueError(f"unknown fields {sorted(set(fields) - known)}, expected {sorted(known)}")
-    items = fields.get("items", {})
-    _check_items(items, item_type)
+    items = _read_items(fields.get("items", {}), item_type)
     choices = read_choices(fields["choices"]) if "choices" in fields else ()
     if chat:
         messages = _read_messages(fields["messages"])
@@ -197,15 +197,21 @@ def check_answers(sample: Sample, specs: Mapping[str, ModalitySpec]) -> None:
             raise ValueError(f"an answer holds {spec.token}; only questions have items")
 
 
-def _check_items(items: Any, item_type: type) -> None:
+def _read_items(items: Any, item_type: type) -> dict[str, list[Any]]:
     if not isinstance(items, dict):
         raise ValueError(f"'items' is a {type(items).__name__}, expected an object of lists")
+    found: dict[str, list[Any]] = {}
     for name, numbers in items.items():
         if not isinstance(numbers, list) or any(
-            not isinstance(n, item_type) or isinstance(n, bool) for n in numbers
+            not isinstance(n, (item_type, dict)) or isinstance(n, bool) for n in numbers
         ):
             kind = "item numbers" if item_type is int else "file names"
-            raise ValueError(f"items of {name!r}: expected a list of {kind}")
+            raise ValueError(f"items of {name!r}: expected a list of {kind}, or of rows of a bank")
+        try:
+            found[name] = [read_bank_item(n) if isinstance(n, dict) else n for n in numbers]
+        except ValueError as error:
+            raise ValueError(f"items of {name!r}: {error}") from None
+    return found
 
 
 def _read_messages(messages: Any) -> tuple[dict[str, str], ...]:

@@ -2,7 +2,8 @@
 
 The columns are the fields of a line: `prompt` and `answer`, or `messages` (a list of structs of
 `role` and `content`), `items` (a map of lists of integers, or a struct of such lists) and `choices`
-(a list of strings). A field that is null is absent.
+(a list of strings). A field that is null is absent. Items that name rows of a bank are structs of
+`bank` and `ids` or `keys`.
 """
 
 from __future__ import annotations
@@ -127,5 +128,15 @@ def _fields(row: dict[str, Any]) -> dict[str, Any]:
     if isinstance(items, list) and all(isinstance(pair, tuple) for pair in items):
         items = dict(items)
     if isinstance(items, dict):
-        fields["items"] = {name: value for name, value in items.items() if value is not None}
+        fields["items"] = {n: _items(value) for n, value in items.items() if value is not None}
     return fields
+
+
+def _items(value: Any) -> Any:
+    """A modality's items; a struct has all fields of its column, of which those given count."""
+    if not isinstance(value, list) or not any(isinstance(item, dict) for item in value):
+        return value
+    return [
+        {k: v for k, v in item.items() if v is not None} if isinstance(item, dict) else item
+        for item in value
+    ]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmqwen.banks import BankError
+from mmqwen.data.banks import BankItem, DatasetBanks
 from mmqwen.data.dataset import RowsDataset
 from mmqwen.data.encoding import encode, fit
 from mmqwen.data.errors import DatasetError
@@ -33,12 +35,14 @@ class DatasetSummary:
         used: modalities that some sample has an item of.
         lengths: tokens of each sample, rows counted (at most `max_length` where samples may be
             cut), or None where no tokenizer was given.
+        banks: the banks that samples name, and their versions.
     """
 
     samples: int
     rows: dict[str, int]
     used: frozenset[str] = frozenset()
     lengths: Sequence[int] | None = None
+    banks: dict[str, str] = field(default_factory=dict)
 
     @property
     def longest(self) -> int | None:
@@ -54,12 +58,13 @@ def validate(
     max_length: int | None = None,
     may_cut: bool = False,
     limit: int = 20,
+    banks: Mapping[str, Any] | None = None,
 ) -> DatasetSummary:
     """Read a whole dataset once, in constant memory, and check it against the model's modalities.
 
     Checked are: the fields of each line, empty answers, markers against items, unknown modalities,
-    items that are missing, empty or longer than `max_rows`, widths, NaN and infinity; with a
-    tokenizer, also the chat template and the length.
+    items that are missing, empty or longer than `max_rows`, widths, NaN and infinity; the banks,
+    ids and keys that items name; with a tokenizer, also the chat template and the length.
 
     Args:
         path: directory of the dataset.
@@ -68,11 +73,14 @@ def validate(
         max_length: most tokens of a sample, rows counted.
         may_cut: longer samples are to be cut, and refused only where no answer would be left.
         limit: problems to report at most.
+        banks: those that samples may name, by name: files, or as a config has them.
 
     Raises:
         DatasetError: whose `problems` each name file and line.
+        BankError: `banks` cannot be read.
     """
-    return _Validator(find_folder(path), specs, tokenizer, max_length, may_cut, limit).run()
+    opened = DatasetBanks(banks, specs)
+    return _Validator(find_folder(path), specs, tokenizer, max_length, may_cut, limit, opened).run()
 
 
 def measure(
@@ -82,29 +90,27 @@ def measure(
     *,
     max_length: int | None = None,
     may_cut: bool = False,
+    banks: Mapping[str, Any] | None = None,
 ) -> DatasetSummary:
     """What `validate` says of a dataset that is taken to be right: rows are not read.
 
     Raises:
         DatasetError: with file and line, at the first sample that cannot be encoded.
+        BankError: `banks` cannot be read.
     """
-    dataset = RowsDataset(path)
+    dataset = RowsDataset(path, specs, banks)
     lengths = array("l")
     used: set[str] = set()
     for index in range(len(dataset)):
         sample = dataset.sample(index)
         try:
-            counts = {
-                name: [end - begin for begin, end in map(dataset.store(name).bounds, numbers)]
-                for name, numbers in sample.items.items()
-                if numbers
-            }
+            counts = dataset.counts(sample)
             encoding = fit(encode(sample, counts, tokenizer, specs), max_length, may_cut=may_cut)
         except (ValueError, IndexError) as error:
             raise DatasetError(f"{dataset.where(index)}: {error}") from None
         lengths.append(len(encoding.token_ids))
         used |= counts.keys()
-    return DatasetSummary(len(dataset), {}, frozenset(used), lengths)
+    return DatasetSummary(len(dataset), {}, frozenset(used), lengths, dataset.banks.versions)
 
 
 class _Full(Exception):
@@ -120,9 +126,12 @@ class _Validator:
         max_length: int | None,
         may_cut: bool,
         limit: int,
+        banks: DatasetBanks,
     ) -> None:
         self.folder, self.specs, self.limit = folder, specs, limit
         self.tokenizer, self.max_length, self.may_cut = tokenizer, max_length, may_cut
+        self.banks = banks
+        self.broken_banks: set[str] = set()
         self.problems: list[str] = []
         self.stores: dict[str, RowStore | None] = {}
         self.broken: dict[str, dict[int, int]] = {}  # modality to {item: its first broken row}
@@ -148,7 +157,8 @@ class _Validator:
             raise DatasetError(*self.problems)
         rows = {name: store.num_rows for name, store in self.stores.items() if store}
         lengths = None if self.tokenizer is None else self.lengths
-        return DatasetSummary(len(lines), rows, frozenset(self.used), lengths)
+        used = frozenset(self.used)
+        return DatasetSummary(len(lines), rows, used, lengths, self.banks.versions)
 
     def _report(self, problem: str) -> None:
         self.problems.append(problem)
@@ -185,7 +195,7 @@ class _Validator:
         counts: dict[str, list[int]] = {}
         self.used |= {name for name, numbers in sample.items.items() if numbers}
         for name, numbers in sample.items.items():
-            counts[name] = [self._check_item(name, number, where) for number in numbers]
+            counts[name] = [self._check_item(name, n, at, where) for at, n in enumerate(numbers)]
             if name not in self.specs and not numbers:
                 self._report(f"{where}: unknown modality {name!r}")
         for name, spec in self.specs.items():
@@ -201,12 +211,14 @@ class _Validator:
         if self.tokenizer is not None and len(self.problems) == before:
             self._check_tokens(sample, {n: c for n, c in counts.items() if c}, where)
 
-    def _check_item(self, name: str, number: int, where: str) -> int:
+    def _check_item(self, name: str, number: int | BankItem, index: int, where: str) -> int:
         """Rows of an item, after reporting what is wrong with it."""
         spec = self.specs.get(name)
         if spec is None:
             self._report(f"{where}: unknown modality {name!r}, expected one of {list(self.specs)}")
             return 0
+        if isinstance(number, BankItem):
+            return self._check_named(name, number, index, where)
         if name not in self.stores:
             file = rows_file(self.folder, name)
             self._report(f"{where}: rows of modality {name!r} are missing: there is no {file.name}")
@@ -232,6 +244,19 @@ class _Validator:
             row = self.broken[name].pop(number)
             self._report(f"{where}: {store.file.name}: {_not_finite(number, row)}")
         return end - begin
+
+    def _check_named(self, name: str, item: BankItem, index: int, where: str) -> int:
+        """The same of rows of a bank, a broken one of which is reported once."""
+        try:
+            return len(self.banks.read(item, name, index).ids)
+        except BankError as error:
+            if str(error) not in self.broken_banks:
+                self.broken_banks.add(str(error))
+                self._report(f"{where}: {error}")
+            return 1
+        except ValueError as error:
+            self._report(f"{where}: {error}")
+            return 0
 
     def _check_tokens(self, sample: Sample, counts: dict[str, list[int]], where: str) -> None:
         try:

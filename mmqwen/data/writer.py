@@ -12,8 +12,10 @@ from typing import Any, BinaryIO
 
 import torch
 
+from mmqwen.banks.rows import BankRows, is_named
 from mmqwen.checkpoint.names import CheckpointError
 from mmqwen.checkpoint.shards import check_output, staged
+from mmqwen.data.banks import BankItem, read_bank_item
 from mmqwen.data.errors import DatasetError
 from mmqwen.data.format import (
     DATA_FILE,
@@ -111,7 +113,8 @@ class DatasetWriter:
         Args:
             prompt: text with one marker per item (`<|m1|>`), or none of a modality.
             answer: text that follows the prompt, with its leading space if it has one.
-            items: for each modality its items: arrays, or numbers that `add_item` gave.
+            items: for each modality its items: arrays, numbers that `add_item` gave, or `BankRows`,
+                of a bank that is given when the dataset is read.
             choices: what the answer may be, for `mmqwen eval`.
 
         Raises:
@@ -147,8 +150,10 @@ class DatasetWriter:
             if name not in self.specs:
                 refuse_unknown(name, self.specs)
         given = {name: list(as_items_or_numbers(value, name)) for name, value in items.items()}
-        draft = {**fields, "items": {name: [0] * len(value) for name, value in given.items()}}
         try:
+            given = {name: [_spelled(one) for one in value] for name, value in given.items()}
+            named = {n: [v if _is_spelled(v) else 0 for v in value] for n, value in given.items()}
+            draft = {**fields, "items": named}
             sample = read_sample(json.dumps(draft).encode())
             for name, spec in self.specs.items():
                 markers = sum(text.count(spec.token) for text in sample.questions())
@@ -163,7 +168,7 @@ class DatasetWriter:
                 if not 0 <= number < self._ends[name].count - 1:
                     raise DatasetError(f"{where}: modality {name!r} has no item {number} yet")
         draft["items"] = {
-            name: [v if isinstance(v, int) else self.add_item(name, v) for v in value]
+            name: [v if _is_spelled(v) else self.add_item(name, v) for v in value]
             for name, value in given.items()
             if value
         }
@@ -194,6 +199,24 @@ def as_items_or_numbers(value: Any, modality: str) -> Sequence[Any]:
     if isinstance(value, (list, tuple)) and value and isinstance(value[0], int):
         return value
     return as_items(value, modality)
+
+
+def _spelled(item: Any) -> Any:
+    """Rows of a bank as a line has them; any other item as it is.
+
+    Raises:
+        ValueError, TypeError: they are not named by lists of ids or keys.
+    """
+    if not is_named(item):
+        return item
+    if not isinstance(item, BankRows):
+        return read_bank_item(item).to_dict()
+    keys = None if item.keys is None else list(item.keys)
+    return BankItem(item.bank, item.ids, keys).to_dict()
+
+
+def _is_spelled(item: Any) -> bool:
+    return isinstance(item, (int, dict))
 
 
 class _TensorStream:

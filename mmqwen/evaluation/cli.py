@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from mmqwen.commands.options import (
+    BankOption,
     DeviceOption,
     DtypeOption,
     EngineOptions,
@@ -43,6 +44,7 @@ def command(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write all of it as JSON.")
     ] = None,
+    bank: BankOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     option: EngineOptions = None,
@@ -56,6 +58,7 @@ def command(
     if json_file is not None and not json_file.parent.is_dir():
         raise ValueError(f"--json {json_file}: there is no folder {json_file.parent}")
     quiet_engine()
+    from mmqwen.banks import parse_bank_flags
     from mmqwen.evaluation import evaluate
 
     own = choices == "dataset"
@@ -70,6 +73,7 @@ def command(
         seed=seed,
         max_tokens=max_tokens,
         progress=progress,
+        banks=parse_bank_flags(bank or []),
         device=device,
         dtype=dtype,
         **options,

@@ -13,14 +13,14 @@ CONTROLS = ("rows", "shuffled", "none")
 """With its rows, with rows of other samples in their place, and without."""
 
 
-def exchange(owned: Sequence[Sequence[int]], seed: int) -> tuple[list[list[int]], int]:
+def exchange(owned: Sequence[Sequence[Any]], seed: int) -> tuple[list[list[Any]], int]:
     """Give each sample as many items of others as it has.
 
     Each item goes to exactly one place, so that all are seen as often as before. No sample gets an
     item that it has itself, also where several samples share it, as long as that is possible.
 
     Args:
-        owned: the items of one modality, of each sample.
+        owned: the items of one modality, of each sample: numbers, or what else is hashable.
         seed: of the order.
 
     Returns:
@@ -50,7 +50,7 @@ def exchange(owned: Sequence[Sequence[int]], seed: int) -> tuple[list[list[int]]
                 break
         else:
             kept += 1
-    taken: dict[int, list[int]] = {}
+    taken: dict[int, list[Any]] = {}
     for (sample, _), item in zip(places, given, strict=True):
         taken.setdefault(sample, []).append(item)
     return [taken.get(at, []) for at in range(len(owned))], kept

@@ -81,11 +81,7 @@ def read_questions(
         where = dataset.where(number)
         try:
             sample = dataset.sample(number)
-            counts = {
-                name: [end - begin for begin, end in map(dataset.store(name).bounds, items)]
-                for name, items in sample.items.items()
-                if items
-            }
+            counts = dataset.counts(sample)
             asked = list(_ask(sample, counts, tokenizer, specs, where, number))
             if choices is not None:
                 own = sample.choices if choices == OWN_CHOICES else tuple(choices)

@@ -12,6 +12,7 @@ from typing import Any
 
 from mmqwen._version import __version__
 from mmqwen.data import DatasetError, RowsDataset, validate
+from mmqwen.data.banks import BankItem, served_banks
 from mmqwen.evaluation.controls import CONTROLS, exchange, prompt_of
 from mmqwen.evaluation.questions import OWN_CHOICES, Question, read_questions
 from mmqwen.evaluation.report import ALL, Figures, Report
@@ -49,6 +50,7 @@ def evaluate(
     seed: int = 0,
     max_tokens: int | None = None,
     progress: bool = False,
+    banks: Mapping[str, Any] | None = None,
     **pipeline_options: Any,
 ) -> Report:
     """Ask a model for the answers of a dataset: with rows, with rows of other samples, without.
@@ -71,6 +73,8 @@ def evaluate(
         seed: of which rows go where, and of which samples are taken.
         max_tokens: most tokens to generate; the longest answer's and some more by default.
         progress: show a bar.
+        banks: files of rows that samples may name, beside the checkpoint's own; an open pipeline
+            has its own alone.
         **pipeline_options: of `MultimodalQwen3Pipeline`.
 
     Raises:
@@ -89,14 +93,14 @@ def evaluate(
     for name, value in {"limit": limit, "max_tokens": max_tokens}.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}, expected at least 1")
-    tokenizer, specs = _read_model(model)
-    validate(Path(data), specs, tokenizer=tokenizer)
-    dataset = RowsDataset(Path(data))
+    tokenizer, specs, served = _read_model(model, banks)
+    validate(Path(data), specs, tokenizer=tokenizer, banks=served)
+    dataset = RowsDataset(Path(data), specs, served)
     numbers = list(range(len(dataset)))
     if limit is not None and limit < len(numbers):
         numbers = sorted(random.Random(seed).sample(numbers, limit))
     questions = read_questions(dataset, numbers, tokenizer, specs, choices)
-    others: Mapping[str, Sequence[Sequence[int]]] = {}
+    others: Mapping[str, Sequence[Sequence[Any]]] = {}
     kept: dict[str, int] = {}
     if "shuffled" in controls:
         others, kept = _exchange_all(dataset, numbers, specs, seed)
@@ -127,7 +131,8 @@ def evaluate(
 
     if isinstance(model, MultimodalQwen3Pipeline):
         return ask(model)
-    with MultimodalQwen3Pipeline(model, engine=engine, **pipeline_options) as pipeline:
+    options = {**pipeline_options, "banks": banks}
+    with MultimodalQwen3Pipeline(model, engine=engine, **options) as pipeline:
         return ask(pipeline)
 
 
@@ -138,12 +143,16 @@ def _check_controls(controls: Sequence[str]) -> tuple[str, ...]:
     return tuple(control for control in CONTROLS if control in controls)
 
 
-def _read_model(model: Any) -> tuple[Any, Mapping[str, ModalitySpec]]:
-    """The tokenizer and the modalities, without an engine."""
+def _read_model(
+    model: Any, banks: Mapping[str, Any] | None
+) -> tuple[Any, Mapping[str, ModalitySpec], Mapping[str, Any]]:
+    """The tokenizer, the modalities and the banks, without an engine."""
     if isinstance(model, MultimodalQwen3Pipeline):
         if not model.specs:
             raise ValueError("the pipeline knows no modalities yet; give them to it")
-        return model.tokenizer, model.specs
+        if banks:
+            raise ValueError("the pipeline is open: give the banks to it, not to the evaluation")
+        return model.tokenizer, model.specs, model.banks
     from transformers import AutoTokenizer
 
     from mmqwen.checkpoint import read_config
@@ -157,14 +166,14 @@ def _read_model(model: Any) -> tuple[Any, Mapping[str, ModalitySpec]]:
     )
     tokenizer = AutoTokenizer.from_pretrained(model)
     add_placeholder_tokens(tokenizer, config.modality_specs)
-    return tokenizer, config.modality_specs
+    return tokenizer, config.modality_specs, served_banks(config, model, banks)
 
 
 def _exchange_all(
     dataset: RowsDataset, numbers: Sequence[int], specs: Mapping[str, ModalitySpec], seed: int
-) -> tuple[dict[str, list[list[int]]], dict[str, int]]:
+) -> tuple[dict[str, list[list[Any]]], dict[str, int]]:
     """For each modality, the items that each sample gets of others; how many are still its own."""
-    others: dict[str, list[list[int]]] = {}
+    others: dict[str, list[list[Any]]] = {}
     kept: dict[str, int] = {}
     for name in specs:
         owned = [list(dataset.sample(number).items.get(name, ())) for number in numbers]
@@ -195,7 +204,7 @@ class _Asker:
         pipeline: MultimodalQwen3Pipeline,
         dataset: RowsDataset,
         questions: Sequence[Question],
-        others: Mapping[str, Sequence[Sequence[int]]],
+        others: Mapping[str, Sequence[Sequence[Any]]],
         order: Mapping[int, int],
         *,
         per_token: bool,
@@ -295,8 +304,8 @@ class _Asker:
         }
         return prompt_of(question, control, changed, own, others, self.pipeline.specs, self.empty)
 
-    def _rows(self, name: str, item: int) -> Any:
-        return self.dataset.store(name).item(item)
+    def _rows(self, name: str, item: int | BankItem) -> Any:
+        return item.rows if isinstance(item, BankItem) else self.dataset.rows(name, item)
 
 
 def _said(text: str) -> str:

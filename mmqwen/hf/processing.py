@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from numbers import Integral
 from typing import Any
@@ -11,7 +14,7 @@ import torch
 from transformers import BatchFeature, PretrainedConfig, ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from mmqwen.banks import BankCatalog, parse_banks
+from mmqwen.banks import BankCatalog, BankChange, parse_banks
 from mmqwen.chat import check_parts_kept, shape_messages
 from mmqwen.checkpoint.names import MODEL_TYPE
 from mmqwen.hf.configuration import MultimodalQwen3Config
@@ -86,6 +89,20 @@ class MultimodalQwen3Processor(ProcessorMixin):
             BankError: as `BankCatalog`.
         """
         return BankCatalog(parse_banks(self.banks), self.specs)
+
+    def update_bank(self, name: str, file: str | os.PathLike[str]) -> BankChange:
+        """Read rows of a bank from another file; see `mmqwen.banks.update_bank`.
+
+        Raises:
+            BankError: as `BankCatalog.open_another`; nothing has changed.
+        """
+        began, catalog = time.monotonic(), self.bank_catalog
+        new = catalog.open_another(name, file, 0)  # no pack calls it by a number
+        old = catalog.banks[name].bank.version
+        self.bank_catalog = catalog.replaced(new)
+        self.banks = {**self.banks, name: replace(new.spec, version=None).to_dict()}
+        seconds = time.monotonic() - began
+        return BankChange(name, old, new.bank.version, new.bank.num_rows, seconds)
 
     @classmethod
     def get_processor_dict(

@@ -122,7 +122,8 @@ class Collator:
     def _join(
         self, name: str, rows: list[torch.Tensor], examples: Sequence[Example]
     ) -> torch.Tensor:
-        dtype = rows[0].dtype if rows else torch.float32  # they travel as they are stored
+        # They travel as they are stored; of several files, in what holds them all.
+        dtype = rows[0].dtype if len({r.dtype for r in rows}) == 1 else torch.float32
         try:
             return concat_items(rows, self.specs[name], dtype)[0]
         except EmbeddingError as error:

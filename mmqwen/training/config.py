@@ -6,7 +6,7 @@ import json
 import math
 import numbers
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -103,6 +103,21 @@ def _names(name: str, value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _banks(name: str, value: Any) -> tuple[str, ...]:
+    """Flags `NAME=FILE`; or a dict from name to file."""
+    from mmqwen.banks import BankError, parse_bank_flags
+
+    if isinstance(value, Mapping):
+        value = [f"{bank}={file}" for bank, file in value.items()]
+    if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
+        raise TrainingError(f"{name} is {value!r}, expected a dict from name to file")
+    try:
+        parse_bank_flags(value)
+    except BankError as error:
+        raise TrainingError(f"{name}: {error}") from None
+    return tuple(value)
+
+
 _SHARE = _real(lambda x: 0 <= x < 1, "0 to less than 1")
 _POSITIVE = _real(lambda x: x > 0, "more than 0")
 _COUNT = _whole(1)
@@ -135,6 +150,12 @@ class TrainSettings:
         None,
         "Dataset for evaluation; the checkpoint with its lowest loss becomes the output.",
         _optional(_path),
+    )
+    banks: tuple[str, ...] = _setting(
+        (),
+        "NAME=FILE: rows that samples may name, beside the model's own; repeat for more.",
+        _banks,
+        flag="--bank",
     )
     eval_share: float = _setting(0.0, "Or this share of --data, drawn by --seed.", _SHARE)
     epochs: float = _setting(1.0, "Passes over the data.", _POSITIVE)
@@ -260,9 +281,9 @@ class TrainSettings:
 
 
 _FREE = {"output", "keep", "log_steps", "workers", "validate", "progress", "save_steps", "merge"}
-_FREE |= {"attention", "compile", "lean", "liger"}
+_FREE |= {"attention", "compile", "lean", "liger", "banks"}
 """Settings that may differ when a run goes on: they do not change the loss curve, but for the order
-in which sums are taken."""
+in which sums are taken. (A bank may lie elsewhere by then; its version is held by the plan.)"""
 
 
 def read_settings(folder: Path) -> TrainSettings:

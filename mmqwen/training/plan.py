@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Subset
 
+from mmqwen.banks import BankSpec, parse_bank_flags
 from mmqwen.data import DatasetError, Example, RowsDataset, measure, validate
+from mmqwen.data.banks import served_banks
 from mmqwen.modalities import ModalitySpec
 from mmqwen.training.config import PLAN_FILE, TrainingError, TrainSettings
 from mmqwen.training.packing import PackedSampler
@@ -32,12 +34,14 @@ class RunPlan:
         lengths: tokens of each training sample, `[n]` int64.
         eval_lengths: of each sample of the evaluation, or None where there is none.
         used: modalities that the training samples have rows of.
+        banks: the banks that samples name, and their versions.
     """
 
     tokens: int
     lengths: torch.Tensor
     eval_lengths: torch.Tensor | None
     used: frozenset[str]
+    banks: dict[str, str] = field(default_factory=dict)
 
     @property
     def longest(self) -> int:
@@ -55,6 +59,7 @@ class RunPlan:
         if self.eval_lengths is not None:
             tensors["eval"] = self.eval_lengths
         about = {"tokens": str(self.tokens), "used": json.dumps(sorted(self.used))}
+        about["banks"] = json.dumps(self.banks)
         try:
             save_file(tensors, folder / PLAN_FILE, metadata=about)
         except (OSError, SafetensorError) as error:
@@ -73,7 +78,8 @@ class RunPlan:
                 about = opened.metadata()
                 found = {name: opened.get_tensor(name) for name in list(opened.keys())}
             used = frozenset(json.loads(about["used"]))
-            return cls(int(about["tokens"]), found["train"], found.get("eval"), used)
+            banks = json.loads(about.get("banks", "{}"))
+            return cls(int(about["tokens"]), found["train"], found.get("eval"), used, banks)
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise TrainingError(f"{file} cannot be read: {error}; remove {folder}") from error
 
@@ -116,16 +122,50 @@ class RunPlan:
 Samples = RowsDataset | Subset[Example]
 
 
-def open_data(settings: TrainSettings) -> tuple[Samples, Samples | None]:
+def banks_of(settings: TrainSettings, config: Any) -> dict[str, BankSpec]:
+    """The banks that samples may name: the model's, and those of the settings.
+
+    Args:
+        settings: of the run.
+        config: of its model.
+
+    Raises:
+        BankError: one cannot be read.
+    """
+    return served_banks(config, settings.model, parse_bank_flags(settings.banks))
+
+
+def open_data(
+    settings: TrainSettings, config: Any, plan: RunPlan
+) -> tuple[Samples, Samples | None]:
     """The samples to learn from, and those of the evaluation, if any.
+
+    Args:
+        settings: of the run.
+        config: of its model.
+        plan: of the run; banks must have the versions that they had when it was made.
 
     Raises:
         DatasetError: a dataset cannot be opened, or is empty.
+        BankError: a bank that samples name is gone, or another one by now.
         TrainingError: the evaluation's share leaves one side empty.
     """
-    whole = _open(settings.data)
+    banks = {
+        name: replace(spec, version=plan.banks.get(name, spec.version))
+        for name, spec in banks_of(settings, config).items()
+    }
+
+    def open_dataset(path: str) -> RowsDataset:
+        dataset = RowsDataset(path, config.modality_specs, banks)
+        if not len(dataset):
+            raise DatasetError(f"{path}: there is no sample")
+        for name in plan.banks:
+            dataset.banks.require(name)
+        return dataset
+
+    whole = open_dataset(settings.data)
     if settings.eval_data is not None:
-        return whole, _open(settings.eval_data)
+        return whole, open_dataset(settings.eval_data)
     train_part, eval_part = _split(settings, len(whole))
     if not eval_part:
         return whole, None
@@ -134,7 +174,7 @@ def open_data(settings: TrainSettings) -> tuple[Samples, Samples | None]:
 
 def make_plan(
     settings: TrainSettings,
-    specs: Mapping[str, ModalitySpec],
+    config: Any,
     tokenizer: Any,
     limit: int | None,
     default_tokens: Any,
@@ -143,7 +183,7 @@ def make_plan(
 
     Args:
         settings: of the run.
-        specs: the model's modalities.
+        config: of its model.
         tokenizer: the model's.
         limit: most tokens of a sample, or None.
         default_tokens: what a pass holds where the settings do not say, by the lengths.
@@ -153,12 +193,17 @@ def make_plan(
         TrainingError: the evaluation's share leaves one side empty.
     """
     may_cut = settings.overlong == "cut"
+    specs: Mapping[str, ModalitySpec] = config.modality_specs
+    banks = banks_of(settings, config)
+    versions: dict[str, str] = {}
 
     def lengths_of(path: str) -> tuple[torch.Tensor, frozenset[str]]:
         how: dict[str, Any] = {"tokenizer": tokenizer, "max_length": limit, "may_cut": may_cut}
+        how["banks"] = banks
         found = validate(path, specs, **how) if settings.validate else measure(path, specs, **how)
         if not found.lengths:
             raise DatasetError(f"{path}: there is no sample")
+        versions.update(found.banks)
         return torch.tensor(found.lengths, dtype=torch.int64), found.used
 
     lengths, used = lengths_of(settings.data)
@@ -174,7 +219,7 @@ def make_plan(
         tokens = default_tokens(lengths.tolist())
         if eval_lengths is not None:
             tokens = max(tokens, int(eval_lengths.max()))
-    return RunPlan(tokens, lengths, eval_lengths, used)
+    return RunPlan(tokens, lengths, eval_lengths, used, versions)
 
 
 def _split(settings: TrainSettings, samples: int) -> tuple[list[int], list[int]]:
@@ -186,10 +231,3 @@ def _split(settings: TrainSettings, samples: int) -> tuple[list[int], list[int]]
         )
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(settings.seed))
     return sorted(order[held_out:].tolist()), sorted(order[:held_out].tolist())
-
-
-def _open(path: str) -> RowsDataset:
-    dataset = RowsDataset(path)
-    if not len(dataset):
-        raise DatasetError(f"{path}: there is no sample")
-    return dataset

@@ -144,7 +144,7 @@ def _make_plan(
     weights = weight_bytes(Path(settings.model), stage=settings.stage, half=settings.bf16)
     return make_plan(
         settings,
-        config.modality_specs,
+        config,
         tokenizer,
         limit,
         lambda lengths: default_tokens(lengths, arguments.device, weights, per_token),
@@ -173,7 +173,7 @@ def _train(
 
     main, world = arguments.process_index == 0, arguments.world_size
     plan = RunPlan.read(settings.run_folder)
-    train_set, eval_set = open_data(settings)
+    train_set, eval_set = open_data(settings, config, plan)
     plan.check(len(train_set), None if eval_set is None else len(eval_set))
     if main:
         _warn_without_rows(settings, config, plan.used)

@@ -16,7 +16,7 @@ from vllm.logger import init_logger
 from mmqwen.inputs import MessageError
 from mmqwen.misplaced import misplaced_rows
 from mmqwen.modalities import ModalitySpec
-from mmqwen.vllm_plugin import compat
+from mmqwen.vllm_plugin import bank_routes, compat
 from mmqwen.vllm_plugin.metrics import count_refusal
 from mmqwen.vllm_plugin.modality_table import is_ours, modality_table
 
@@ -31,7 +31,10 @@ OPTIONS = frozenset({"mm_processor_kwargs", "media_io_kwargs"})
 
 
 class Door:
-    """An endpoint plugin of vLLM's without routes: it puts a check into those that are there."""
+    """An endpoint plugin of vLLM's: it puts a check into the routes that are there.
+
+    It adds none of its own but those of banks, where they are asked for.
+    """
 
     name = "mmqwen"
     required_tasks = None
@@ -39,9 +42,11 @@ class Door:
     def __init__(self) -> None:
         self._specs: dict[str, ModalitySpec] = {}
         self._declared: dict[str, frozenset[str]] = {}
+        self._app: FastAPI | None = None
 
     def attach_router(self, app: FastAPI) -> None:
         """Run the check where vLLM checks that a request is JSON."""
+        self._app = app
         self._declared = {
             path: frozenset(_fields_of(_body_of(route)))
             for route in app.routes
@@ -61,6 +66,8 @@ class Door:
         config = getattr(engine_client, "model_config", None)
         if config is not None and is_ours(config):
             self._specs = modality_table(config)
+            if self._app is not None:
+                bank_routes.attach(self._app, engine_client, args)
 
     async def _check(self, request: Request) -> None:
         try:

@@ -8,6 +8,7 @@ from typing import Any
 from mmqwen.checkpoint.names import HYBRID_ARCHITECTURE
 from mmqwen.text_models import has_recurrent_layers
 from mmqwen.vllm_plugin.banks import bank_catalog
+from mmqwen.vllm_plugin.limits import bank_folder
 from mmqwen.vllm_plugin.modality_table import modality_table, text_config_of
 
 DRAFTERS_WITHOUT_EMBEDDINGS = frozenset({"ngram", "ngram_gpu", "suffix"})
@@ -16,6 +17,9 @@ DRAFTERS_WITHOUT_EMBEDDINGS = frozenset({"ngram", "ngram_gpu", "suffix"})
 REFERENCES_SWITCH = "mmqwen_row_references"
 """Key of vLLM's `additional_config`: true asks for rows by reference. `settle` puts what it found
 there, for the renderer: `{"capacity": bytes, "engine_half": bool}`."""
+
+BANK_WORKER = "mmqwen.vllm_plugin.bank_worker.BankWorker"
+"""What vLLM mixes into its workers, so that they load banks while they serve."""
 
 TOKENIZER_MODES = frozenset({"auto", "hf", "slow"})
 """Those whose renderer is ours; others read messages and prompts without our checks."""
@@ -31,7 +35,8 @@ def settle(vllm_config: Any) -> None:
     """
     refuse_unserved(vllm_config)
     refuse_of_hybrids(vllm_config)
-    settle_banks(vllm_config.model_config)
+    refuse_bank_updates(vllm_config)
+    settle_banks(vllm_config)
     multimodal = vllm_config.model_config.multimodal_config
     if multimodal is not None and not settle_references(vllm_config)["engine_half"]:
         # It spares a second conversion and transfer of equal items. Packs take part where tokens
@@ -101,15 +106,40 @@ def widen_encoder_cache(vllm_config: Any) -> None:
     scheduler.encoder_cache_size = max(scheduler.encoder_cache_size, rows)
 
 
-def settle_banks(model_config: Any) -> None:
-    """Write into the model's config which version of each bank is served, for every process.
+def settle_banks(vllm_config: Any) -> None:
+    """Write into the config which version of each bank is served, and by what workers load others.
 
     Raises:
         BankError: as `BankCatalog`.
     """
+    model_config = vllm_config.model_config
     config = model_config.hf_config
     if getattr(config, "banks", None):
         config.banks = bank_catalog(model_config, modality_table(model_config)).to_dict()
+        parallel = vllm_config.parallel_config
+        parallel.worker_extension_cls = parallel.worker_extension_cls or BANK_WORKER
+
+
+def refuse_bank_updates(vllm_config: Any) -> None:
+    """Refuse updates of banks where a process would not hear of them.
+
+    Raises:
+        ValueError: several front ends, or engines that are started while others run.
+    """
+    if bank_folder() is None:
+        return
+    from mmqwen.vllm_plugin.compat.processor_cache import front_ends
+
+    if front_ends(vllm_config) > 1:
+        raise ValueError(
+            f"updates of banks with {front_ends(vllm_config)} API servers: one would learn of an "
+            "update, the others would name rows that are gone; expected --api-server-count 1"
+        )
+    if getattr(vllm_config.parallel_config, "enable_elastic_ep", False):
+        raise ValueError(
+            "updates of banks with enable_elastic_ep: engines that are added later would have the "
+            "first versions; serve without one of the two"
+        )
 
 
 def refuse_unserved(vllm_config: Any) -> None:

@@ -1,13 +1,16 @@
-"""The wire format's byte limits, which reach vLLM's processes through the environment."""
+"""What reaches vLLM's processes through the environment: byte limits, the folder for updates."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from mmqwen.inputs import WireLimits
 
 ITEM_BYTES_VARIABLE = "MMQWEN_MAX_ITEM_BYTES"
 REQUEST_BYTES_VARIABLE = "MMQWEN_MAX_REQUEST_BYTES"
+
+BANK_FOLDER_VARIABLE = "MMQWEN_BANK_UPDATES"
 
 TEXT_BYTES = 16 * 2**20
 """What a request's body may hold beside base64: text, JSON, tool definitions."""
@@ -36,3 +39,18 @@ def wire_limits() -> WireLimits:
 def body_limit() -> int:
     """Most bytes of a request's body: base64 of the rows, and `TEXT_BYTES` for the rest."""
     return 4 * (wire_limits().request_bytes + 2) // 3 + TEXT_BYTES
+
+
+def bank_folder() -> Path | None:
+    """The folder whose files a client with the server's key may have served as banks, or None.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+    text = os.environ.get(BANK_FOLDER_VARIABLE)
+    if not text:
+        return None
+    folder = Path(text).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"updates of banks: {text!r} is no folder; make it, or name another")
+    return folder.resolve()

@@ -31,6 +31,7 @@ def _counters() -> dict[str, Counter]:
         "references": Counter(
             "mmqwen_references", "Messages whose rows were given by reference.", ["result"]
         ),
+        "bank_updates": Counter("mmqwen_bank_updates", "Updates of banks.", ["result"]),
     }
 
 
@@ -97,3 +98,12 @@ def prepare(modalities: Iterable[str], native: bool) -> None:
     for name in modalities:
         for kind in ("items", "rows", "bytes"):
             counters[kind].labels(name)
+
+
+def count_bank_update(result: str) -> None:
+    """Count an update of a bank.
+
+    Args:
+        result: "done" or "refused".
+    """
+    _counters()["bank_updates"].labels(result).inc()

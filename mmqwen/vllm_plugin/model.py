@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -34,14 +34,21 @@ from mmqwen.modalities import ModalitySpec
 from mmqwen.packs import PackError, blank_directory, find_rows, open_pack
 from mmqwen.text_models import refuse_text_model, untested_warning
 from mmqwen.vllm_plugin import compat
-from mmqwen.vllm_plugin.banks import ResidentBanks, bank_catalog
+from mmqwen.vllm_plugin.banks import Projection, ResidentBanks, bank_catalog
 from mmqwen.vllm_plugin.compat.text_model import build_text_model, plain_table
 from mmqwen.vllm_plugin.engine_config import refuse_drafter
 from mmqwen.vllm_plugin.modality_table import modality_table, text_config_of
 from mmqwen.vllm_plugin.parsing import DummyInputs, ProcessingInfo
 from mmqwen.vllm_plugin.processing import PackingProcessor
-from mmqwen.vllm_plugin.projector import ModalityProjectors
-from mmqwen_kernels import RowPlan, fuse_embeddings, plan_rows, select_backend, warm_up
+from mmqwen.vllm_plugin.projector import ModalityProjectors, ShardedProjector
+from mmqwen_kernels import (
+    RowPlan,
+    fuse_embeddings,
+    plan_rows,
+    project_rows,
+    select_backend,
+    warm_up,
+)
 
 logger = init_logger(__name__)
 
@@ -49,7 +56,7 @@ PROBED_IDS = 256
 """Tokens by which the text model's embedding is compared with rows of its table."""
 
 AT_ONCE = 8192
-"""Rows of a bank that are projected by one call, at most."""
+"""Rows of a bank that are projected by one call, at most; the largest step has memory for them."""
 
 BACKEND_VARIABLE = "MMQWEN_BACKEND"
 """Environment variable that names the fusion backend; see `select_backend`."""
@@ -132,10 +139,14 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
             bank_catalog(model_config, self.specs),
             list(self.specs),
             cast(torch.dtype, model_config.dtype),
-            hold=self._hold_bank if self._place else None,
-            hidden_size=text_config.hidden_size,
-            rank=rank,
-            ranks=self._ranks,
+            home=self if self._place else None,
+            projection=Projection(
+                self._project_rows,
+                text_config.hidden_size,
+                min(self._max_tokens, AT_ONCE),
+                rank,
+                self._ranks,
+            ),
         )
         if self._place and (rank == 0 or self._banks.projected):
             names = self._untrained(vllm_config)
@@ -178,11 +189,13 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         )
         return untrained(trained, self.specs)
 
-    def _hold_bank(self, name: str, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """A bank's rows on the device, as a buffer: vLLM brings those through its sleep."""
-        if rows is not None:
-            self.register_buffer(f"_bank_{name}", rows, persistent=False)
-        return self.get_buffer(f"_bank_{name}")
+    def load_bank(self, number: int, fields: Mapping[str, str], seconds: float) -> bool:
+        """Load some more of a version of a bank; see `ResidentBanks.advance`."""
+        return self._banks.advance(number, fields, seconds)
+
+    def drop_bank(self, number: int) -> None:
+        """Let a version of a bank go; see `ResidentBanks.drop`."""
+        self._banks.drop(number)
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
@@ -264,22 +277,23 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
             )
             logger.info("Fusion kernels made ready: %d", ready)
 
+    def _project_rows(self, modality: str, rows: torch.Tensor) -> torch.Tensor:
+        """Rows `[n, d]` of a modality on the device -> embeddings `[n, D]`, as in a step."""
+        weights = cast(ShardedProjector, self.projectors[modality]).weights()
+        with torch.inference_mode():
+            done = project_rows(rows, weights, backend=self._backend)
+            return tensor_model_parallel_all_reduce(done) if self._ranks > 1 else done
+
     def _project_banks(self) -> None:
         """Project the banks that are so placed, where their projectors have other weights now.
 
         Before the first rows are placed, and not where weights are loaded: an update may come in
         many parts, and some loaders fill parameters by themselves. All ranks place rows, and so
-        come here, in the same steps. As many rows at once as the largest step has memory for.
+        come here, in the same steps.
         """
-        if not self.projectors.changed:
-            return
-        if self._banks.projected:
-            reduce = tensor_model_parallel_all_reduce if self._ranks > 1 else lambda rows: rows
-            every = zip(self.specs, self.projectors.weights(), strict=True)
-            stale = {name: weights for name, weights in every if name in self.projectors.changed}
-            with torch.inference_mode():
-                self._banks.project(stale, self._backend, min(self._max_tokens, AT_ONCE), reduce)
-        self.projectors.changed.clear()
+        if self.projectors.changed:
+            self._banks.project(self.projectors.changed)
+            self.projectors.changed.clear()
 
     # -- the step -------------------------------------------------------------------------------
 

@@ -1,13 +1,14 @@
-"""Items that name rows of banks, put into a message's pack."""
+"""Items that name rows of banks: put into a message's pack, and known as long as it is used."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from mmqwen.banks.catalog import NamedRows
+from mmqwen.banks.catalog import Life, NamedRows
 from mmqwen.packs import bank_group, write_ids
 from mmqwen.vllm_plugin.parsing import ModalityItems
 
@@ -50,3 +51,34 @@ def write_named(pack: torch.Tensor, items: Sequence[Grouped]) -> None:
         ids = [member.ids for member in members]
         joined = ids[0] if len(ids) == 1 else np.concatenate(ids)
         write_ids(pack, group, joined, members[0].source.bank.version)
+
+
+class InUse:
+    """The versions of banks that a prompt names: they live as long as what was made of it.
+
+    It is no part of that, so it does not travel: another process gets an empty one.
+    """
+
+    __slots__ = ("lives",)
+
+    def __init__(self, lives: frozenset[Life] = frozenset()) -> None:
+        self.lives = lives
+
+    def __reduce__(self) -> Any:
+        return InUse, ()
+
+
+def in_use(named: Iterable[NamedRows | None]) -> InUse | None:
+    """The versions that a prompt's items name; None where they name none."""
+    lives = frozenset(one.source.life for one in named if one is not None)
+    return InUse(lives) if lives else None
+
+
+def hold(item: Any, banks: InUse) -> None:
+    """Let versions live as long as vLLM's item of a pack does."""
+    item.mmqwen_banks = banks
+
+
+def held_by(item: Any) -> InUse | None:
+    """What `hold` said of an item of vLLM's."""
+    return getattr(item, "mmqwen_banks", None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -64,16 +64,16 @@ class ModalityItems(ModalityDataItems[torch.Tensor, torch.Tensor]):
 class RowsParser(MultiModalDataParser):
     """`multi_modal_data` -> joined rows, under the user's own modality names."""
 
-    def __init__(self, specs: Mapping[str, ModalitySpec], banks: BankCatalog) -> None:
+    def __init__(self, specs: Mapping[str, ModalitySpec], banks: Callable[[], BankCatalog]) -> None:
         super().__init__()
         self._specs = specs
         self._banks = banks
 
     def parse_mm_data(self, mm_data: Mapping[str, Any]) -> MultiModalDataItems:
         """See `join` for what is accepted."""
-        return MultiModalDataItems(self.join(mm_data))
+        return MultiModalDataItems(self.join(mm_data, self._banks()))
 
-    def join(self, mm_data: Mapping[str, Any]) -> dict[str, ModalityItems]:
+    def join(self, mm_data: Mapping[str, Any], banks: BankCatalog) -> dict[str, ModalityItems]:
         """See `transport.join_items` for what is accepted; values are looked at when packed.
 
         Raises:
@@ -86,25 +86,26 @@ class RowsParser(MultiModalDataParser):
                 transport.refuse_unknown(name, self._specs)
             members = transport.as_items(value, name)
             if any(map(is_named, members)):
-                items[name] = self._join_named(members, spec)
+                items[name] = _join_named(members, spec, banks)
                 continue
             rows, counts = transport.join_items(members, spec)
             items[name] = ModalityItems(rows, counts, name)
         return items
 
-    def _join_named(self, members: Sequence[Any], spec: ModalitySpec) -> ModalityItems:
-        named = [
-            self._banks.read_item(item, spec.name, at) if is_named(item) else None
-            for at, item in enumerate(members)
-        ]
-        own = [at for at, found in enumerate(named) if found is None]
-        try:
-            rows, sizes = transport.join_items([members[at] for at in own], spec)
-        except transport.EmbeddingError as error:
-            raise transport.at_index(error, own[error.index or 0]) from None
-        left = iter(sizes)
-        counts = [next(left) if found is None else len(found.ids) for found in named]
-        return ModalityItems(rows, counts, spec.name, named)
+
+def _join_named(members: Sequence[Any], spec: ModalitySpec, banks: BankCatalog) -> ModalityItems:
+    named = [
+        banks.read_item(item, spec.name, at) if is_named(item) else None
+        for at, item in enumerate(members)
+    ]
+    own = [at for at, found in enumerate(named) if found is None]
+    try:
+        rows, sizes = transport.join_items([members[at] for at in own], spec)
+    except transport.EmbeddingError as error:
+        raise transport.at_index(error, own[error.index or 0]) from None
+    left = iter(sizes)
+    counts = [next(left) if found is None else len(found.ids) for found in named]
+    return ModalityItems(rows, counts, spec.name, named)
 
 
 class ProcessingInfo(BaseProcessingInfo):
@@ -116,6 +117,7 @@ class ProcessingInfo(BaseProcessingInfo):
 
     @cached_property
     def banks(self) -> BankCatalog:
+        """The banks now; an update puts another catalog in its place."""
         return bank_catalog(self.ctx.model_config, self.specs)
 
     def get_tokenizer(self) -> Any:
@@ -127,8 +129,8 @@ class ProcessingInfo(BaseProcessingInfo):
         """The tokenizer: no other part of an HF processor is needed to serve."""
         return self.get_tokenizer()
 
-    def get_data_parser(self) -> MultiModalDataParser:
-        return RowsParser(self.specs, self.banks)
+    def get_data_parser(self) -> RowsParser:
+        return RowsParser(self.specs, lambda: self.banks)
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {**dict.fromkeys(self.specs, None), PACK_MODALITY: None}

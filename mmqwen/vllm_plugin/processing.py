@@ -24,11 +24,13 @@ from vllm.multimodal.inputs import (
 from vllm.multimodal.processing import BaseMultiModalProcessor
 
 from mmqwen import transport
+from mmqwen.banks import BankCatalog
+from mmqwen.banks.catalog import NamedRows
 from mmqwen.banks.rows import may_name
 from mmqwen.modalities import Expansion, ModalityError, ModalitySpec, expand_markers
 from mmqwen.packs import DTYPE_CODES, allocate_pack
 from mmqwen.vllm_plugin import compat
-from mmqwen.vllm_plugin.named import NamedItems, write_named
+from mmqwen.vllm_plugin.named import InUse, NamedItems, hold, in_use, write_named
 from mmqwen.vllm_plugin.parsing import PACK_MODALITY, ModalityItems, ProcessingInfo, RowsParser
 from mmqwen_kernels import native
 
@@ -75,20 +77,26 @@ class PackingProcessor(BaseMultiModalProcessor[ProcessingInfo]):
             return self.pack(token_ids, dict(inputs.mm_data_items.items()))
 
     def process(
-        self, token_ids: list[int], mm_data: Mapping[str, Any]
+        self, token_ids: list[int], mm_data: Mapping[str, Any], banks: BankCatalog | None = None
     ) -> tuple[Any, list[Accepted]]:
         """vLLM's input of a prompt with one marker, or none at all, per item; and what came.
+
+        Args:
+            token_ids: the prompt's.
+            mm_data: its items.
+            banks: as the whole request sees them; left out, as they are now.
 
         Raises:
             EmbeddingError, ModalityError: as `join` and `pack`.
             ValueError: more items than `--limit-mm-per-prompt` allows.
         """
+        banks = self.info.banks if banks is None else banks
         if native.helper is not None:
-            made = self._process_natively(token_ids, mm_data)
+            made = self._process_natively(token_ids, mm_data, banks)
             if made is not None:
                 return made
         with compat.single_threaded():
-            items = self.join(mm_data)
+            items = self.join(mm_data, banks)
             processed = self.pack(token_ids, items)
         return processed, [
             (name, len(entry.counts), len(entry.data), entry.data.nbytes)
@@ -96,19 +104,22 @@ class PackingProcessor(BaseMultiModalProcessor[ProcessingInfo]):
         ]
 
     def _process_natively(
-        self, token_ids: list[int], mm_data: Mapping[str, Any]
+        self, token_ids: list[int], mm_data: Mapping[str, Any], banks: BankCatalog
     ) -> tuple[Any, list[Accepted]] | None:
         """`process` by the native helper; None: look at it in Python, which may refuse it."""
         rows = self._native_table
         if self._limited or not mm_data.keys() <= rows.keys():
             return None
         table: list[tuple[Any, ...]] = []
+        named: list[NamedRows | None] = []
         for name, value in mm_data.items():
-            if self.info.banks.banks and may_name(value):
-                found = self.info.banks.read_items(value, name)
+            if banks.banks and may_name(value):
+                found = banks.read_items(value, name)
                 if found is None:
                     return None
-                table.append((*rows[name], *found))
+                members, rows_of = found
+                table.append((*rows[name], members, [one and one.native for one in rows_of]))
+                named += rows_of
             else:
                 table.append((*rows[name], value))
         if len(rows) > len(table):
@@ -120,16 +131,16 @@ class PackingProcessor(BaseMultiModalProcessor[ProcessingInfo]):
             return None
         expanded, spans, came = made
         accepted = [(name, *found) for name, found in zip(mm_data, came, strict=False)]
-        return self._assemble(expanded, spans), accepted
+        return self._assemble(expanded, spans, named), accepted
 
-    def join(self, mm_data: Mapping[str, Any]) -> dict[str, ModalityItems]:
+    def join(self, mm_data: Mapping[str, Any], banks: BankCatalog) -> dict[str, ModalityItems]:
         """What a prompt brings, joined by modality; see `RowsParser.join`.
 
         Raises:
             EmbeddingError: an unknown modality, or an item that cannot be served.
             ValueError: more items than `--limit-mm-per-prompt` allows.
         """
-        items = self._parser.join(mm_data)
+        items = self._parser.join(mm_data, banks)
         if self._limited:
             for name, entry in items.items():
                 self.info.validate_num_items(name, len(entry.counts))
@@ -146,7 +157,8 @@ class PackingProcessor(BaseMultiModalProcessor[ProcessingInfo]):
             token_ids, self._specs, {name: entry.counts for name, entry in items.items()}
         )
         self._check_length(expansion.token_ids, items)
-        return self._assemble(expansion.token_ids, self._spans(expansion, items))
+        named = [one for entry in items.values() for one in entry.named]
+        return self._assemble(expansion.token_ids, self._spans(expansion, items), named)
 
     def _spans(self, expansion: Expansion, items: Mapping[str, ModalityItems]) -> Iterator[Span]:
         """What is packed together; the native helper's `pack_message` does the same."""
@@ -175,7 +187,9 @@ class PackingProcessor(BaseMultiModalProcessor[ProcessingInfo]):
                 mask = torch.from_numpy(self._is_placeholder.take(inside, mode="clip"))
             yield pack, counts, offset, length, mask
 
-    def _assemble(self, token_ids: list[int], spans: Iterable[Span]) -> Any:
+    def _assemble(
+        self, token_ids: list[int], spans: Iterable[Span], named: Iterable[NamedRows | None]
+    ) -> Any:
         packs: list[torch.Tensor] = []
         hashes: list[str] = []
         ranges: list[PlaceholderRange] = []
@@ -187,7 +201,7 @@ class PackingProcessor(BaseMultiModalProcessor[ProcessingInfo]):
             ranges.append(PlaceholderRange(offset=offset, length=length, is_embed=mask))
         return mm_input(
             prompt_token_ids=token_ids,
-            mm_kwargs=_kwargs_items(packs),
+            mm_kwargs=_kwargs_items(packs, in_use(named)),
             mm_hashes={PACK_MODALITY: hashes},
             mm_placeholders={PACK_MODALITY: ranges},
         )
@@ -271,7 +285,7 @@ class PackingProcessor(BaseMultiModalProcessor[ProcessingInfo]):
 
     @cached_property
     def _parser(self) -> RowsParser:
-        return RowsParser(self._specs, self.info.banks)
+        return RowsParser(self._specs, lambda: self.info.banks)
 
     @cached_property
     def _limited(self) -> bool:
@@ -373,12 +387,15 @@ def _dict_of(kind: Any, data: dict[str, Any]) -> Any:
     return made
 
 
-def _kwargs_items(packs: Sequence[torch.Tensor]) -> MultiModalKwargsItems:
+def _kwargs_items(packs: Sequence[torch.Tensor], banks: InUse | None) -> MultiModalKwargsItems:
     # Each pack in a list of its own: vLLM stacks (copies) bare tensors of equal length.
     members = [
         _dict_of(MultiModalKwargsItem, {"pack": MultiModalFieldElem([pack], _FIELD)})
         for pack in packs
     ]
+    if banks is not None:
+        for member in members:
+            hold(member, banks)
     return _dict_of(MultiModalKwargsItems, {PACK_MODALITY: members} if members else {})
 
 

@@ -18,15 +18,21 @@ import torch
 from vllm.inputs import mm_input
 from vllm.multimodal.inputs import MultiModalKwargsItems, PlaceholderRange
 
+from mmqwen.banks.catalog import Life
+from mmqwen.banks.rows import BankRows
 from mmqwen.inputs import MessageError
 from mmqwen.modalities import ModalityError, ModalitySpec
 from mmqwen.references import ChatRows, PackName, RowsMissing, Signer, Turn
 from mmqwen.vllm_plugin.metrics import count_references
+from mmqwen.vllm_plugin.named import InUse, held_by
 from mmqwen.vllm_plugin.processing import PACK_MODALITY
 
 LOST = "mmqwen_lost"
 """Key of a rendered prompt that names packs whose data the engine is to have: a function that gives
 the error to raise where it has not."""
+
+BANKS = "mmqwen_banks"
+"""Key of such a prompt: the versions of banks that these packs name, which must not go before."""
 
 TENANTS_KEPT = 64
 """Tenants that a pack is held for; the earliest is forgotten."""
@@ -72,6 +78,7 @@ class _Held:
     size: int
     item: Any
     tenants: dict[bytes, None]
+    banks: InUse | None
 
 
 class HeldPacks:
@@ -142,7 +149,8 @@ class HeldPacks:
             tenants[_owner(tenant)] = None
             if len(tenants) > TENANTS_KEPT:
                 del tenants[next(iter(tenants))]
-            self._packs[digest] = _Held(size, item if self.keep else None, tenants)
+            kept = item if self.keep else None
+            self._packs[digest] = _Held(size, kept, tenants, held_by(item))
             self._bytes += size
             return True
 
@@ -152,6 +160,20 @@ class HeldPacks:
             pack = self._packs.pop(digest, None)
             if pack is not None:
                 self._bytes -= pack.size
+
+    def banks_of(self, digests: Iterable[str]) -> list[InUse]:
+        """The versions of banks that packs name, of those that are held."""
+        with self._lock:
+            found = [self._packs.get(digest) for digest in digests]
+        return [pack.banks for pack in found if pack is not None and pack.banks is not None]
+
+    def forget(self, life: Life) -> None:
+        """Hold no pack that names this version of a bank."""
+        with self._lock:
+            for digest, pack in list(self._packs.items()):
+                if pack.banks is not None and life in pack.banks.lives:
+                    del self._packs[digest]
+                    self._bytes -= pack.size
 
     def clear(self) -> None:
         """Hold nothing."""
@@ -247,6 +269,8 @@ class References:
             mm_placeholders={PACK_MODALITY: made.ranges},
         )
         if rows.tokens and not self.held.keep:
+            # The engine has the packs: nothing else here holds the banks that they name.
+            prompt[BANKS] = self.held.banks_of(made.digests)
             rows.look_again = lambda: self._lost(rows)
             prompt[LOST] = lambda: RowsMissing(self._lost(rows) or self._all_lost(rows))
         return prompt
@@ -384,6 +408,8 @@ class _Made:
 
 def _rows_of(item: Any) -> int:
     """The rows of an item that was packed."""
+    if isinstance(item, BankRows):
+        return len(item.keys if item.ids is None else item.ids)  # type: ignore[arg-type]
     shape = getattr(item, "shape", None)
     if shape is not None:
         return int(shape[0]) if len(shape) == 2 else 1

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from vllm.logger import init_logger
 
+from mmqwen.banks import BankCatalog, BankChange, UnknownBankError
+from mmqwen.banks.catalog import Life
 from mmqwen.banks.rows import BankRows
 from mmqwen.chat import check_parts_kept
 from mmqwen.inputs import MessageError, read_messages, wire_characters
@@ -21,7 +23,9 @@ from mmqwen.references import ChatRows, RowsMissing, Signer, read_secret
 from mmqwen.tokens import add_placeholder_tokens
 from mmqwen.transport import EmbeddingError
 from mmqwen.vllm_plugin import compat
+from mmqwen.vllm_plugin.bank_updates import BankUpdates
 from mmqwen.vllm_plugin.compat import processor_cache
+from mmqwen.vllm_plugin.compat.bank_engines import OfflineEngine, run_offline
 from mmqwen.vllm_plugin.compat.renderer import HookedRenderer
 from mmqwen.vllm_plugin.engine_config import settle_references
 from mmqwen.vllm_plugin.limits import wire_limits
@@ -57,6 +61,7 @@ class MultimodalQwen3Renderer(HookedRenderer):
         self._specs: dict[str, ModalitySpec] = {}
         self._other_kinds: set[str] = set()
         self._references: References | None = None
+        self.bank_updates: BankUpdates | None = None
         if is_ours(config.model_config):
             self._specs = modality_table(config.model_config)
             self._limits = wire_limits()
@@ -74,6 +79,10 @@ class MultimodalQwen3Renderer(HookedRenderer):
             self._start_references(config)
             named = self._references is not None
             self.mm_processor.hash_content = named or reuses_rows(config)
+            info = self.mm_processor.info
+            self.bank_updates = BankUpdates(
+                lambda: info.banks, partial(setattr, info, "banks"), self._forget_bank
+            )
 
     def _start_references(self, config: Any) -> None:
         settled = settle_references(config)
@@ -95,6 +104,23 @@ class MultimodalQwen3Renderer(HookedRenderer):
             held.capacity,
             "front end" if held.keep else "engine",
         )
+
+    def update_bank(self, llm: Any, name: str, file: Any) -> BankChange:
+        """See `mmqwen.banks.update_bank`; of the `vllm.LLM` whose renderer this is."""
+        if self.bank_updates is None:
+            raise UnknownBankError(f"unknown bank {name!r:.80}, this model serves no rows")
+        change: BankChange = run_offline(self.bank_updates.update(OfflineEngine(llm), name, file))
+        return change
+
+    def let_banks_go(self, llm: Any) -> None:
+        """Drop replaced versions of banks that nothing names any more."""
+        if self.bank_updates is not None and self.bank_updates.leaving:
+            run_offline(self.bank_updates.let_go(OfflineEngine(llm)))
+
+    def _forget_bank(self, life: Life) -> None:
+        """No token stands for rows of a version that is replaced: they are asked for again."""
+        if self._references is not None:
+            self._references.held.forget(life)
 
     def clear_mm_cache(self) -> None:
         super().clear_mm_cache()
@@ -197,7 +223,8 @@ class MultimodalQwen3Renderer(HookedRenderer):
         if not self._specs or isinstance(prompt, str):
             return None
         accepted: list[Accepted] = []
-        pack = partial(self._pack_rows, accepted)
+        processor = self.get_mm_processor()
+        pack = partial(self._pack_rows, accepted, processor, processor.info.banks)
         if self._references is not None and isinstance(mm_data, ChatRows) and mm_data.turns:
             processed = self._references.render(prompt, mm_data, pack, dry=dry)
         else:
@@ -205,9 +232,12 @@ class MultimodalQwen3Renderer(HookedRenderer):
         count_accepted(accepted)
         return processed
 
-    def _pack_rows(self, accepted: list[Accepted], prompt: Any, mm_data: Any) -> Any:
+    @staticmethod
+    def _pack_rows(
+        accepted: list[Accepted], processor: Any, banks: BankCatalog, prompt: Any, mm_data: Any
+    ) -> Any:
         """A prompt, or a stretch of one, whose rows came with it; what is accepted is noted."""
-        processed, found = self.get_mm_processor().process(prompt, mm_data)
+        processed, found = processor.process(prompt, mm_data, banks)
         accepted += found
         return processed
 
