@@ -8,10 +8,18 @@ import numpy as np
 import pytest
 import torch
 from bank_tables import pack_named
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from engines import TOLERANCE, reference, start, worst_difference
-from mmqwen.banks import BankCatalog, BankError, BankRows, build_bank, open_bank, parse_banks
+from mmqwen.banks import (
+    BankCatalog,
+    BankError,
+    BankRows,
+    build_bank,
+    open_bank,
+    parse_banks,
+    update_bank,
+)
 from mmqwen.modalities import ModalitySpec
 from mmqwen.packs import (
     PackError,
@@ -23,7 +31,7 @@ from mmqwen.packs import (
 )
 from mmqwen.transport import encode_rows
 from mmqwen_kernels import Projector, fuse_embeddings, native, plan_rows, project_rows
-from tiny import make_composite
+from tiny import forget_training, make_composite
 
 pytest.importorskip("vllm")
 
@@ -58,13 +66,7 @@ def banks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    folder = make_composite(tmp_path_factory.mktemp("banks") / "model")
-    # Without the record that its projectors are a random start: those project no bank.
-    file = folder / "projectors.safetensors"
-    weights = load_file(file)
-    file.unlink()
-    save_file(weights, file, metadata={"format": "pt"})
-    return folder
+    return forget_training(make_composite(tmp_path_factory.mktemp("banks") / "model"))
 
 
 @pytest.fixture(scope="module")
@@ -390,6 +392,24 @@ def test_new_weights_of_a_projector_reach_rows_that_were_projected(llm, checkpoi
     assert both() == pytest.approx(before, abs=TOLERANCE)
     for one, two in ((before, partly), (partly, wholly)):
         assert one != pytest.approx(two, abs=10 * TOLERANCE)
+
+
+def test_a_bank_that_is_projected_is_updated_as_others_are(llm, banks, tmp_path):
+    other = rows_of_bank("goods")[:20] + 1.0
+    np.save(tmp_path / "other.npy", other.numpy())
+    build_bank(tmp_path / "other.npy", tmp_path / "other.bank", modality="m1")
+    named = {"m1": [BankRows("goods", [19, 0]), BankRows("items", [1])]}
+    first = ask(llm, "new <|m1|> and <|m1|>", named)
+    update_bank(llm, "goods", tmp_path / "other.bank")
+    sent = {"m1": [other[[19, 0]], rows_of_bank("items")[[1]]]}
+    second = ask(llm, "new <|m1|> and <|m1|>", named)
+    assert_same(second, ask(llm, "new <|m1|> and <|m1|>", sent), bits=False)
+    assert answer(second)[1] != pytest.approx(answer(first)[1], abs=10 * TOLERANCE)
+    with pytest.raises(Exception, match="id 20 of bank 'goods'"):
+        ask(llm, "new <|m1|>", {"m1": [BankRows("goods", [20])]})
+    update_bank(llm, "goods", banks["goods"])
+    llm.reset_prefix_cache()
+    assert_same(ask(llm, "new <|m1|> and <|m1|>", named), first, bits=False)
 
 
 def resident_goods(banks, run=None, **ranks):
