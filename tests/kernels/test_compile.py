@@ -82,8 +82,9 @@ def test_rows_projected_before_are_read_16_bytes_at_a_time(capability: int) -> N
     built = compile_variant(Variant("down", capability, tile, projected=True, alone=True))
     assert built.stack == 0
     assert built.shared <= 48 * 1024
-    assert built.count(r"ld\.global(\.\w+)*\.v4\.b32") > 0
-    assert built.count(r"ld\.global(\.\w+)*\.b16") == 1  # the bias
+    text = compile_variant(Variant("down", capability, tile, alone=True))
+    for load in (r"ld\.global(\.\w+)*\.v4\.b32", r"ld\.global(\.\w+)*\.b16"):  # b16: the bias
+        assert built.count(load) == text.count(load) > 0
     assert built.count("griddepcontrol") == 0
 
 
