@@ -163,7 +163,9 @@ def build(
     ] = None,
     bank: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=FILE[:placement=device|host][:modality=NAME]; repeat for more."),
+        typer.Option(
+            help="NAME=FILE[:placement=device|projected|host][:modality=NAME]; repeat for more."
+        ),
     ] = None,
     copy: Annotated[bool, typer.Option("--copy", help="Copy the base's shards.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of fresh projectors.")] = 0,

@@ -52,6 +52,8 @@ DTYPE_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 BANK_CODE = 3
 """In the place of a dtype's: the row lies in a bank."""
 VERSION_BYTES = 32
+ON_DEVICE, PROJECTED = 1, 2
+"""Where a bank's rows lie, for the native helper; 0: on the host."""
 
 
 class PackError(ValueError):
@@ -85,10 +87,17 @@ class Banks(Protocol):
         """
 
     def table(self) -> np.ndarray | None:
-        """The banks as the native helper is told of them, int64 `[5 n]`; None without banks."""
+        """The banks as the native helper is told of them, int64 `[7 n]`; None without banks.
+
+        Of each address, rows, bytes of a row, modality, place (0, `ON_DEVICE` or `PROJECTED`), and
+        the first and the end of the rows that lie at the address.
+        """
 
     def held(self) -> tuple[torch.Tensor, ...]:
         """The tensors on the device that hold rows."""
+
+    def projections(self) -> tuple[torch.Tensor, ...]:
+        """The tensors on the device that hold rows that were projected before."""
 
 
 def bank_group(modality: int, bank: int) -> int:
@@ -387,9 +396,17 @@ def find_rows(
             words = np.frombuffer(found, np.int64, 2 * rows)
             address, modality = words[:rows], words[rows:]
             if table is not None and banks is not None:
-                resident = np.frombuffer(found, np.bool_, rows, 16 * rows)
-                if resident.any():
-                    return HostRows(modality, address, resident, banks.held())
+                place = np.frombuffer(found, np.int8, rows, 16 * rows)
+                resident, projected = place == ON_DEVICE, place == PROJECTED
+                if place.any():
+                    return HostRows(
+                        modality,
+                        address,
+                        resident if resident.any() else None,
+                        banks.held(),
+                        projected if projected.any() else None,
+                        banks.projections(),
+                    )
             return HostRows(modality, address)
     tables, counts, begins, ends = [], [], [], []
     for part in parts:
@@ -446,11 +463,13 @@ def _merge(named: np.ndarray, packed: HostRows, of_banks: HostRows) -> HostRows:
     modality, address = np.empty(len(named), np.int64), np.empty(len(named), np.int64)
     for where, found in ((~named, packed), (named, of_banks)):
         modality[where], address[where] = found.modality, found.address
-    resident = None
-    if of_banks.resident is not None:
-        resident = np.zeros(len(named), np.bool_)
-        resident[named] = of_banks.resident
-    return HostRows(modality, address, resident, of_banks.held)
+    masks: list[np.ndarray | None] = []
+    for mask in (of_banks.resident, of_banks.projected):
+        masks.append(None if mask is None else np.zeros(len(named), np.bool_))
+        if mask is not None:
+            masks[-1][named] = mask  # type: ignore[index]
+    resident, projected = masks
+    return HostRows(modality, address, resident, of_banks.held, projected, of_banks.tables)
 
 
 def _find_in_packs(

@@ -174,7 +174,7 @@ def _add_own_flags(parser: ArgumentParser) -> None:
     group.add_argument(
         "--bank", action="append", default=[], metavar="NAME=FILE",
         help="Rows that requests may name: `mmqwen bank build` writes such a file. Optionally "
-        ":placement=device or :placement=host, and :modality=NAME; repeat for more.",
+        ":placement=device, projected or host, and :modality=NAME; repeat for more.",
     )  # fmt: skip
     group.add_argument(
         "--bank-updates", metavar="FOLDER",

@@ -38,7 +38,7 @@ class Tables:
     def table(self) -> np.ndarray:
         return np.array(
             [
-                (rows.data_ptr(), len(rows), rows[0].nbytes, m, resident)
+                (rows.data_ptr(), len(rows), rows[0].nbytes, m, resident, 0, len(rows))
                 for m, rows, resident in self.banks
             ],
             dtype=np.int64,
@@ -46,6 +46,9 @@ class Tables:
 
     def held(self) -> tuple[torch.Tensor, ...]:
         return tuple(rows for _, rows, resident in self.banks if resident)
+
+    def projections(self) -> tuple[torch.Tensor, ...]:
+        return ()
 
 
 def pack_named(

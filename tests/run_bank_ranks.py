@@ -21,7 +21,7 @@ import pytest
 
 from bank_versions import asked, first_of, is_answer, sent, table, write
 from mmqwen.vllm_plugin.bank_worker import BankWorker
-from tiny import make_composite
+from tiny import forget_training, make_composite
 
 IDS = [0, 49, 7]
 KEY = "key"
@@ -53,11 +53,12 @@ def offline(kind: str, folder: Path, files: dict[str, str]) -> None:
             "enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"},
         }  # fmt: skip
     llm = start(
-        make_composite(folder / "model"),
+        forget_training(make_composite(folder / "model")),
         hf_overrides={
             "banks": {
                 "items": {"file": files["first"]},
                 "users": {"file": files["first"], "placement": "host"},
+                "goods": {"file": files["first"], "placement": "projected"},
             }
         },
         worker_extension_cls="run_bank_ranks.FailingWorker",
@@ -71,7 +72,7 @@ def offline(kind: str, folder: Path, files: dict[str, str]) -> None:
     expected = [ask(sent(table(seed), IDS)) for seed in (0, 1)]
     assert not is_answer(*expected)
     updates = llm.llm_engine.renderer.bank_updates
-    for bank in ("items", "users"):
+    for bank in ("items", "users", "goods"):
         assert is_answer(ask(asked(bank, IDS)), expected[0])
         with pytest.raises(BankError, match=f"bank '{bank}': rank 1 has no room"):
             update_bank(llm, bank, files["fails"])

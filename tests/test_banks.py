@@ -186,6 +186,10 @@ def test_flags_and_configs():
         "a": {"file": "/x:y.bank", "placement": "host"},
         "b": {"file": "c", "modality": "m1"},
     }
+    found = parse_bank_flags(["a=b:modality=m1:placement=projected"])
+    assert parse_banks(found)["a"].to_dict() == {
+        "file": "b", "modality": "m1", "placement": "projected"
+    }  # fmt: skip
     for wrong in ("a", "a=", "=x"):
         with pytest.raises(BankError, match="expected NAME=FILE"):
             parse_bank_flags([wrong])
@@ -196,7 +200,7 @@ def test_flags_and_configs():
         ({"a b": "x"}, "no identifier"),
         ({"a": {"modality": "m1"}}, "'file'"),
         ({"a": {"file": "x", "size": 1}}, "unknown fields"),
-        ({"a": {"file": "x", "placement": "projected"}}, "expected one of"),
+        ({"a": {"file": "x", "placement": "moon"}}, "expected one of"),
     ):
         with pytest.raises(BankError, match=words):
             parse_banks(raw)

@@ -227,10 +227,10 @@ def test_arguments_of_another_kind_are_left_to_python(helper: ModuleType) -> Non
     assert helper.find_rows() is None
     assert helper.find_rows([None], (8,), 0, None) is None
     rows_of = directory(pack_named([(0, 0, [1, 2])], (8,), torch.float32))
-    assert helper.find_rows([rows_of], (8,), 0, np.array([8, 3, 32, 0, 1])) is not None
-    for table in (None, 7, np.zeros(5), np.array([0, 3, 32, 0, 1]), np.zeros(0, np.int64)):
+    assert helper.find_rows([rows_of], (8,), 0, np.array([8, 3, 32, 0, 1, 0, 3])) is not None
+    for table in (None, 7, np.zeros(7), np.array([0, 3, 32, 0, 1, 0, 3]), np.zeros(0, np.int64)):
         assert helper.find_rows([rows_of], (8,), 0, table) is None, table
-    assert helper.find_rows([rows_of], (8,), 0, np.tile([8, 3, 32, 0, 1], 65)) is None
+    assert helper.find_rows([rows_of], (8,), 0, np.tile([8, 3, 32, 0, 1, 0, 3], 65)) is None
     assert helper.count_rows() is None
 
 

@@ -7,17 +7,40 @@ import json
 import numpy as np
 import pytest
 import torch
+from bank_tables import pack_named
+from safetensors.torch import load_file
 
 from engines import TOLERANCE, reference, start, worst_difference
-from mmqwen.banks import BankError, BankRows, build_bank, open_bank
-from mmqwen.packs import PackError, allocate_pack, bank_group, find_rows, write_ids
+from mmqwen.banks import (
+    BankCatalog,
+    BankError,
+    BankRows,
+    build_bank,
+    open_bank,
+    parse_banks,
+    update_bank,
+)
+from mmqwen.modalities import ModalitySpec
+from mmqwen.packs import (
+    PackError,
+    allocate_pack,
+    bank_group,
+    directory,
+    find_rows,
+    write_ids,
+)
 from mmqwen.transport import encode_rows
-from tiny import make_composite
+from mmqwen_kernels import Projector, fuse_embeddings, native, plan_rows, project_rows
+from tiny import forget_training, make_composite
 
 pytest.importorskip("vllm")
 
+from mmqwen.vllm_plugin.banks import Projection, ResidentBanks
+
 SIZES = {"items": (50, 24), "users": (30, 24), "scenes": (20, 40)}
-MODALITIES = {"items": "m1", "users": "m1", "scenes": "m2"}
+SIZES |= {"goods": (35, 24), "places": (15, 40)}
+MODALITIES = {name: "m1" if width == 24 else "m2" for name, (_, width) in SIZES.items()}
+PROJECTED = ("goods", "places")
 
 
 def rows_of_bank(name):
@@ -43,7 +66,7 @@ def banks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return make_composite(tmp_path_factory.mktemp("banks") / "model")
+    return forget_training(make_composite(tmp_path_factory.mktemp("banks") / "model"))
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +75,7 @@ def llm(checkpoint, banks):
         "items": {"file": str(banks["items"])},
         "users": {"file": str(banks["users"]), "placement": "host"},
         "scenes": {"file": str(banks["scenes"]), "placement": "host", "modality": "m2"},
+        **{name: {"file": str(banks[name]), "placement": "projected"} for name in PROJECTED},
     }
     return start(checkpoint, hf_overrides={"banks": named}, enable_prefix_caching=True)
 
@@ -86,6 +110,13 @@ def answer(output):
     ]
 
 
+def assert_same(by_id, plain, *, bits):
+    """By id and by value; a CPU's products have other roundings where the batch is another."""
+    (tokens, one), (expected, other) = answer(by_id), answer(plain)
+    assert tokens == expected
+    assert one == (other if bits else pytest.approx(other, abs=TOLERANCE))
+
+
 def draw(rows, width, seed=9):
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
 
@@ -115,6 +146,19 @@ CASES = {
             ]
         },
     ),
+    "projected": ("see <|m1|> now", {"m1": [BankRows("goods", [34, 0, 34, 7])]}),
+    "projected, beside rows sent and rows of both other placements": (
+        "a <|m1|> b <|m2|> c <|m1|> d <|m1|> e <|m2|> f <|m1|>",
+        {
+            "m1": [
+                BankRows("goods", [1, 2]),
+                draw(2, 24),
+                BankRows("items", [9]),
+                BankRows("users", [8, 8]),
+            ],
+            "m2": [BankRows("places", keys=["places-14"]), BankRows("scenes", [3])],
+        },
+    ),
     "as JSON": ("by <|m1|> dict", {"m1": [{"bank": "items", "ids": [11, 12]}]}),
 }
 
@@ -129,7 +173,8 @@ def test_rows_by_id_and_by_value_give_the_same_bits(llm, checkpoint, case):
     sent = by_value(named)
     llm.reset_prefix_cache()
     by_id, plain = ask(llm, prompt, items), ask(llm, prompt, sent)
-    assert answer(by_id) == answer(plain)
+    named_banks = {i.bank for of in named.values() for i in of if isinstance(i, BankRows)}
+    assert_same(by_id, plain, bits=named_banks.isdisjoint(PROJECTED))
     assert plain.num_cached_tokens == 0  # computed, and not looked up
     assert worst_difference(by_id, reference(str(checkpoint)), sent) <= TOLERANCE
 
@@ -321,6 +366,135 @@ def test_a_checkpoint_s_bank_is_settled_before_any_process_starts(banks, checkpo
         settle(version="1234")
     with pytest.raises(BankError, match=r"bank 'items': no-such.bank: cannot be read"):
         settle(file="no-such.bank")
+
+
+def test_new_weights_of_a_projector_reach_rows_that_were_projected(llm, checkpoint):
+    """Whichever way they come, and a part of them too; never stale rows."""
+    named = {"m1": [BankRows("goods", [3, 30])], "m2": [BankRows("places", [1])]}
+    model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.model_runner.model
+    weights = load_file(checkpoint / "projectors.safetensors")
+
+    def both():
+        llm.reset_prefix_cache()
+        llm.llm_engine.reset_encoder_cache()
+        by_id, plain = (ask(llm, "<|m1|> or <|m2|>", x) for x in (named, by_value(named)))
+        assert_same(by_id, plain, bits=False)
+        return answer(by_id)[1]
+
+    before = both()
+    name = "projectors.m1.linear_2.bias"
+    model.load_weights([(name, weights[name] + 1.0)])
+    partly = both()
+    other = [(name, -tensor) for name, tensor in weights.items() if ".m2." in name]
+    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": other})
+    wholly = both()
+    llm.collective_rpc("reload_weights")
+    assert both() == pytest.approx(before, abs=TOLERANCE)
+    for one, two in ((before, partly), (partly, wholly)):
+        assert one != pytest.approx(two, abs=10 * TOLERANCE)
+
+
+def test_a_bank_that_is_projected_is_updated_as_others_are(llm, banks, tmp_path):
+    other = rows_of_bank("goods")[:20] + 1.0
+    np.save(tmp_path / "other.npy", other.numpy())
+    build_bank(tmp_path / "other.npy", tmp_path / "other.bank", modality="m1")
+    named = {"m1": [BankRows("goods", [19, 0]), BankRows("items", [1])]}
+    first = ask(llm, "new <|m1|> and <|m1|>", named)
+    update_bank(llm, "goods", tmp_path / "other.bank")
+    sent = {"m1": [other[[19, 0]], rows_of_bank("items")[[1]]]}
+    second = ask(llm, "new <|m1|> and <|m1|>", named)
+    assert_same(second, ask(llm, "new <|m1|> and <|m1|>", sent), bits=False)
+    assert answer(second)[1] != pytest.approx(answer(first)[1], abs=10 * TOLERANCE)
+    with pytest.raises(Exception, match="id 20 of bank 'goods'"):
+        ask(llm, "new <|m1|>", {"m1": [BankRows("goods", [20])]})
+    update_bank(llm, "goods", banks["goods"])
+    llm.reset_prefix_cache()
+    assert_same(ask(llm, "new <|m1|> and <|m1|>", named), first, bits=False)
+
+
+def resident_goods(banks, run=None, **ranks):
+    """A rank's share of the bank `goods`, projected to 8 columns, 4 rows at a time."""
+    catalog = BankCatalog(
+        parse_banks({"goods": {"file": str(banks["goods"]), "placement": "projected"}}),
+        {"m1": ModalitySpec("m1", 24)},
+    )
+    projection = Projection(run, 8, 4, **ranks)
+    home = torch.nn.Module()
+    return ResidentBanks(catalog, ["m1"], torch.float32, home=home, projection=projection)
+
+
+def test_a_bank_is_not_projected_by_a_random_start(banks):
+    resident = resident_goods(banks)
+    resident.refuse_untrained(["m2"])
+    with pytest.raises(BankError, match=r"bank 'goods', placement projected: .*'m1' is UNTRAINED"):
+        resident.refuse_untrained(["m1"])
+
+
+def test_a_bank_that_does_not_fit_is_refused(banks, monkeypatch):
+    monkeypatch.setattr(torch, "get_default_device", lambda: torch.device("cuda:0"))
+    for name, value in (
+        ("mem_get_info", (575, 0)),
+        ("memory_reserved", 0),
+        ("memory_allocated", 0),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    words = "bank 'goods', projected, of 576 bytes does not fit into the 575 that"
+    with pytest.raises(BankError, match=words):
+        resident_goods(banks, ranks=2)
+
+
+def test_a_version_that_comes_while_weights_change_is_projected_by_the_new_ones(banks):
+    """Some blocks a call, as many on each rank: ranks wait for each other."""
+    weight = torch.ones(8, 24)
+    resident = resident_goods(banks, lambda _, rows: rows @ weight.T)
+    resident.project({"m1"})
+    fields = {"name": "goods", **resident.projected[0].spec.to_dict()}
+    assert not resident.advance(1, fields, 1e9)  # there is room, and no rank waits yet
+    assert not resident.advance(1, fields, 1e9)  # 8 blocks of 9
+    weight *= 2
+    resident.project({"m1"})
+    while not resident.advance(1, fields, 0.0):
+        assert len(resident.projected) == 1
+    old, new = resident.projections()
+    assert torch.equal(old, new)
+    assert torch.equal(new, rows_of_bank("goods") @ weight.T)
+    resident.drop(0)
+    assert [rows.data_ptr() for rows in resident.projections()] == [new.data_ptr()]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 40])
+def test_rows_that_were_projected_lie_once_over_the_ranks(banks, ranks, monkeypatch):
+    """Each rank places its share of them and zeros elsewhere, so that the sum is the projection."""
+    generator = torch.Generator().manual_seed(1)
+    up, down, bias = (torch.randn(n, generator=generator) for n in ((80, 24), (8, 80), (8,)))
+    projector = Projector(up, None, down, bias)
+    ids = np.array([34, 0, 17, 18, 0])
+    named = directory(pack_named([(0, 0, ids.tolist())], [24], torch.float32))
+    total, held = torch.zeros(5, 8), []
+    for rank in range(ranks):
+        # Nothing to be summed: here each rank has all hidden units.
+        resident = resident_goods(
+            banks, lambda _, rows: project_rows(rows, projector), rank=rank, ranks=ranks
+        )
+        resident.project({"m1"})
+        (table,) = resident.projections()
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "helper", None)
+            found = find_rows([named], [24], torch.float32, resident)
+        assert found.projected.all()
+        if native.helper is not None:  # says the same
+            again = find_rows([named], [24], torch.float32, resident)
+            assert (again.address == found.address).all()
+            assert again.projected.all()
+            assert again.tables[0].data_ptr() == found.tables[0].data_ptr() == table.data_ptr()
+        plan = plan_rows(found, range(5), 5, [24], dtype=torch.float32, device="cpu")
+        total += fuse_embeddings(
+            torch.zeros(5, dtype=torch.int64), torch.zeros(1, 8), plan, [projector], backend="torch"
+        )
+        held.append(len(table))
+    assert 35 <= sum(held) < 35 + ranks
+    expected = project_rows(rows_of_bank("goods"), projector)[ids]
+    assert torch.allclose(total, expected, atol=1e-4)
 
 
 def test_a_reload_of_the_weights_leaves_the_banks_as_they_are(llm):

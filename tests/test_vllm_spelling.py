@@ -56,7 +56,10 @@ def test_text_models_answer_spelled_tokens_as_tokens_and_as_transformers(tmp_pat
 
 
 def test_tensor_and_pipeline_parallel_engines_answer_as_one_rank(monkeypatch, tmp_path):
-    """Two processes each, over gloo; with tensor parallelism a step has one collective."""
+    """Two processes each, over gloo; with tensor parallelism a step has one collective.
+
+    Rows are sent, and named of a bank of each placement.
+    """
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     # vLLM wants a NUMA node a rank otherwise. It reads its variables once a process.
     monkeypatch.setattr("vllm.envs.VLLM_CPU_OMP_THREADS_BIND", "nobind", raising=False)
@@ -69,6 +72,7 @@ def test_tensor_and_pipeline_parallel_engines_answer_as_one_rank(monkeypatch, tm
     for name in names:
         result = run_one(name, requests=8, extra={}, answers_file=tmp_path / f"{name}.json")
         assert result["ok"], result
+        assert result["named"]["requests"] == 8, result
         if name == "fp32-tp2":
             assert result["step"]["collectives"] == {"all_reduce": 1}
     compared = {line["compared"][1]: line for line in compare_groups(names, tmp_path)}

@@ -250,3 +250,12 @@ def make_composite(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UntrainedProjectorsWarning)
         return build_checkpoint(base, modalities, path, seed=seed)
+
+
+def forget_training(folder: Path) -> Path:
+    """Leave it open whether a checkpoint's projectors are trained: else they project no bank."""
+    file = folder / "projectors.safetensors"
+    weights = load_file(file)
+    file.unlink()
+    save_file(weights, file, metadata={"format": "pt"})
+    return folder

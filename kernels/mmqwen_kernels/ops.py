@@ -133,6 +133,12 @@ def fuse_embeddings(
             raise ValueError(f"a projector takes rows {projector.width} wide, got {width}")
     if rows.dtype != token_table.dtype:
         raise ValueError(f"rows are {rows.dtype}, the token table is {token_table.dtype}")
+    for table in rows.tables:
+        if table.shape[1:] != token_table.shape[1:] or table.dtype != token_table.dtype:
+            raise ValueError(
+                f"rows projected before are {tuple(table.shape)} of {table.dtype}, expected "
+                f"[n, {token_table.shape[1]}] of {token_table.dtype}"
+            )
     if chosen == "torch":
         try:
             return fuse_embeddings_torch(
@@ -143,6 +149,7 @@ def fuse_embeddings(
                 projectors,
                 vocab_start=vocab_start,
                 out=out,
+                projected=rows.projected,
             )
         except RuntimeError:  # looked at only now, so that no step pays for it
             for m, projector in enumerate(projectors):
@@ -180,7 +187,11 @@ def project_rows(
 
 
 def warm_up(
-    projectors: Sequence[Projector], *, backend: str = "auto", resident: bool = False
+    projectors: Sequence[Projector],
+    *,
+    backend: str = "auto",
+    resident: bool = False,
+    projected: bool = False,
 ) -> int:
     """Compile every kernel that steps with these projectors can meet, so that none waits for it.
 
@@ -193,6 +204,7 @@ def warm_up(
         projectors: one a modality, as `fuse_embeddings` will get them.
         backend: one of `BACKENDS`.
         resident: also for steps some of whose rows lie on the device (`HostRows.resident`).
+        projected: also for steps some of whose rows were projected before (`HostRows.projected`).
 
     Returns:
         How many kernels were made ready.
@@ -204,4 +216,4 @@ def warm_up(
     weight = projectors[0].w2
     if select_backend(weight.device, weight.dtype, backend).name == "torch":
         return 0
-    return _backend_of(weight.device).warm_up(projectors, resident=resident)
+    return _backend_of(weight.device).warm_up(projectors, resident=resident, projected=projected)

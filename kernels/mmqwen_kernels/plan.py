@@ -21,6 +21,7 @@ from mmqwen_kernels import native
 from mmqwen_kernels.row_tables import (
     ALIGN_BYTES,
     ENTRY_BYTES,
+    NUM_TEXT_FIELD,
     Span,
     Staying,
     aligned,
@@ -61,6 +62,8 @@ class RowPlan:
         address: of the first modality's first row.
         stride: of the first modality's rows, in elements.
         held: tensors on the device in which rows lie that were given by address.
+        num_projected: P, rows projected before; their addresses stand right before the order.
+        tables: `[n, D]`, in which those lie.
     """
 
     counts: tuple[int, ...]
@@ -76,22 +79,34 @@ class RowPlan:
     address: int
     stride: int
     held: tuple[torch.Tensor, ...] = ()
+    num_projected: int = 0
+    tables: tuple[torch.Tensor, ...] = ()
 
     @cached_property
     def num_rows(self) -> int:
-        """R, of all modalities."""
+        """R, of all modalities, without those that were projected before."""
         return sum(self.counts)
 
     @cached_property
     def order(self) -> torch.Tensor:
-        """int64 `[T]` on the device: the text slots, ascending, then the rows' by modality."""
-        end = self.order_at + 8 * self.num_tokens
-        return self.buffer[self.order_at : end].view(torch.int64)
+        """int64 `[T]` on the device: text slots, those of projected rows, the rows' by modality."""
+        return self._words(self.order_at, self.num_tokens)
 
     @property
     def all_slots(self) -> torch.Tensor:
-        """int64 `[R]` on the device, the concatenation of `slots`."""
-        return self.order[self.num_tokens - self.num_rows :]
+        """int64 `[P + R]` on the device: all but the text slots."""
+        return self.order[self.num_tokens - self.num_rows - self.num_projected :]
+
+    @cached_property
+    def projected(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Rows that were projected before, `[P, D]`, and their slots; None without any."""
+        if not self.num_projected:
+            return None
+        address = self._words(self.order_at - 8 * self.num_projected, self.num_projected)
+        return self._gather(address, self.tables), self.all_slots[: self.num_projected]
+
+    def _words(self, begin: int, count: int) -> torch.Tensor:
+        return self.buffer[begin : begin + 8 * count].view(torch.int64)
 
     @cached_property
     def rows(self) -> tuple[torch.Tensor | None, ...]:
@@ -103,35 +118,32 @@ class RowPlan:
             return None
         if self.parts[m]:
             return self.parts[m][0] if len(self.parts[m]) == 1 else torch.cat(self.parts[m])
-        if self.held:
-            return self._gather(m)
-        begin, nbytes = self.rows_at[m], self.counts[m] * self.widths[m] * self.dtype.itemsize
-        flat = self.buffer[begin : begin + nbytes].view(self.dtype)
-        return flat.view(self.counts[m], self.widths[m])
-
-    def _gather(self, m: int) -> torch.Tensor:
-        """Rows that lie here and there, each found by its address; no sync."""
-        first, width = self.addresses_at + 8 * sum(self.counts[:m]), self.widths[m]
-        address = self.buffer[first : first + 8 * self.counts[m]].view(torch.int64)
-        row_bytes = width * self.dtype.itemsize
+        width, row_bytes = self.widths[m], self.widths[m] * self.dtype.itemsize
         places = [rows for rows in self.held if rows.shape[1] == width]
         if self.rows_at[m] >= 0:
             rest = self.buffer[self.rows_at[m] :]
-            count = len(rest) // row_bytes
+            count = len(rest) // row_bytes if self.addresses_at >= 0 else self.counts[m]
             places.append(rest[: count * row_bytes].view(self.dtype).view(count, width))
-        found: torch.Tensor | None = None
+        if self.addresses_at < 0:
+            return places[-1]
+        first = self.addresses_at + 8 * sum(self.counts[:m])
+        return self._gather(self._words(first, self.counts[m]), places)
+
+    def _gather(self, address: torch.Tensor, places: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Rows that lie here and there, each found by its address, else zeros; no sync."""
+        row_bytes = places[0].shape[1] * self.dtype.itemsize
+        found = torch.zeros((), dtype=self.dtype, device=self.buffer.device)
         for rows in places:
             at = address - rows.data_ptr()
             picked = rows.index_select(0, (at // row_bytes).clamp(0, len(rows) - 1))
             inside = ((at >= 0) & (at < len(rows) * row_bytes)).unsqueeze(1)
-            found = picked if found is None else torch.where(inside, picked, found)
-        assert found is not None
+            found = torch.where(inside, picked, found)
         return found
 
     @cached_property
     def slots(self) -> tuple[torch.Tensor | None, ...]:
         """Per modality int64 `[R_m]`, or None where it has no rows."""
-        parts = self.all_slots.split(self.counts)
+        parts = self.all_slots[self.num_projected :].split(self.counts)
         return tuple(
             part if count else None for part, count in zip(parts, self.counts, strict=True)
         )
@@ -168,7 +180,7 @@ def plan_rows(
         device = torch.device("cuda", torch.cuda.current_device())
     if len(widths) > MAX_MODALITIES:
         raise ValueError(f"{len(widths)} modalities, expected {MAX_MODALITIES} at most")
-    if isinstance(sources, HostRows) and sources.resident is None and native.helper is not None:
+    if isinstance(sources, HostRows) and sources.resident is sources.projected is None:
         made = _plan_natively(sources, slots, num_tokens, widths, dtype, device)
         if made is not None:
             return made
@@ -176,14 +188,17 @@ def plan_rows(
     parts: list[list[torch.Tensor]] = [[] for _ in widths]
     if not isinstance(sources, HostRows):
         sources = collect_rows(sources, widths, dtype, device, parts)
-    modality, address, resident, held = sources
+    total = len(sources.address)
+    if total != len(positions):
+        raise ValueError(f"{total} rows for {len(positions)} slots; sources follow their slots")
+    done, done_address, tables = positions[:0], positions[:0], sources.tables
+    if sources.projected is not None:
+        sources, positions, done, done_address = sources.split(sources.projected, positions)
+    modality, address, resident, held = sources[:4]
     counts = np.bincount(modality, minlength=len(widths)).tolist()
     if len(counts) > len(widths):
         raise ValueError(f"modality index {len(counts) - 1}, expected 0 to {len(widths) - 1}")
-    total = sum(counts)
-    if total != len(positions):
-        raise ValueError(f"{total} rows for {len(positions)} slots; sources follow their slots")
-    if max(counts, default=0) < total:  # several modalities
+    if max(counts, default=0) < len(positions):  # several modalities
         by_modality = modality.astype(np.uint8).argsort(kind="stable")
         positions, address = positions[by_modality], address[by_modality]
         if resident is not None:
@@ -197,8 +212,8 @@ def plan_rows(
     def write(raw: np.ndarray, order_at: int, rows_at: list[int]) -> None:
         """`positions` and `address` are grouped by modality."""
         order = raw[order_at : order_at + 8 * num_tokens].view(np.int64)
-        order[: len(text)] = text
-        order[len(text) :] = positions
+        raw[order_at - done_address.nbytes : order_at].view(np.int64)[:] = done_address
+        order[:] = np.concatenate([text, done, positions])
         first = 0
         for m, count in enumerate(counts):
             if rows_at[m] >= 0:
@@ -208,7 +223,8 @@ def plan_rows(
                 copy_rows(raw, rows_at[m], moving, widths[m] * dtype.itemsize)
             first += count
 
-    return _lay_out(parts, counts, num_tokens, widths, dtype, device, write, stay)
+    gathered = (len(text), done_address, tables) if len(done) else None
+    return _lay_out(parts, counts, num_tokens, widths, dtype, device, write, stay, gathered)
 
 
 def _plan_natively(
@@ -220,6 +236,8 @@ def _plan_natively(
     device: torch.device,
 ) -> RowPlan | None:
     """The plan of rows by address and a mask; None: look at it in Python, which may refuse it."""
+    if native.helper is None:
+        return None
     modality, address = rows.modality, rows.address
     counts = native.helper.count_rows(address, modality, slots, num_tokens, len(widths))
     if counts is None:
@@ -266,8 +284,9 @@ def _lay_out(
     device: torch.device,
     write: Callable[[np.ndarray, int, list[int]], None],
     stay: Staying | None = None,
+    gathered: tuple[int, np.ndarray, tuple[torch.Tensor, ...]] | None = None,
 ) -> RowPlan:
-    """One buffer: [entries][row addresses][order][rows of modality 0] ...
+    """One buffer: [entries][row addresses][projected rows' addresses][order][modality 0's rows] ...
 
     `write(raw, order_at, rows_at)` writes the order of the tokens and the rows that travel.
     """
@@ -276,7 +295,8 @@ def _lay_out(
     moving = counts if stay is None else stay.travelling
     entries_here = num_entries(len(counts))
     addresses_at = entries_here * ENTRY_BYTES
-    order_at = addresses_at + (aligned(8 * total) if by_address else 0)
+    num_text, projected, tables = gathered or (0, np.empty(0, np.int64), ())
+    order_at = addresses_at + (aligned(8 * total) if by_address else 0) + projected.nbytes
     rows_at, size = [-1] * len(widths), order_at + 8 * num_tokens
     for m in range(len(counts)):
         if moving[m] and not parts[m]:
@@ -304,6 +324,9 @@ def _lay_out(
             spans.append([span_of(rows, width) for rows in part] if part else here)
         found = None if stay is None else stay.addresses(base, counts, rows_at, widths, itemsize)
         entries, addresses, align = tables_of(spans, counts, widths, itemsize, by_address, found)
+        if gathered is not None:
+            entries[NUM_TEXT_FIELD] = num_text
+            align = math.gcd(align, int(np.bitwise_or.reduce(projected)))
         struct.pack_into(f"{len(entries)}q", raw.data, 0, *entries)
         if addresses is not None:
             raw[addresses_at : addresses_at + 8 * total].view(np.int64)[:] = addresses
@@ -327,4 +350,6 @@ def _lay_out(
         address=first_span[0],
         stride=first_span[1],
         held=() if stay is None else stay.held,
+        num_projected=len(projected),
+        tables=tables,
     )

@@ -170,6 +170,7 @@ def fuse_embeddings_torch(
     *,
     vocab_start: int = 0,
     out: torch.Tensor | None = None,
+    projected: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Text rows gathered, raw rows projected, all in one buffer.
 
@@ -181,6 +182,7 @@ def fuse_embeddings_torch(
         projectors: per modality.
         vocab_start: first id of the shard; ids outside it give a zero row.
         out: `[T, D]` to write into.
+        projected: rows `[P, D]` that were projected before, and their slots `[P]`; or None.
 
     Returns:
         `[T, D]`.
@@ -190,4 +192,6 @@ def fuse_embeddings_torch(
     for projector, x, at in zip(projectors, rows, slots, strict=True):
         if x is not None and at is not None and x.shape[0]:
             out.index_copy_(0, at.long(), project_rows_torch(x, projector))
+    if projected is not None:
+        out.index_copy_(0, projected[1], projected[0])
     return out

@@ -13,6 +13,7 @@ import torch
 ALIGN_BYTES = 16
 ENTRY_FIELDS = 8
 ENTRY_BYTES = 8 * ENTRY_FIELDS
+NUM_TEXT_FIELD = 5  # of the first entry: text slots, in steps with rows projected before
 _MAX_ROW_STRIDE = 1 << 23  # elements: 256 rows of a tile times this fit in int32
 
 Span = tuple[int, int, int]

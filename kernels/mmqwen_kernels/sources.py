@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,12 +23,25 @@ class HostRows(NamedTuple):
         resident: bool `[R]`, of which rows that is an address on the device, inside one of `held`,
             where they stay; None: of none.
         held: tensors `[n, d]` of the plan's dtype that hold rows.
+        projected: bool `[R]`, which rows were projected before: their addresses are of rows of D
+            elements inside one of `tables`, or 0, which gives zeros (the row is another rank's).
+        tables: tensors `[n, D]` of the plan's dtype on the device.
     """
 
     modality: np.ndarray
     address: np.ndarray
     resident: np.ndarray | None = None
     held: tuple[torch.Tensor, ...] = ()
+    projected: np.ndarray | None = None
+    tables: tuple[torch.Tensor, ...] = ()
+
+    def split(self, done: np.ndarray, positions: np.ndarray) -> tuple[HostRows, Any, Any, Any]:
+        """The rows not `done` and their positions; positions and addresses of those `projected`."""
+        rest, resident = ~done, self.resident
+        if resident is not None:
+            resident = resident[rest] if resident[rest].any() else None
+        others = HostRows(self.modality[rest], self.address[rest], resident, self.held)
+        return others, positions[rest], positions[done], self.address[done]
 
 
 def split_tokens(

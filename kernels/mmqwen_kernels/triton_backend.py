@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ class _Kind(NamedTuple):
     dependent: bool
     block_t: int
     block_d: int
+    projected: bool = False
 
 
 class _Recipe(NamedTuple):
@@ -110,7 +112,7 @@ class TritonBackend:
         if input_ids.dtype not in INTEGERS or not input_ids.is_contiguous():
             input_ids = input_ids.long().contiguous()
         with self._on_device():
-            if plan.num_rows:
+            if plan.num_rows or plan.num_projected:
                 weights = self._weights.of(projectors, dtype)
                 text = (input_ids, token_table, vocab_start)
                 self._project(weights, plan, result, launch, text)
@@ -136,12 +138,14 @@ class TritonBackend:
                 self._project(weights, plan_of_rows(rows), out, launch)
         return out
 
-    def warm_up(self, projectors: Sequence[Projector], *, resident: bool = False) -> int:
+    def warm_up(
+        self, projectors: Sequence[Projector], *, resident: bool = False, projected: bool = False
+    ) -> int:
         """Compile every variant that steps with these projectors can meet, and launch none.
 
         For int32 ids and rows that lie together by modality, as `plan_rows` lays those that it
         copies, with token table and out aligned to 16 bytes; where some are `resident`, also for
-        rows by address.
+        rows by address, and where some are `projected`, also for those.
 
         Returns:
             How many variants there are.
@@ -160,7 +164,11 @@ class TritonBackend:
                 for by_address in (False, True) if resident else (False,):
                     self._up(weights, tile, kind._replace(by_address=by_address))
             for tile in downs:
-                self._down(weights, tile, kind)
+                for done in (False, True) if projected else (False,):
+                    self._down(weights, tile, kind._replace(projected=done))
+            if projected:
+                none = (0,) * len(projectors)
+                self._recipe(weights, (none, dtype, align, False, torch.int32, None, True))
             return len(self.kernels) - before
 
     # -- launches -------------------------------------------------------------------------------
@@ -184,9 +192,8 @@ class TritonBackend:
         tensors = (out,) if text is None else (out, text[1])
         align = _align_of(dtype.itemsize, math.gcd(plan.align_bytes, weights.align_bytes), *tensors)
         ids_dtype = None if text is None else text[0].dtype
-        recipe = self._recipe(
-            weights, (counts, dtype, align, plan.addresses_at >= 0, ids_dtype, launch)
-        )
+        shape = (counts, dtype, align, plan.addresses_at >= 0, ids_dtype, launch)
+        recipe = self._recipe(weights, (*shape, plan.num_projected > 0))
         hidden = torch.empty(total, recipe.stride, dtype=dtype, device=self._device)
         stream = current_stream(self._device)
         weights.read_on(stream)
@@ -196,19 +203,20 @@ class TritonBackend:
             addresses = self._part(plan.buffer, plan.addresses_at)
         # Counts, what is `alone`, address and stride are for one modality; with several the kernels
         # read their tables.
-        recipe.up(
-            recipe.up_programs,
-            stream,
-            entries,
-            table,
-            addresses,
-            self._at(hidden),
-            recipe.stride,
-            plan.address,
-            plan.stride,
-            counts[0],
-            *weights.up_alone,
-        )
+        if total:
+            recipe.up(
+                recipe.up_programs,
+                stream,
+                entries,
+                table,
+                addresses,
+                self._at(hidden),
+                recipe.stride,
+                plan.address,
+                plan.stride,
+                counts[0],
+                *weights.up_alone,
+            )
         programs = recipe.down_programs
         gathered = (entries, entries, 0, self._at(out), 0, 0, 0)
         if text is not None:
@@ -246,7 +254,7 @@ class TritonBackend:
         found = weights.recipes.get(shape)
         if found is not None:
             return found
-        counts, dtype, align, by_address, ids_dtype, launch = shape
+        counts, dtype, align, by_address, ids_dtype, launch, projected = shape
         config = launch or choose_config(
             counts,
             weights.widths,
@@ -258,14 +266,19 @@ class TritonBackend:
             aligned=align * dtype.itemsize == ALIGN_BYTES,
             norms=weights.norms,
         )
-        active = [m for m, count in enumerate(counts) if count]
+        if not any(counts):
+            # All rows were projected before: K2's text tiles alone, which without K1 before them
+            # have nothing that they may overtake, and need no memory for a product.
+            small = replace(config.down, num_stages=1, group_r=1)
+            config = replace(config, down=small, dependent=False)
+        active = [m for m, count in enumerate(counts) if count] or [0]
         some = [counts[m] for m in active]
         units = [weights.hidden[m] for m in active]
         dependent = self.kernels.depends(config.dependent)
         text_tile = (config.block_t, config.block_d)
-        kind = _Kind(dtype, align, by_address, ids_dtype, dependent, *text_tile)
+        kind = _Kind(dtype, align, by_address, ids_dtype, dependent, *text_tile, projected)
         found = _Recipe(
-            up=self._up(weights, config.up, kind),
+            up=self._up(weights, config.up, kind) if any(counts) else None,
             up_programs=config.up.tiles(some, units),
             down=self._down(weights, config.down, kind),
             down_programs=config.down.tiles(some, [weights.columns] * len(active)),
@@ -290,6 +303,7 @@ class TritonBackend:
         constants = _tile_constants(tile, weights.hidden, kind)
         constants["HAS_TOKENS"] = kind.ids_dtype is not None
         constants["BLOCK_T"], constants["BLOCK_D"] = kind.block_t, kind.block_d
+        constants["PROJECTED"] = kind.projected
         ids_dtype = kind.ids_dtype or torch.int64
         return self.kernels.get(
             kernels._project_down_kernel, kind.dtype, ids_dtype, constants, tile, kind.dependent

@@ -10,8 +10,9 @@ Both are grouped over modalities by two small int64 tables in device memory, so 
 stacked, padded or concatenated:
 
     entries [A, 8]   modality, first row, count, address of its first row, row stride in elements,
-                     three unused: one a modality with rows, then rows of count 0 up to a power of
-                     two that has room for all modalities
+                     of the first entry the listed slots that are text (PROJECTED), two unused: one
+                     a modality with rows, then rows of count 0 up to a power of two that has room
+                     for all modalities
     weights [A, 8]   addresses of w1, b1, w2, b2 (0: none), then d, H, row strides of w1, w2; of one
                      layer H is d and w1 0; one a modality
     traits [A, 8]    places of its activation and norm in `reference.py`'s tables, 1 for one layer,
@@ -32,6 +33,7 @@ the code is a constexpr, so that `triton.compile` builds exactly what a launch r
     ACTIVATION   place of the activation of all modalities, or MIXED: each program looks up its own
     NORMS        some modality has a norm
     DIRECT       some modality's projector has one layer
+    PROJECTED    some listed slots are of rows that were projected before, and are gathered as text
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -44,6 +46,7 @@ import triton
 import triton.language as tl
 
 from mmqwen_kernels.reference import ACTIVATIONS, NORMS
+from mmqwen_kernels.row_tables import NUM_TEXT_FIELD
 
 MIXED = -1
 ACTIVATION_PLACES = {name: at for at, name in enumerate(ACTIVATIONS)}
@@ -59,6 +62,7 @@ _NUM_ACTIVATIONS = tl.constexpr(len(ACTIVATIONS))
 _NO_NORM = tl.constexpr(NORM_PLACES["none"])
 _LAYER_NORM = tl.constexpr(NORM_PLACES["layer"])
 _SUMMED = tl.constexpr(64)
+_NUM_TEXT_FIELD = tl.constexpr(NUM_TEXT_FIELD)
 
 ROW_POINTERS = ("hidden_ptr", "out_ptr", "table_ptr")
 """The arguments whose alignment to 16 bytes is compiled in; nothing else of a value is."""
@@ -425,11 +429,17 @@ def _gather_text_tile(
     LISTED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PROJECTED: tl.constexpr,
+    entries_ptr,
+    ALIGN: tl.constexpr,
 ):
     """out[t] = table[ids[t] - vocab_start], one tile of `num_text` tokens.
 
     The tokens are those that `text_ptr` lists, or all up to `num_text`. Zero where the id lies
     outside the table.
+
+    Where PROJECTED, those past the first entry's number of text slots take rows by the addresses
+    before the list, in its order; zero where one is 0.
     """
     tiles_d = tl.cdiv(columns, BLOCK_D)
     tile_t = tile // tiles_d
@@ -442,9 +452,19 @@ def _gather_text_tile(
     from_row = (tl.where(inside, row, 0) * table_stride)[:, None]
     to_row = (token * out_stride)[:, None]
     mask_d = (offs_d < columns)[None, :]
-    value = tl.load(
-        table_ptr + from_row + offs_d[None, :], mask=inside[:, None] & mask_d, other=0.0
-    )
+    if PROJECTED:
+        DTYPE: tl.constexpr = table_ptr.dtype.element_ty
+        by_address = mask_t & (offs_t >= tl.load(entries_ptr + _NUM_TEXT_FIELD))
+        address = tl.load(text_ptr + offs_t - num_text, mask=by_address, other=0)
+        of_text = (table_ptr + tl.where(inside, row, 0) * table_stride).to(tl.int64)
+        inside = tl.where(by_address, address != 0, inside)
+        address = tl.where(by_address, address, of_text)
+        from_ptr = _aligned_pointer(address, DTYPE, ALIGN)[:, None]
+        value = tl.load(from_ptr + offs_d[None, :], mask=inside[:, None] & mask_d, other=0.0)
+    else:
+        value = tl.load(
+            table_ptr + from_row + offs_d[None, :], mask=inside[:, None] & mask_d, other=0.0
+        )
     tl.store(out_ptr + to_row + offs_d[None, :], value, mask=mask_t[:, None] & mask_d)
 
 
@@ -483,6 +503,7 @@ def _project_down_kernel(
     INPUT_PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PROJECTED: tl.constexpr,
 ):
     """K2. Grid: the row tiles times the column tiles of every entry, then the text tiles.
 
@@ -583,6 +604,9 @@ def _project_down_kernel(
             True,
             BLOCK_T,
             BLOCK_D,
+            PROJECTED,
+            entries_ptr,
+            ALIGN,
         )
 
 
@@ -620,4 +644,7 @@ def _gather_text_kernel(
         False,
         BLOCK_T,
         BLOCK_D,
+        False,
+        ids_ptr,
+        ALIGN,
     )

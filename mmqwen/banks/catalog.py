@@ -19,8 +19,9 @@ from mmqwen.modalities import NAME_PATTERN, ModalitySpec
 from mmqwen.transport.errors import EmbeddingError, refuse, show
 from mmqwen.transport.rows import as_items
 
-PLACEMENTS = ("device", "host")
-"""Where a bank's rows lie while they are served: in the device's memory, or in its file."""
+PLACEMENTS = ("device", "projected", "host")
+"""Where a bank's rows lie while they are served: in the device's memory, as they are or as the
+embeddings that the projector makes of them, or in their file."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ def _parse_flag(text: str) -> tuple[str, dict[str, Any]]:
         rest, fields[key] = head, value
     if not (separator and name and rest):
         raise BankError(
-            f"--bank {text!r}: expected NAME=FILE, optionally followed by :placement=device or "
-            ":placement=host, and :modality=NAME"
+            f"--bank {text!r}: expected NAME=FILE, optionally followed by :placement=device, "
+            ":placement=projected or :placement=host, and :modality=NAME"
         )
     return name, {"file": rest, **fields}
 

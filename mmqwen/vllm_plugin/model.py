@@ -34,19 +34,29 @@ from mmqwen.modalities import ModalitySpec
 from mmqwen.packs import PackError, blank_directory, find_rows, open_pack
 from mmqwen.text_models import refuse_text_model, untested_warning
 from mmqwen.vllm_plugin import compat
-from mmqwen.vllm_plugin.banks import ResidentBanks, bank_catalog
+from mmqwen.vllm_plugin.banks import Projection, ResidentBanks, bank_catalog
 from mmqwen.vllm_plugin.compat.text_model import build_text_model, plain_table
 from mmqwen.vllm_plugin.engine_config import refuse_drafter
 from mmqwen.vllm_plugin.modality_table import modality_table, text_config_of
 from mmqwen.vllm_plugin.parsing import DummyInputs, ProcessingInfo
 from mmqwen.vllm_plugin.processing import PackingProcessor
-from mmqwen.vllm_plugin.projector import ModalityProjectors
-from mmqwen_kernels import RowPlan, fuse_embeddings, plan_rows, select_backend, warm_up
+from mmqwen.vllm_plugin.projector import ModalityProjectors, ShardedProjector
+from mmqwen_kernels import (
+    RowPlan,
+    fuse_embeddings,
+    plan_rows,
+    project_rows,
+    select_backend,
+    warm_up,
+)
 
 logger = init_logger(__name__)
 
 PROBED_IDS = 256
 """Tokens by which the text model's embedding is compared with rows of its table."""
+
+AT_ONCE = 8192
+"""Rows of a bank that are projected by one call, at most; the largest step has memory for them."""
 
 BACKEND_VARIABLE = "MMQWEN_BACKEND"
 """Environment variable that names the fusion backend; see `select_backend`."""
@@ -130,9 +140,19 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
             list(self.specs),
             cast(torch.dtype, model_config.dtype),
             home=self if self._place else None,
+            projection=Projection(
+                self._project_rows,
+                text_config.hidden_size,
+                min(self._max_tokens, AT_ONCE),
+                rank,
+                self._ranks,
+            ),
         )
-        if self._place and rank == 0:
-            self._warn_untrained(vllm_config)
+        if self._place and (rank == 0 or self._banks.projected):
+            names = self._untrained(vllm_config)
+            self._banks.refuse_untrained(names)
+            if names and rank == 0:
+                logger.warning("%s", untrained_message(names))
         placeholder_ids = sorted(spec.token_id for spec in self._spec_list)  # type: ignore[type-var]
         self.register_buffer(
             "_placeholder_ids", torch.tensor(placeholder_ids, dtype=torch.int64), persistent=False
@@ -157,7 +177,8 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         )
         return specs
 
-    def _warn_untrained(self, vllm_config: VllmConfig) -> None:
+    def _untrained(self, vllm_config: VllmConfig) -> list[str]:
+        """Modalities whose projectors are known to be a random start."""
         model_config = vllm_config.model_config
         file = getattr(self.config, "projector", None)
         trained = read_trained(
@@ -166,9 +187,7 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
             revision=model_config.revision,
             cache=vllm_config.load_config.download_dir,
         )
-        names = untrained(trained, self.specs)
-        if names:
-            logger.warning("%s", untrained_message(names))
+        return untrained(trained, self.specs)
 
     def load_bank(self, number: int, fields: Mapping[str, str], seconds: float) -> bool:
         """Load some more of a version of a bank; see `ResidentBanks.advance`."""
@@ -248,9 +267,33 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
             slots=range(self._max_tokens),
             backend=self._backend,
         )
+        self._project_banks()
         if self._choice.name == "triton":
-            ready = warm_up(every, backend=self._backend, resident=self._banks.on_device)
+            ready = warm_up(
+                every,
+                backend=self._backend,
+                resident=self._banks.on_device,
+                projected=bool(self._banks.projected),
+            )
             logger.info("Fusion kernels made ready: %d", ready)
+
+    def _project_rows(self, modality: str, rows: torch.Tensor) -> torch.Tensor:
+        """Rows `[n, d]` of a modality on the device -> embeddings `[n, D]`, as in a step."""
+        weights = cast(ShardedProjector, self.projectors[modality]).weights()
+        with torch.inference_mode():
+            done = project_rows(rows, weights, backend=self._backend)
+            return tensor_model_parallel_all_reduce(done) if self._ranks > 1 else done
+
+    def _project_banks(self) -> None:
+        """Project the banks that are so placed, where their projectors have other weights now.
+
+        Before the first rows are placed, and not where weights are loaded: an update may come in
+        many parts, and some loaders fill parameters by themselves. All ranks place rows, and so
+        come here, in the same steps.
+        """
+        if self.projectors.changed:
+            self._banks.project(self.projectors.changed)
+            self.projectors.changed.clear()
 
     # -- the step -------------------------------------------------------------------------------
 
@@ -272,6 +315,7 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         if not multimodal_embeddings or is_multimodal is None:
             return self.language_model.embed_input_ids(input_ids)
         self._complete()
+        self._project_banks()
         projectors = self.projectors.weights()
         with compat.single_threaded():
             plan = self._plan(

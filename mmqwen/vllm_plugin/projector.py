@@ -202,6 +202,8 @@ class ModalityProjectors(nn.ModuleDict):
     ) -> None:
         super().__init__()
         self._names = sorted(specs)
+        self.changed = set(specs)
+        """Modalities whose weights are others than when this was emptied last."""
         for name, spec in specs.items() if place else ():
             self[name] = ShardedProjector(spec, hidden_size, rank=rank, ranks=ranks, dtype=dtype)
 
@@ -236,6 +238,7 @@ class ModalityProjectors(nn.ModuleDict):
         projector, weight = self._find(full)
         if projector is not None:
             projector.load(weight, loaded)
+            self.changed.add(projector.spec.name)
 
     def refuse_missing(self, loaded: Collection[str]) -> None:
         """Refuse a checkpoint without a weight that is needed here.

@@ -45,6 +45,8 @@ class Variant:
     activation: str = "relu"  # or "mixed"
     norms: bool = False
     direct: bool = False
+    projected: bool = False
+    alone: bool = False  # without a K1 before it
 
     @property
     def name(self) -> str:
@@ -58,13 +60,14 @@ class Variant:
         parts += [self.activation] if self.activation != "relu" else []
         parts += ["norms"] if self.norms else []
         parts += ["direct"] if self.direct else []
+        parts += ["projected"] if self.projected else []
         if self.align_bytes != 16:
             parts.append(f"align{self.align_bytes}")
         return "-".join(parts)
 
     @property
     def dependent(self) -> bool:
-        return self.capability >= 90
+        return self.capability >= 90 and not self.alone
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ def compile_variant(v: Variant) -> Built:
     else:
         constants |= {"BLOCK_T": 8, "BLOCK_D": 1024}
     if v.kernel == "down":
-        constants["HAS_TOKENS"] = True
+        constants |= {"HAS_TOKENS": True, "PROJECTED": v.projected}
     source = ast_source(kernel, constants, v.dtype, aligned=v.align_bytes == 16)
     options = compiler_options(tile.num_warps, tile.num_stages, v.kernel == "down" and v.dependent)
     built = triton.compile(source, target=GPUTarget("cuda", v.capability, 32), options=options)
@@ -187,6 +190,7 @@ def short_list() -> list[Variant]:
         Variant("up", 90, unaligned, align_bytes=4),
         Variant("text", 90),
     ]
+    found += [Variant("down", 90, tile, projected=True) for _, tile in list(tiles_of(90))[-2:]]
     kinds = other_kinds(90)
     return [*found, kinds[0], *kinds[-2:]]
 

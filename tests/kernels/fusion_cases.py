@@ -94,7 +94,7 @@ def rows_that_stay(items: Sequence[RowSource], stays: Sequence[bool]) -> HostRow
         if mine:
             tables[m] = torch.stack([torch.zeros_like(mine[0]), *reversed(mine)])
     left = {m: len(table) for m, table in tables.items()}
-    on_host = [row.cpu().clone() for _, row in rows]
+    on_host = [row[None].cpu().clone() for _, row in rows]
     address = []
     for (m, _), here, copy in zip(rows, resident, on_host, strict=True):
         if here:
@@ -102,9 +102,65 @@ def rows_that_stay(items: Sequence[RowSource], stays: Sequence[bool]) -> HostRow
             address.append(tables[m][left[m]].data_ptr())
         else:
             address.append(copy.data_ptr())
-    modality = np.array([m for m, _ in rows])
+    modality = np.array([m for m, _ in rows], np.int64)
     held = (*tables.values(), *on_host)
-    return HostRows(modality, np.array(address), np.array(resident), held)
+    return HostRows(modality, np.array(address, np.int64), np.array(resident, np.bool_), held)
+
+
+@dataclass
+class Beside:
+    """A step in which some text slots of a case went to rows that were projected before.
+
+    Attributes:
+        sources, slots: for `plan_rows`; rows of either kind in turns.
+        rows: `[P, D]`, those that were projected before.
+        at: their slots.
+    """
+
+    sources: HostRows
+    slots: list[int]
+    rows: torch.Tensor
+    at: list[int]
+
+    def check(self, case: Case, got: torch.Tensor, rank: int = 0, ranks: int = 1) -> None:
+        """`got` holds these rows there, zeros for other ranks', and else what the case is due."""
+        mine = torch.arange(len(self.at), device=got.device) % ranks == rank
+        assert torch.equal(got[self.at], self.rows * mine[:, None])
+        got = got.clone()
+        got[self.at] = case.run("torch")[self.at]
+        case.check(got)
+
+
+def beside_projected(
+    case: Case, count: int, stays: Sequence[bool] = (False,), rank: int = 0, ranks: int = 1
+) -> Beside:
+    """Give `count` of a case's text slots to rows of two tables that are split over `ranks`."""
+    g = torch.Generator().manual_seed(count)
+    here, dtype = case.table.device, case.table.dtype
+    text = sorted(set(range(len(case.input_ids))) - set(case.slots))
+    at = [text[place] for place in torch.randperm(len(text), generator=g)[:count].tolist()]
+    tables = tuple(torch.randn(n, case.columns, generator=g).to(here, dtype) for n in (7, 5))
+    places = [divmod(n, 7) for n in torch.randint(0, 12, (count,), generator=g).tolist()]
+    done = [tables[which][row] for which, row in places]
+    others = rows_that_stay(case.items, stays)
+    addresses = [row.data_ptr() if n % ranks == rank else 0 for n, row in enumerate(done)]
+    turns = torch.randperm(len(others.address) + count, generator=g).numpy()
+    assert others.resident is not None
+
+    def mixed(of_rows: np.ndarray, of_done: np.ndarray | Sequence[int]) -> np.ndarray:
+        return np.concatenate([of_rows, np.array(of_done, of_rows.dtype)])[turns]
+
+    sources = HostRows(
+        mixed(others.modality, [0] * count),
+        mixed(others.address, addresses),
+        mixed(others.resident, [False] * count),
+        others.held,
+        mixed(np.zeros(len(others.address), np.bool_), [True] * count),
+        tables,
+    )
+    slots = mixed(np.array(case.slots, np.int64), at).tolist()
+    rows = torch.stack(done) if done else case.table[:0]
+    return Beside(sources, slots, rows, at)
 
 
 def in_whole_numbers(case: Case) -> Case:

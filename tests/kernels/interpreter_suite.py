@@ -14,6 +14,7 @@ import torch
 from fusion_cases import (
     EVERY_SPEC,
     Case,
+    beside_projected,
     in_whole_numbers,
     make_case,
     make_projector,
@@ -153,6 +154,50 @@ def test_rows_by_address_that_stay(width: int, stays: tuple[bool, bool]) -> None
     want = case.run("triton")
     case.items = rows_that_stay(case.items, stays)  # type: ignore[assignment]
     assert torch.equal(case.run("triton"), want)
+
+
+@pytest.mark.parametrize(
+    ("widths", "counts", "columns", "stays", "launch"),
+    [
+        ([24], [0], 80, (False,), None),
+        ([24, 33], [0, 0], 49, (False,), SMALL),
+        ([24], [9], 80, (False,), SMALL),
+        ([24, 33], [5, 9], 130, (True, False), SWAPPED),
+        ([24, 40, 16], [0, 7, 0], 64, (True,), None),
+    ],
+)
+def test_rows_projected_before(
+    widths: list[int],
+    counts: list[int],
+    columns: int,
+    stays: tuple[bool, ...],
+    launch: LaunchConfig | None,
+) -> None:
+    """They are gathered as text rows are, beside text and rows that K2 multiplies, or without."""
+    dtype = torch.float16 if launch is SWAPPED else torch.float32
+    case = make_case(widths, counts, dtype, columns=columns, text=23)
+    for count in (1, 17):
+        beside = beside_projected(case, count, stays)
+        out = poisoned(case)
+        fuse_embeddings(
+            case.input_ids, case.table, beside.sources, case.projectors,
+            slots=beside.slots, out=out, backend="triton", launch=launch,
+        )  # fmt: skip
+        beside.check(case, out)
+
+
+def test_rows_projected_before_are_added_once_over_ranks() -> None:
+    case = make_case([24, 33], [3, 4], torch.float32, text=40)
+    parts = []
+    for rank in range(2):
+        mine, beside = shard(case, rank, 2), beside_projected(case, 21, rank=rank, ranks=2)
+        got = fuse_embeddings(
+            mine.input_ids, mine.table, beside.sources, mine.projectors,
+            slots=beside.slots, vocab_start=mine.vocab_start, backend="triton",
+        )  # fmt: skip
+        beside.check(mine, got, rank, 2)
+        parts.append(got)
+    beside.check(case, parts[0] + parts[1])
 
 
 def test_expanded_items() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from can_compile import WHY_NOT
@@ -71,6 +73,19 @@ def check(v: Variant) -> None:
 @pytest.mark.parametrize("v", short_list(), ids=lambda v: v.name)
 def test_compiles_without_spills(v: Variant) -> None:
     check(v)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_rows_projected_before_are_read_16_bytes_at_a_time(capability: int) -> None:
+    """K2 of a step without other rows: no spills, hardly any shared memory, whole loads."""
+    tile = replace(next(t for name, t in tiles_of(capability) if name == "down"), num_stages=1)
+    built = compile_variant(Variant("down", capability, tile, projected=True, alone=True))
+    assert built.stack == 0
+    assert built.shared <= 48 * 1024
+    text = compile_variant(Variant("down", capability, tile, alone=True))
+    for load in (r"ld\.global(\.\w+)*\.v4\.b32", r"ld\.global(\.\w+)*\.b16"):  # b16: the bias
+        assert built.count(load) == text.count(load) > 0
+    assert built.count("griddepcontrol") == 0
 
 
 @pytest.mark.parametrize("kernel", ["up", "down"])

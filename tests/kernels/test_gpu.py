@@ -17,6 +17,7 @@ import torch
 from fusion_cases import (
     EVERY_SPEC,
     Case,
+    beside_projected,
     check_against_torch,
     make_case,
     make_projector,
@@ -180,6 +181,89 @@ def test_rows_that_stay_on_the_gpu_beside_rows_that_travel(
     if backend == "triton" and widths[1] % 8 == 0:  # else other loads, in another order
         assert torch.equal(got, want)
     case.check(got)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("counts", [[0, 0], [3, 0], [160, 45]])
+@pytest.mark.parametrize("columns", [1024, 4096, 1000, 77])
+def test_rows_projected_before(columns: int, counts: list[int], dtype: torch.dtype) -> None:
+    """Gathered beside text, rows that stay and rows that travel, bit for bit, without a sync."""
+    case = gpu_case([768, 512], counts, dtype, columns=columns, text=90, ids_dtype=torch.int32)
+    for count in (1, 8, 90):
+        beside = beside_projected(case, count, (True, False))
+        out = poisoned(case)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            fuse_embeddings(
+                case.input_ids, case.table, beside.sources, case.projectors,
+                slots=beside.slots, out=out, backend="triton",
+            )  # fmt: skip
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(out[beside.at], beside.rows)
+        out[beside.at] = case.run("torch")[beside.at]
+        check_against_torch(case, out)
+
+
+def test_ranks_add_rows_projected_before_once() -> None:
+    case = gpu_case([768, 512], [9, 20], torch.bfloat16, text=90)
+    total = torch.zeros(len(case.input_ids), case.columns, dtype=torch.bfloat16, device="cuda")
+    for rank in range(2):
+        mine, beside = shard(case, rank, 2), beside_projected(case, 40, rank=rank, ranks=2)
+        total += fuse_embeddings(
+            mine.input_ids, mine.table, beside.sources, mine.projectors,
+            slots=beside.slots, vocab_start=mine.vocab_start, backend="triton",
+        )  # fmt: skip
+    assert torch.equal(total[beside.at], beside.rows)
+
+
+@pytest.mark.parametrize("counts", [[0, 0], [60, 45]])
+def test_rows_projected_before_wait_for_their_ids_and_launch_nothing_more(
+    counts: list[int],
+) -> None:
+    """Without a K1 before it, K2 may overtake nothing: neither what writes ids nor the table."""
+    case = gpu_case([768, 512], counts, torch.bfloat16, text=4000, ids_dtype=torch.int32)
+    warm_up(case.projectors, backend="triton", resident=True, projected=True)
+    ready = len(triton_backend(torch.device("cuda")).kernels)
+    beside = beside_projected(case, 1000)
+    ids, tables = case.input_ids.clone(), [table.clone() for table in beside.sources.tables]
+
+    def step() -> torch.Tensor:
+        return fuse_embeddings(
+            case.input_ids, case.table, beside.sources, case.projectors,
+            slots=beside.slots, backend="triton",
+        )  # fmt: skip
+
+    want = step()
+    for _ in range(20):
+        case.input_ids.zero_()
+        for table in beside.sources.tables:
+            table.zero_()
+        torch.cuda._sleep(200_000)
+        case.input_ids.copy_(ids)
+        for table, rows in zip(beside.sources.tables, tables, strict=True):
+            table.copy_(rows)
+        assert torch.equal(step(), want)
+    assert len(triton_backend(torch.device("cuda")).kernels) == ready
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
+        step()
+        torch.cuda.synchronize()
+    on_device = [e.name for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    copies = [name for name in on_device if "memcpy" in name.lower()]
+    assert len(copies) <= 1, copies
+    assert len(on_device) - len(copies) == (2 if any(counts) else 1), on_device
+
+
+def test_a_row_has_the_same_bits_projected_before_and_in_its_step() -> None:
+    case = gpu_case([768], [37], torch.bfloat16, item_rows=37)
+    rows = case.items[0][1]  # type: ignore[index]
+    padded = torch.cat([torch.randn(8000, 768, device="cuda").bfloat16(), rows])
+    table = project_rows(padded, case.projectors[0], backend="triton")
+    assert torch.equal(case.run("triton")[case.slots], table[8000:])
 
 
 @pytest.mark.parametrize("rows", [9, 200])

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fusion_cases import make_case
+from fusion_cases import beside_projected, make_case
 
 from mmqwen_kernels import HostRows, RowPlan, upload
 from mmqwen_kernels import plan as plan_module
@@ -344,6 +344,27 @@ class TestLaunches:
         assert [v.name for v in stubbed.variants] == ["_gather_text_kernel"]
         run(stubbed, bf16_case([9], text=0))
         assert stubbed.launches("project_down")[0][1]["num_text"] == 0
+
+    @pytest.mark.parametrize("counts", [[0, 0], [5, 9]])
+    def test_rows_projected_before_cost_no_launch_of_their_own(
+        self, stubbed: Stubbed, counts: list[int]
+    ) -> None:
+        case = bf16_case(counts, text=20, ids_dtype=torch.int32)
+        stubbed.backend.warm_up(case.projectors, projected=True)
+        made = len(stubbed.variants)
+        for count in (3, 11):
+            beside = beside_projected(case, count)
+            case.items, case.slots = beside.sources, beside.slots  # type: ignore[assignment]
+            run(stubbed, case)
+            case = bf16_case(counts, text=20, ids_dtype=torch.int32)
+        assert len(stubbed.variants) == made, "nothing was left to compile"
+        ups, downs = stubbed.launches("project_up"), stubbed.launches("project_down")
+        assert (len(ups), len(downs)) == (2 if any(counts) else 0, 2)
+        used = [v for v in stubbed.of("project_down") if v.launches]
+        assert all(v.constants["PROJECTED"] for v in used)
+        assert [v.constants["DEPENDENT"] for v in used] == [any(counts)]
+        assert [v.options.get("launch_pdl", False) for v in used] == [any(counts)]
+        assert downs[-1][1]["num_text"] == 20, "text and rows projected before"
 
     def test_new_counts_reuse_the_compiled_kernel(self, stubbed: Stubbed) -> None:
         for count in range(33, 60):

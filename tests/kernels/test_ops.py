@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from fusion_cases import in_whole_numbers, make_case, relative_error, shard
+from fusion_cases import beside_projected, in_whole_numbers, make_case, relative_error, shard
 from rounding import UNIT, random_walk
 
 from mmqwen_kernels import (
@@ -128,6 +128,37 @@ def test_dtypes(dtype: torch.dtype, ids_dtype: torch.dtype) -> None:
     assert out.dtype == dtype
     # Hidden activations and result are rounded; torch may round a sum before it adds the bias.
     assert relative_error(out, case.exact()) < 4 * UNIT[dtype] + random_walk(case.projectors[1])
+
+
+@pytest.mark.parametrize("counts", [[0, 0], [5, 9]])
+@pytest.mark.parametrize("stays", [(False,), (True, False)])
+def test_rows_projected_before_stand_beside_others(
+    counts: list[int], stays: tuple[bool, ...]
+) -> None:
+    case = make_case([24, 80], counts, torch.float32, text=30)  # as wide as an embedding: 80
+    for count in (1, 30):
+        beside = beside_projected(case, count, stays)
+        got = fuse_embeddings(
+            case.input_ids, case.table, beside.sources, case.projectors,
+            slots=beside.slots, backend="torch",
+        )  # fmt: skip
+        beside.check(case, got)
+
+
+def test_rows_projected_before_that_do_not_fit_are_refused() -> None:
+    case = make_case([24], [3], torch.float32, text=9)
+    beside = beside_projected(case, 4)
+    sources, slots = beside.sources, beside.slots
+    for tables in ([t[:, :-1] for t in sources.tables], [t.half() for t in sources.tables]):
+        with pytest.raises(ValueError, match=r"projected before are .*, expected \[n, 80\] of"):
+            fuse_embeddings(
+                case.input_ids, case.table, sources._replace(tables=tuple(tables)), case.projectors,
+                slots=slots, backend="torch",
+            )  # fmt: skip
+    with pytest.raises(ValueError, match="7 rows for 6 slots"):
+        fuse_embeddings(
+            case.input_ids, case.table, sources, case.projectors, slots=slots[:-1], backend="torch"
+        )
 
 
 def test_slots_are_needed_with_sources() -> None:

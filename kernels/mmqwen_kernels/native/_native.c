@@ -70,7 +70,7 @@ enum { F32, F16, BF16, BANK_CODE }; /* as packs number them */
 static const int64_t SIZE_OF[] = {4, 2, 2};
 
 enum { MOST_MODALITIES = 64, MOST_BANKS = 64 };
-typedef struct { int64_t address, rows, row_bytes, modality, resident; } Bank;
+typedef struct { int64_t address, rows, row_bytes, modality, place, first, end; } Bank;
 #define KEEPS_GIL (256 * 1024) /* below this many bytes, handing the GIL over costs more */
 
 /* Set once, by `setup`; the main interpreter is the only one (`check_interpreter`). */
@@ -739,9 +739,10 @@ typedef struct {
 } Slice;
 
 /* find_rows(slices, widths, dtype code, banks) -> bytearray or None: the address of each row, int64,
-   then the modality of each, int64; with banks then a byte each, whether the row lies on the device.
-   `banks` is None or int64 [5 n]: of each bank its address (0: not to be found so), rows, bytes of a
-   row, modality, and whether that address is the device's. */
+   then the modality of each, int64; with banks then a byte each, where the row lies: 0 on the host, 1
+   on the device, 2 on the device and projected before. `banks` is None or int64 [7 n]: of each bank
+   its address (0: not to be found so), rows, bytes of a row, modality, where its rows lie, and the
+   first and the end of those that lie at the address, which of others is 0. */
 static PyObject *
 find_rows(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -795,7 +796,7 @@ find_rows(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     if (found == NULL)
         goto wrong;
     int64_t *address = (int64_t *)PyByteArray_AsString(found), *modality = address + total;
-    char *resident = has_banks ? (char *)(modality + total) : NULL;
+    char *place = has_banks ? (char *)(modality + total) : NULL;
     for (Py_ssize_t i = 0; i < parts; i++) {
         const int64_t *entry = slices[i].entry;
         int64_t rows = slices[i].rows, before, behind;
@@ -826,13 +827,15 @@ find_rows(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
                 const Bank *bank = &banks[number];
                 if (bank->address == 0 || bank->modality != m || row_at >= bank->rows)
                     goto wrong;
-                address[at] = bank->address + row_at * bank->row_bytes;
-                resident[at] = bank->resident != 0;
+                address[at] = 0;
+                if (row_at >= bank->first && row_at < bank->end)
+                    address[at] = bank->address + (row_at - bank->first) * bank->row_bytes;
+                place[at] = (char)bank->place;
                 modality[at++] = m;
                 continue;
             }
-            if (resident != NULL)
-                resident[at] = 0;
+            if (place != NULL)
+                place[at] = 0;
             if (m >= modalities || kind != kinds[m] || end - begin - row_at < row_bytes[m])
                 goto wrong;
             address[at] = (int64_t)(intptr_t)(begin + row_at);
