@@ -29,7 +29,7 @@ else
 	$(PIP) install --quiet torch==2.13.0
 	$(PIP) install --quiet --no-deps -r $(CLOSURE)
 endif
-	$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	PYTHONWARNINGS=ignore $(PIP) install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
 # The helper in C, in place, after its source was changed. Without a compiler it stays away.
