@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from fusion_cases import (
     spec_name,
 )
 from rounding import random_walk
+from torch.profiler import ProfilerActivity, profile
 
 from mmqwen.packs import directory, find_rows, pack_rows
 from mmqwen_kernels import (
@@ -89,6 +91,17 @@ def plan_of(case: Case, items: list[RowSource] | HostRows | None = None) -> RowP
 
 def backend_in_use() -> TritonBackend:
     return triton_backend.triton_backend(torch.device("cuda", torch.cuda.current_device()))
+
+
+def launched_by(step: Callable[[], object]) -> tuple[list[str], list[str]]:
+    """Names of the copies and of the kernels that the GPU runs for a step."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
+        step()
+        torch.cuda.synchronize()
+    on_device = [e.name for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    copies = [name for name in on_device if "memcpy" in name.lower()]
+    return copies, [name for name in on_device if name not in copies]
 
 
 # -- numbers -------------------------------------------------------------------------------------
@@ -225,7 +238,7 @@ def test_rows_projected_before_wait_for_their_ids_and_launch_nothing_more(
     """Without a K1 before it, K2 may overtake nothing: neither what writes ids nor the table."""
     case = gpu_case([768, 512], counts, torch.bfloat16, text=4000, ids_dtype=torch.int32)
     warm_up(case.projectors, backend="triton", resident=True, projected=True)
-    ready = len(triton_backend(torch.device("cuda")).kernels)
+    ready = len(backend_in_use().kernels)
     beside = beside_projected(case, 1000)
     ids, tables = case.input_ids.clone(), [table.clone() for table in beside.sources.tables]
 
@@ -245,17 +258,10 @@ def test_rows_projected_before_wait_for_their_ids_and_launch_nothing_more(
         for table, rows in zip(beside.sources.tables, tables, strict=True):
             table.copy_(rows)
         assert torch.equal(step(), want)
-    assert len(triton_backend(torch.device("cuda")).kernels) == ready
-    from torch.profiler import ProfilerActivity, profile
-
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
-        step()
-        torch.cuda.synchronize()
-    on_device = [e.name for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    copies = [name for name in on_device if "memcpy" in name.lower()]
+    assert len(backend_in_use().kernels) == ready
+    copies, kernels = launched_by(step)
     assert len(copies) <= 1, copies
-    assert len(on_device) - len(copies) == (2 if any(counts) else 1), on_device
+    assert len(kernels) == (2 if any(counts) else 1), kernels
 
 
 def test_a_row_has_the_same_bits_projected_before_and_in_its_step() -> None:
@@ -430,15 +436,7 @@ def test_two_kernels_and_one_copy(rows: int, from_host: bool) -> None:
         )
 
     step()
-    torch.cuda.synchronize()
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
-        step()
-        torch.cuda.synchronize()
-    on_device = [e.name for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    copies = [name for name in on_device if "memcpy" in name.lower()]
-    kernels = [name for name in on_device if name not in copies]
+    copies, kernels = launched_by(step)
     assert len(copies) <= 1, copies
     assert len(kernels) <= 2, kernels
 
