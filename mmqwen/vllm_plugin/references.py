@@ -20,7 +20,7 @@ from vllm.multimodal.inputs import MultiModalKwargsItems, PlaceholderRange
 
 from mmqwen.banks.catalog import Life
 from mmqwen.banks.rows import BankRows
-from mmqwen.inputs import MessageError
+from mmqwen.messages import MessageError
 from mmqwen.modalities import ModalityError, ModalitySpec
 from mmqwen.references import ChatRows, PackName, RowsMissing, Signer, Turn
 from mmqwen.vllm_plugin.metrics import count_references

@@ -16,7 +16,7 @@ from mmqwen.banks import BankCatalog, BankChange, UnknownBankError
 from mmqwen.banks.catalog import Life
 from mmqwen.banks.rows import BankRows
 from mmqwen.chat import check_parts_kept
-from mmqwen.inputs import MessageError, read_messages, wire_characters
+from mmqwen.messages import MessageError, read_messages, wire_characters
 from mmqwen.misplaced import misplaced_rows
 from mmqwen.modalities import ModalityError, ModalitySpec, check_no_markers
 from mmqwen.references import ChatRows, RowsMissing, Signer, read_secret
