@@ -36,7 +36,7 @@ from bench_vllm_prefill import (
     write_checkpoint,
 )
 
-from mmqwen.banks.catalog import PLACEMENTS
+from mmqwen.banks.spec import PLACEMENTS
 
 MODALITY = "m1"
 IDS = (1, 8, 64, 512)

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from mmqwen.inputs import MessageError, check_unicode
+from mmqwen.inputs import check_unicode
+from mmqwen.messages import MessageError
 from mmqwen.modalities import ModalityError, ModalitySpec, check_marker_count
 
 _FIELDS = {"refusal": "refusal", "thinking": "thinking", "tool_reference": "name"}
@@ -35,7 +36,7 @@ def shape_messages(
 
     Args:
         tokenizer: renders templates; its own is taken where none is given.
-        messages: from `inputs.read_messages`: rows have become markers.
+        messages: from `messages.read_messages`: rows have become markers.
         chat_template: a template, or the name of one of the tokenizer's.
         tools: as for `apply_chat_template`; tokenizers may choose a template by them.
 

@@ -17,7 +17,8 @@ from mmqwen.chat import check_parts_kept, render_chat
 from mmqwen.checkpoint.names import MODEL_TYPE
 from mmqwen.checkpoint.trained import read_trained, warn_untrained
 from mmqwen.engines import VllmEngine
-from mmqwen.inputs import Prompt, check_ids, check_unicode, read_ids, read_messages, read_prompt
+from mmqwen.inputs import Prompt, check_ids, check_unicode, read_ids, read_prompt
+from mmqwen.messages import read_messages
 from mmqwen.modalities import ModalitySpec
 from mmqwen.reference_engine import TransformersEngine
 from mmqwen.sampling import check_limits

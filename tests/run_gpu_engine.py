@@ -300,7 +300,7 @@ def run_one(name: str, requests: int, extra: dict[str, Any], answers_file: Path 
     from torchvision_stand_in import import_qwen3_5
     from vllm import LLM, SamplingParams
 
-    from mmqwen.banks.catalog import PLACEMENTS
+    from mmqwen.banks.spec import PLACEMENTS
     from mmqwen.vllm_plugin import register
 
     configuration = CONFIGURATIONS[name]

@@ -36,7 +36,7 @@ LAYERS = (
     ("hf",),
     ("data",),
     ("checkpoint",),
-    ("chat", "tokens", "inputs", "misplaced", "client", "references"),
+    ("chat", "tokens", "inputs", "messages", "misplaced", "client", "references"),
     ("packs",),
     ("banks",),
     ("transport",),

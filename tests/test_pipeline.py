@@ -13,7 +13,7 @@ import torch
 
 from engines import reference
 from mmqwen.chat import render_chat
-from mmqwen.inputs import read_messages
+from mmqwen.messages import read_messages
 from mmqwen.modalities import ModalityError
 from mmqwen.pipeline import MultimodalQwen3Pipeline
 from mmqwen.transport import EmbeddingError

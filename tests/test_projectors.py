@@ -23,12 +23,8 @@ from mmqwen.checkpoint import (
     read_config,
     save_projectors,
 )
-from mmqwen.checkpoint.projector_files import (
-    LeftOutWarning,
-    complete_specs,
-    find_projectors,
-    read_source,
-)
+from mmqwen.checkpoint.projector_files import complete_specs, find_projectors
+from mmqwen.checkpoint.projector_sources import LeftOutWarning, read_source
 from mmqwen.cli import main
 from mmqwen.hf import MultiModalProjector, MultimodalQwen3Config
 from mmqwen.modalities import ACTIVATIONS, NORMS, ModalityError, ModalitySpec, parse_modalities

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mmqwen.client import RowsChat, embeds_part
-from mmqwen.inputs import MessageError, read_messages
+from mmqwen.messages import MessageError, read_messages
 from mmqwen.modalities import ModalityError, ModalitySpec
 from mmqwen.references import (
     KEY_FILE_VARIABLE,

@@ -23,8 +23,8 @@ from mmqwen.data import DatasetError
 from mmqwen.hf import MultimodalQwen3ForConditionalGeneration, MultimodalQwen3Processor
 from mmqwen.training import TrainingError, TrainSettings, export, train
 from mmqwen.training.arguments import trainer_arguments
-from mmqwen.training.config import alone_in, claim_run_folder
-from mmqwen.training.trainer import last_checkpoint
+from mmqwen.training.checkpoints import last_checkpoint
+from mmqwen.training.run_folder import alone_in, claim_run_folder
 from tiny import make_composite
 from training_runs import SAME_CURVE, losses, settings_for, write_data
 

@@ -390,8 +390,8 @@ def test_requests_that_are_preempted_read_their_old_rows_again(llm, files):
 def test_a_conversation_s_tokens_stand_for_no_rows_that_were_replaced():
     """They are asked for again, as what was dropped from the cache is."""
     from mmqwen.banks.catalog import Life
+    from mmqwen.vllm_plugin.held_packs import HeldPacks
     from mmqwen.vllm_plugin.named import InUse, hold
-    from mmqwen.vllm_plugin.references import HeldPacks
 
     class Item:
         pass

@@ -76,7 +76,7 @@ def test_same_bytes_in_another_shape(llm, checkpoint):
 
 def test_hash_frames_item_boundaries_modality_dtype_and_order():
     from mmqwen.packs import pack_rows
-    from mmqwen.vllm_plugin.processing import content_hash
+    from mmqwen.vllm_plugin.pack_items import content_hash
 
     a, b = rows(9, 2), rows(10, 2)
     half = a.to(torch.float16)
@@ -102,7 +102,7 @@ def test_the_hash_is_the_one_that_vllm_was_told():
 
     from mmqwen.packs import pack_rows
     from mmqwen.vllm_plugin import compat
-    from mmqwen.vllm_plugin.processing import content_hash
+    from mmqwen.vllm_plugin.pack_items import content_hash
 
     pack = pack_rows([(0, rows(1, 3))])
     names = {a: content_hash(pack, [3], a) for a in ("blake3", "sha256", "sha512")}

@@ -30,15 +30,9 @@ openai = pytest.importorskip("openai")
 
 from mmqwen.vllm_plugin.compat import processor_cache  # noqa: E402
 from mmqwen.vllm_plugin.engine_config import REFERENCES_SWITCH, settle_references  # noqa: E402
+from mmqwen.vllm_plugin.held_packs import ENTRY_BYTES, TENANTS_KEPT, HeldPacks  # noqa: E402
 from mmqwen.vllm_plugin.processing import PACK_MODALITY  # noqa: E402
-from mmqwen.vllm_plugin.references import (  # noqa: E402
-    ENTRY_BYTES,
-    LEDGER,
-    LOST,
-    TENANTS_KEPT,
-    HeldPacks,
-    References,
-)
+from mmqwen.vllm_plugin.references import LEDGER, LOST, References  # noqa: E402
 
 KNOWS_MISSES = processor_cache.vllms.__dict__.get("MultiModalCacheMissError") is not None
 """From 0.28 on an engine says which packs it has no more; before, the front end keeps them."""

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmqwen.banks.build import build_bank, check_bank
-    from mmqwen.banks.catalog import BankCatalog, BankSpec, parse_bank_flags, parse_banks
+    from mmqwen.banks.catalog import BankCatalog
     from mmqwen.banks.file import Bank, BankBusyError, BankError, UnknownBankError, open_bank
     from mmqwen.banks.rows import BankRows
+    from mmqwen.banks.spec import BankSpec, parse_bank_flags, parse_banks
     from mmqwen.banks.update import BankChange, update_bank
 
 _HOMES = {
@@ -24,13 +25,13 @@ _HOMES = {
     "BankChange": "update",
     "BankError": "file",
     "BankRows": "rows",
-    "BankSpec": "catalog",
+    "BankSpec": "spec",
     "UnknownBankError": "file",
     "build_bank": "build",
     "check_bank": "build",
     "open_bank": "file",
-    "parse_bank_flags": "catalog",
-    "parse_banks": "catalog",
+    "parse_bank_flags": "spec",
+    "parse_banks": "spec",
     "update_bank": "update",
 }
 

@@ -29,12 +29,8 @@ from mmqwen.checkpoint.names import (
     projector_tensor,
 )
 from mmqwen.checkpoint.nested import add_template, text_part, without_left_out
-from mmqwen.checkpoint.projector_files import (
-    complete_fields,
-    find_projectors,
-    gather,
-    read_source,
-)
+from mmqwen.checkpoint.projector_files import complete_fields, find_projectors
+from mmqwen.checkpoint.projector_sources import gather, read_source
 from mmqwen.checkpoint.projectors import cast_projectors, read_tensors, save_projectors
 from mmqwen.checkpoint.shards import check_output, copy_with_rows, staged
 from mmqwen.checkpoint.surgery import EMBEDDING, copy_extras, place_text_shard

@@ -18,14 +18,8 @@ from mmqwen.banks import BankCatalog, BankChange, parse_banks
 from mmqwen.chat import check_parts_kept, shape_messages
 from mmqwen.checkpoint.names import MODEL_TYPE
 from mmqwen.hf.configuration import MultimodalQwen3Config
-from mmqwen.inputs import (
-    EMBEDDINGS_KEY,
-    check_ids,
-    check_unicode,
-    read_ids,
-    read_messages,
-    read_prompt,
-)
+from mmqwen.inputs import EMBEDDINGS_KEY, check_ids, check_unicode, read_ids, read_prompt
+from mmqwen.messages import read_messages
 from mmqwen.modalities import expand_markers, parse_modalities
 from mmqwen.tokens import add_placeholder_tokens
 from mmqwen.transport import check_items

@@ -21,8 +21,9 @@ from mmqwen.banks import BankSpec, parse_bank_flags
 from mmqwen.data import DatasetError, Example, RowsDataset, measure, validate
 from mmqwen.data.banks import served_banks
 from mmqwen.modalities import ModalitySpec
-from mmqwen.training.config import PLAN_FILE, TrainingError, TrainSettings
+from mmqwen.training.config import TrainingError, TrainSettings
 from mmqwen.training.packing import PackedSampler
+from mmqwen.training.run_folder import PLAN_FILE
 
 
 @dataclass(frozen=True)

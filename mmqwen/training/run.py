@@ -26,19 +26,18 @@ from mmqwen.tokens import add_placeholder_tokens
 from mmqwen.training.arguments import trainer_arguments
 from mmqwen.training.attention import VARLEN
 from mmqwen.training.collator import Collator
-from mmqwen.training.config import (
+from mmqwen.training.config import TrainingError, TrainSettings
+from mmqwen.training.lora import ADAPTER_FOLDER, add_lora, merge_lora, save_adapter
+from mmqwen.training.output import add_stops, write_linked, write_whole
+from mmqwen.training.plan import RunPlan, make_plan, open_data
+from mmqwen.training.run_folder import (
     PLAN_FILE,
     RUN_FILE,
-    TrainingError,
-    TrainSettings,
     alone_in,
     claim_run_folder,
     read_settings,
     release_run_folder,
 )
-from mmqwen.training.lora import ADAPTER_FOLDER, add_lora, merge_lora, save_adapter
-from mmqwen.training.output import add_stops, write_linked, write_whole
-from mmqwen.training.plan import RunPlan, make_plan, open_data
 from mmqwen.training.speed import (
     default_tokens,
     flops_per_token,
@@ -76,8 +75,8 @@ def train(settings: TrainSettings, *, callbacks: Sequence[Any] = ()) -> Path:
     Warns:
         UntrainedProjectorsWarning: the data has no rows of a modality that was never trained.
     """
+    from mmqwen.training.checkpoints import last_checkpoint
     from mmqwen.training.meter import without_file_bars
-    from mmqwen.training.trainer import last_checkpoint
 
     config = read_config(settings.model)
     try:
@@ -161,15 +160,14 @@ def _train(
     """Train by a plan that stands in the run's folder, and write the output."""
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    from mmqwen.training.meter import Bar, Meter
-    from mmqwen.training.trainer import (
-        RowsTrainer,
-        StopOnNaN,
+    from mmqwen.training.checkpoints import (
         last_checkpoint,
         set_trainable,
         trainable_state,
         trained_anywhere,
     )
+    from mmqwen.training.meter import Bar, Meter
+    from mmqwen.training.trainer import RowsTrainer, StopOnNaN
 
     main, world = arguments.process_index == 0, arguments.world_size
     plan = RunPlan.read(settings.run_folder)
@@ -262,8 +260,8 @@ def export(checkpoint: str | Path, output: str | Path) -> Path:
             checkpoints that it has.
         CheckpointError: the output exists or cannot be written.
     """
+    from mmqwen.training.checkpoints import all_checkpoints, load_trainable
     from mmqwen.training.meter import without_file_bars
-    from mmqwen.training.trainer import all_checkpoints, load_trainable
 
     checkpoint, output = Path(checkpoint), Path(output)
     check_output(output)

@@ -13,7 +13,7 @@ from typing import Any, get_args
 from fastapi import FastAPI, HTTPException, Request
 from vllm.logger import init_logger
 
-from mmqwen.inputs import MessageError
+from mmqwen.messages import MessageError
 from mmqwen.misplaced import misplaced_rows
 from mmqwen.modalities import ModalitySpec
 from mmqwen.vllm_plugin import bank_routes, compat

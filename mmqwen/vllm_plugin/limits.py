@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mmqwen.inputs import WireLimits
+from mmqwen.messages import WireLimits
 
 ITEM_BYTES_VARIABLE = "MMQWEN_MAX_ITEM_BYTES"
 REQUEST_BYTES_VARIABLE = "MMQWEN_MAX_REQUEST_BYTES"

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import UserDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache, cached_property, partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from os import urandom
-from struct import pack as to_bytes
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.inputs import mm_input
-from vllm.multimodal.inputs import (
-    MultiModalFieldConfig,
-    MultiModalFieldElem,
-    MultiModalKwargsItem,
-    MultiModalKwargsItems,
-    PlaceholderRange,
-)
+from vllm.multimodal.inputs import PlaceholderRange
 from vllm.multimodal.processing import BaseMultiModalProcessor
 
 from mmqwen import transport
@@ -30,7 +21,8 @@ from mmqwen.banks.rows import may_name
 from mmqwen.modalities import Expansion, ModalityError, ModalitySpec, expand_markers
 from mmqwen.packs import DTYPE_CODES, allocate_pack
 from mmqwen.vllm_plugin import compat
-from mmqwen.vllm_plugin.named import InUse, NamedItems, hold, in_use, write_named
+from mmqwen.vllm_plugin.named import NamedItems, in_use, write_named
+from mmqwen.vllm_plugin.pack_items import FIELDS, content_hash, kwargs_items
 from mmqwen.vllm_plugin.parsing import PACK_MODALITY, ModalityItems, ProcessingInfo, RowsParser
 from mmqwen_kernels import native
 
@@ -201,7 +193,7 @@ class PackingProcessor(BaseMultiModalProcessor[ProcessingInfo]):
             ranges.append(PlaceholderRange(offset=offset, length=length, is_embed=mask))
         return mm_input(
             prompt_token_ids=token_ids,
-            mm_kwargs=_kwargs_items(packs, in_use(named)),
+            mm_kwargs=kwargs_items(packs, in_use(named)),
             mm_hashes={PACK_MODALITY: hashes},
             mm_placeholders={PACK_MODALITY: ranges},
         )
@@ -361,42 +353,10 @@ class PackingProcessor(BaseMultiModalProcessor[ProcessingInfo]):
         return list(pairwise(edges))
 
     def _get_mm_fields_config(self, *args: Any, **kwargs: Any) -> Any:
-        return _FIELDS
+        return FIELDS
 
     def _get_prompt_updates(self, *args: Any, **kwargs: Any) -> Any:
         return ()
-
-
-# keep_on_cpu: packs stay in host memory; see docs/adr/0002-packs-stay-on-the-host.md.
-_FIELDS = {"pack": MultiModalFieldConfig.batched(PACK_MODALITY, keep_on_cpu=True)}
-_FIELD = _FIELDS["pack"].field
-
-
-PLAIN_DICTS = (
-    MultiModalKwargsItem.__init__ is UserDict.__init__
-    and MultiModalKwargsItems.__init__ is UserDict.__init__
-)
-"""Whether vLLM's dicts are made by `UserDict`, which looks at what it is given for 1 us each."""
-
-
-def _dict_of(kind: Any, data: dict[str, Any]) -> Any:
-    if not PLAIN_DICTS:
-        return kind(data)
-    made = kind.__new__(kind)
-    made.data = data
-    return made
-
-
-def _kwargs_items(packs: Sequence[torch.Tensor], banks: InUse | None) -> MultiModalKwargsItems:
-    # Each pack in a list of its own: vLLM stacks (copies) bare tensors of equal length.
-    members = [
-        _dict_of(MultiModalKwargsItem, {"pack": MultiModalFieldElem([pack], _FIELD)})
-        for pack in packs
-    ]
-    if banks is not None:
-        for member in members:
-            hold(member, banks)
-    return _dict_of(MultiModalKwargsItems, {PACK_MODALITY: members} if members else {})
 
 
 def _total_by_name(names: Sequence[str], counts: Sequence[int]) -> dict[str, int]:
@@ -404,31 +364,3 @@ def _total_by_name(names: Sequence[str], counts: Sequence[int]) -> dict[str, int
     for name, count in zip(names, counts, strict=True):
         totals[name] = totals.get(name, 0) + count
     return totals
-
-
-def content_hash(pack: torch.Tensor, counts: Sequence[int], algorithm: str = "blake3") -> str:
-    """Hash of a pack and its item boundaries, framed.
-
-    The pack's own header and directory name each row's modality, the widths, the dtype and the
-    order; behind it come the boundaries of the items, their number, and a tag, so that what was
-    hashed can be read from its end: two different inputs never hash the same bytes. The pack
-    stands first, where BLAKE3 takes it in whole chunks. The client has no say in it.
-
-    Args:
-        pack: 1-D int64.
-        counts: rows of each item.
-        algorithm: "blake3", or a name that hashlib knows.
-    """
-    digest = _hash_of(algorithm)(pack.numpy().view(np.uint8).data)
-    digest.update(to_bytes(f"<{len(counts) + 1}q", *counts, len(counts)) + b"mmqwen-pack-3\0")
-    return str(digest.hexdigest())
-
-
-@cache
-def _hash_of(algorithm: str) -> Callable[[Any], Any]:
-    """What makes a hash of a first piece."""
-    if algorithm == "blake3":
-        from blake3 import blake3
-
-        return blake3
-    return partial(hashlib.new, algorithm)

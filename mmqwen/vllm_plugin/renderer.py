@@ -16,7 +16,7 @@ from mmqwen.banks import BankCatalog, BankChange, UnknownBankError
 from mmqwen.banks.catalog import Life
 from mmqwen.banks.rows import BankRows
 from mmqwen.chat import check_parts_kept
-from mmqwen.inputs import MessageError, read_messages, wire_characters
+from mmqwen.messages import MessageError, read_messages, wire_characters
 from mmqwen.misplaced import misplaced_rows
 from mmqwen.modalities import ModalityError, ModalitySpec, check_no_markers
 from mmqwen.references import ChatRows, RowsMissing, Signer, read_secret
@@ -28,11 +28,12 @@ from mmqwen.vllm_plugin.compat import processor_cache
 from mmqwen.vllm_plugin.compat.bank_engines import OfflineEngine, run_offline
 from mmqwen.vllm_plugin.compat.renderer import HookedRenderer
 from mmqwen.vllm_plugin.engine_config import settle_references
+from mmqwen.vllm_plugin.held_packs import HeldPacks
 from mmqwen.vllm_plugin.limits import wire_limits
 from mmqwen.vllm_plugin.metrics import count_accepted, count_refusal, prepare
 from mmqwen.vllm_plugin.modality_table import is_ours, modality_table
 from mmqwen.vllm_plugin.processing import Accepted
-from mmqwen.vllm_plugin.references import LEDGER, LOST, HeldPacks, References
+from mmqwen.vllm_plugin.references import LEDGER, LOST, References
 from mmqwen_kernels.native import select_native
 
 logger = init_logger("vllm.mmqwen.renderer")

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 
-from mmqwen.inputs import MessageError, listed
+from mmqwen.messages import MessageError, listed
 
 
 @contextmanager
