@@ -37,7 +37,8 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 from bench_vllm_prefill import WORKLOADS, as_text, as_they_are, environment, make_requests, start
 
-from mmqwen.packs import directory, find_rows, pack_rows
+from mmqwen.pack_slices import find_rows
+from mmqwen.packs import directory, pack_rows
 from mmqwen_kernels import native, plan_rows
 from mmqwen_kernels import plan as plan_module
 

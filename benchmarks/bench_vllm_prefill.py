@@ -218,7 +218,7 @@ def switch(worker: Any, kind: str) -> str:
     import torch
     from vllm.model_executor.models.utils import _merge_multimodal_embeddings
 
-    from mmqwen.packs import find_rows
+    from mmqwen.pack_slices import find_rows
     from mmqwen_kernels import plan_rows
 
     model = getattr(worker, "worker", worker).get_model()

@@ -25,7 +25,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from mmqwen.packs import directory, find_rows, pack_rows
+from mmqwen.pack_slices import find_rows
+from mmqwen.packs import directory, pack_rows
 from mmqwen_kernels import LaunchConfig, Projector, fuse_embeddings, plan_rows, project_rows
 
 WIDTHS = (1024, 768, 512, 1280)

@@ -14,7 +14,8 @@ import pytest
 import torch
 from providers import PROVIDERS, WIDTHS, gate, into_buffer, make_workload, why_not
 
-from mmqwen.packs import directory, find_rows, pack_rows
+from mmqwen.pack_slices import find_rows
+from mmqwen.packs import directory, pack_rows
 from mmqwen_kernels import plan_rows
 
 CUDA = torch.cuda.is_available()

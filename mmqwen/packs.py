@@ -24,36 +24,32 @@ entry needs nothing else to be read: the rows of many packs are found by a few a
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from mmqwen.modalities import ROW_DTYPES
-from mmqwen_kernels import HostRows, native
 
-_MAGIC = 0x6D6D7177656E3032  # "mmqwen02"
-_HEADER_WORDS = 4
+MAGIC = 0x6D6D7177656E3032  # "mmqwen02"
+HEADER_WORDS = 4
 _GROUP_WORDS = 4
 _ALIGN_WORDS = 2  # 16 bytes, for 16-byte loads
-_BEGIN_BITS, _WIDTH_BITS, _MODALITY_BITS = 32, 20, 8
-_WIDTH_AT = _BEGIN_BITS
-_MODALITY_AT = _WIDTH_AT + _WIDTH_BITS
-_DTYPE_AT = _MODALITY_AT + _MODALITY_BITS
-_BEGIN_MASK = (1 << _BEGIN_BITS) - 1
-MAX_WIDTH = (1 << _WIDTH_BITS) - 1
+_BEGIN_BITS, WIDTH_BITS, _MODALITY_BITS = 32, 20, 8
+WIDTH_AT = _BEGIN_BITS
+MODALITY_AT = WIDTH_AT + WIDTH_BITS
+DTYPE_AT = MODALITY_AT + _MODALITY_BITS
+BEGIN_MASK = (1 << _BEGIN_BITS) - 1
+MAX_WIDTH = (1 << WIDTH_BITS) - 1
 MAX_MODALITY = (1 << _MODALITY_BITS) - 1
 _DTYPES = tuple(getattr(torch, name) for name in ROW_DTYPES)
 DTYPE_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 BANK_CODE = 3
 """In the place of a dtype's: the row lies in a bank."""
 VERSION_BYTES = 32
-ON_DEVICE, PROJECTED = 1, 2
-"""Where a bank's rows lie, for the native helper; 0: on the host."""
 
 
 class PackError(ValueError):
@@ -74,30 +70,6 @@ class Group(NamedTuple):
     width: int
     bank: int | None
     version: str
-
-
-class Banks(Protocol):
-    """Finds rows of banks; `mmqwen.vllm_plugin.banks` has them."""
-
-    def find(self, bank: np.ndarray, ids: np.ndarray, modality: np.ndarray) -> HostRows:
-        """The rows `[R]` of these numbers, ids and modalities.
-
-        Raises:
-            PackError: there is no such bank of that modality, or no such row in it.
-        """
-
-    def table(self) -> np.ndarray | None:
-        """The banks as the native helper is told of them, int64 `[7 n]`; None without banks.
-
-        Of each address, rows, bytes of a row, modality, place (0, `ON_DEVICE` or `PROJECTED`), and
-        the first and the end of the rows that lie at the address.
-        """
-
-    def held(self) -> tuple[torch.Tensor, ...]:
-        """The tensors on the device that hold rows."""
-
-    def projections(self) -> tuple[torch.Tensor, ...]:
-        """The tensors on the device that hold rows that were projected before."""
 
 
 def bank_group(modality: int, bank: int) -> int:
@@ -215,11 +187,11 @@ def _lay_out(
     if total < 1:
         raise PackError("no rows")
     itemsize = dtype.itemsize
-    directory_at = _HEADER_WORDS + _GROUP_WORDS * len(shapes)
+    directory_at = HEADER_WORDS + _GROUP_WORDS * len(shapes)
     filled = directory_at + 2 * total
     at = _align(filled)
     code = DTYPE_CODES[dtype]
-    header = [_MAGIC, total, len(shapes), code]
+    header = [MAGIC, total, len(shapes), code]
     first_entries: dict[int, int] = {}
     gaps: list[tuple[int, int]] = []
     places: list[tuple[int, int, int, int]] = []
@@ -232,10 +204,10 @@ def _lay_out(
                 f"{MAX_MODALITY} and a width up to {MAX_WIDTH}"
             )
         if bank is None:
-            first_entries[group] = _kind(width, modality, code) << _WIDTH_AT | 8 * at
+            first_entries[group] = kind_of(width, modality, code) << WIDTH_AT | 8 * at
             places.append((group, count, width, at * 8 // itemsize))
         else:
-            first_entries[group] = _kind(bank, modality, BANK_CODE) << _WIDTH_AT
+            first_entries[group] = kind_of(bank, modality, BANK_CODE) << WIDTH_AT
         header += [group, width, count, at]
         gaps += [(filled, at), (at + words - 1, at + words)]
         filled = at + words
@@ -243,8 +215,8 @@ def _lay_out(
     gaps.append((filled, at))
     if sum(count for _, (count, _) in shapes) != total:
         raise PackError(f"{ {m: n for m, (n, _) in shapes} } rows for {total} places")
-    if 8 * at > _BEGIN_MASK:
-        raise PackError(f"a pack of {8 * at} bytes, expected at most {_BEGIN_MASK}")
+    if 8 * at > BEGIN_MASK:
+        raise PackError(f"a pack of {8 * at} bytes, expected at most {BEGIN_MASK}")
 
     head = np.empty(directory_at + 2 * total, dtype=np.int64)
     head[:directory_at] = header
@@ -270,9 +242,9 @@ def _lay_out(
     return _Layout(at, head, [gap for gap in gaps if gap[0] < gap[1]], places)
 
 
-def _kind(width: int, modality: int, code: int) -> int:
+def kind_of(width: int, modality: int, code: int) -> int:
     """All of an entry but its low half."""
-    return width | modality << _WIDTH_BITS | code << (_DTYPE_AT - _WIDTH_AT)
+    return width | modality << WIDTH_BITS | code << (DTYPE_AT - WIDTH_AT)
 
 
 def write_ids(pack: torch.Tensor, group: int, ids: np.ndarray, version: str) -> None:
@@ -285,13 +257,13 @@ def write_ids(pack: torch.Tensor, group: int, ids: np.ndarray, version: str) -> 
         version: of the bank, `VERSION_BYTES` in hex.
     """
     words = pack.numpy()
-    begin = _HEADER_WORDS + _GROUP_WORDS * int(words[2])
-    table = words[_HEADER_WORDS:begin].reshape(-1, _GROUP_WORDS)
+    begin = HEADER_WORDS + _GROUP_WORDS * int(words[2])
+    table = words[HEADER_WORDS:begin].reshape(-1, _GROUP_WORDS)
     at = int(table[table[:, 0] == group, 3][0])
     words[at : at + VERSION_BYTES // 8] = np.frombuffer(bytes.fromhex(version), np.int64)
     entries = words[begin + 1 : begin + 2 * int(words[1]) : 2]
     modality, bank = _bank_of(group)
-    entries[entries >> _WIDTH_AT == _kind(bank or 0, modality, BANK_CODE)] |= ids
+    entries[entries >> WIDTH_AT == kind_of(bank or 0, modality, BANK_CODE)] |= ids
 
 
 _RUNS_KEPT, _ROWS_KEPT = 256, 1024
@@ -312,7 +284,7 @@ def blank_directory(count: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     """A directory whose `count` rows of modality 0 are one and the same row of zeros."""
     pack, places = allocate_pack([0], [1], {0: (1, width)}, dtype)
     places[0].zero_()
-    head = _HEADER_WORDS + _GROUP_WORDS
+    head = HEADER_WORDS + _GROUP_WORDS
     words = torch.empty(2 * count + len(pack), dtype=torch.int64)
     words[2 * count :] = pack
     entries = words[: 2 * count].view(count, 2)
@@ -336,18 +308,18 @@ def open_pack(pack: torch.Tensor) -> tuple[torch.Tensor, list[Group]]:
             f"expected a 1-D int64 CPU tensor, got {pack.ndim}-D {pack.dtype} on {pack.device}"
         )
     size = pack.numel()
-    if size < _HEADER_WORDS or not pack.is_contiguous():
+    if size < HEADER_WORDS or not pack.is_contiguous():
         raise PackError("the tensor is too short, or not contiguous, to be a pack")
     words = pack.detach().numpy() if pack.requires_grad else pack.numpy()
-    magic, total, groups, code = words[:_HEADER_WORDS].tolist()
-    if magic != _MAGIC or total < 1 or groups < 1 or not 0 <= code < len(_DTYPES):
+    magic, total, groups, code = words[:HEADER_WORDS].tolist()
+    if magic != MAGIC or total < 1 or groups < 1 or not 0 <= code < len(_DTYPES):
         raise PackError("the tensor is not a pack of mmqwen rows")
-    begin = _HEADER_WORDS + _GROUP_WORDS * groups
+    begin = HEADER_WORDS + _GROUP_WORDS * groups
     if size < begin + 2 * total:
         raise PackError("the pack is shorter than its header says")
     if words[begin] != begin:
         raise PackError("the pack's directory does not know its own place")
-    table = words[_HEADER_WORDS:begin].tolist()
+    table = words[HEADER_WORDS:begin].tolist()
     itemsize = _DTYPES[code].itemsize
     kinds: list[Group] = []
     rows = 0
@@ -363,137 +335,3 @@ def open_pack(pack: torch.Tensor) -> tuple[torch.Tensor, list[Group]]:
     if rows != total:
         raise PackError(f"the modalities hold {rows} rows, the directory {total}")
     return pack.as_strided((total, 2), (2, 1), pack.storage_offset() + begin), kinds
-
-
-def find_rows(
-    parts: Sequence[torch.Tensor],
-    widths: Sequence[int],
-    dtype: torch.dtype,
-    banks: Banks | None = None,
-) -> HostRows:
-    """The addresses of all rows of many slices: by the native helper, or a few array operations.
-
-    Args:
-        parts: slices of directories, int64 `[n, 2]`, consecutive rows.
-        widths: the width that each modality must have.
-        dtype: the dtype that all rows must have.
-        banks: where rows of banks are found.
-
-    Returns:
-        The rows in their order; valid as long as the slices and the banks are.
-
-    Raises:
-        PackError: a part is no such slice (for instance a copy that left the data behind), reaches
-            past its pack, or holds rows of another dtype, or of no bank.
-        ValueError: a modality index is unknown, or rows have another width.
-    """
-    if native.helper is not None:
-        table = None if banks is None else banks.table()
-        code = DTYPE_CODES.get(dtype, -1)
-        found = native.helper.find_rows(list(parts), tuple(widths), code, table)
-        if found is not None:
-            rows = len(found) // (16 if table is None else 17)
-            words = np.frombuffer(found, np.int64, 2 * rows)
-            address, modality = words[:rows], words[rows:]
-            if table is not None and banks is not None:
-                place = np.frombuffer(found, np.int8, rows, 16 * rows)
-                resident, projected = place == ON_DEVICE, place == PROJECTED
-                if place.any():
-                    return HostRows(
-                        modality,
-                        address,
-                        resident if resident.any() else None,
-                        banks.held(),
-                        projected if projected.any() else None,
-                        banks.projections(),
-                    )
-            return HostRows(modality, address)
-    tables, counts, begins, ends = [], [], [], []
-    for part in parts:
-        if part.dtype != torch.int64 or part.ndim != 2 or part.shape[1] != 2 or not part.is_cpu:
-            raise PackError(
-                f"expected an int64 [n, 2] slice of a directory on the CPU, got "
-                f"{tuple(part.shape)} of {part.dtype} on {part.device}"
-            )
-        if part.stride() != (2, 1):
-            raise PackError("the rows of the slice are not consecutive")
-        table = part.numpy()
-        if not len(table):
-            continue
-        storage = part.untyped_storage()
-        low = storage.data_ptr()
-        begin = part.data_ptr() - 8 * int(table[0, 0])
-        end = low + storage.nbytes()
-        inside = low <= begin <= end - 8 * _HEADER_WORDS
-        if not inside or ctypes.c_int64.from_address(begin).value != _MAGIC:
-            raise PackError("the slice has lost the pack that it was taken from")
-        tables.append(table)
-        counts.append(len(table))
-        begins.append(begin)
-        ends.append(end)
-    if not tables:
-        nothing = np.empty(0, dtype=np.int64)
-        return HostRows(nothing, nothing)
-    first: Any  # of each row's pack, the address
-    last: Any  # of its storage, where it ends
-    if len(tables) == 1:
-        entries, first, last = tables[0][:, 1], begins[0], ends[0]
-    else:
-        entries = np.concatenate([table[:, 1] for table in tables])
-        first, last = np.repeat(np.array([begins, ends]), counts, axis=1)
-    named = entries >> _DTYPE_AT == BANK_CODE
-    if not named.any():
-        return _find_in_packs(entries, first, last, widths, dtype)
-    if banks is None:
-        raise PackError("a pack names rows of a bank, and there are no banks")
-    of_banks = banks.find(
-        entries[named] >> _WIDTH_AT & MAX_WIDTH,
-        entries[named] & _BEGIN_MASK,
-        entries[named] >> _MODALITY_AT & MAX_MODALITY,
-    )
-    if named.all():
-        return of_banks
-    if len(tables) > 1:
-        first, last = first[~named], last[~named]
-    return _merge(named, _find_in_packs(entries[~named], first, last, widths, dtype), of_banks)
-
-
-def _merge(named: np.ndarray, packed: HostRows, of_banks: HostRows) -> HostRows:
-    """Rows of packs, and of banks where `named` says so, in one order."""
-    modality, address = np.empty(len(named), np.int64), np.empty(len(named), np.int64)
-    for where, found in ((~named, packed), (named, of_banks)):
-        modality[where], address[where] = found.modality, found.address
-    masks: list[np.ndarray | None] = []
-    for mask in (of_banks.resident, of_banks.projected):
-        masks.append(None if mask is None else np.zeros(len(named), np.bool_))
-        if mask is not None:
-            masks[-1][named] = mask  # type: ignore[index]
-    resident, projected = masks
-    return HostRows(modality, address, resident, of_banks.held, projected, of_banks.tables)
-
-
-def _find_in_packs(
-    entries: np.ndarray, begin: Any, end: Any, widths: Sequence[int], dtype: torch.dtype
-) -> HostRows:
-    """Rows by the entries of packs that reach from address `begin` to `end`."""
-    code = DTYPE_CODES[dtype]
-    kind = entries >> _WIDTH_AT  # width, modality and dtype
-    modality = (kind >> _WIDTH_BITS) & MAX_MODALITY
-    expected = np.array([_kind(width, m, code) for m, width in enumerate(widths)])
-    if (kind != expected.take(modality, mode="clip")).any():
-        if (kind >> (_DTYPE_AT - _WIDTH_AT) != code).any():
-            raise PackError(f"a pack holds rows of another dtype than {dtype}")
-        _refuse_rows(kind & MAX_WIDTH, modality, widths)
-    address = (entries & _BEGIN_MASK) + begin
-    row_bytes = np.array(widths).take(modality) * dtype.itemsize
-    if (address + row_bytes > end).any():
-        raise PackError("a slice reaches past the rows of its pack")
-    return HostRows(modality, address)
-
-
-def _refuse_rows(width: np.ndarray, modality: np.ndarray, widths: Sequence[int]) -> None:
-    if modality.max() >= len(widths):
-        raise ValueError(f"modality index {modality.max()}, expected 0 to {len(widths) - 1}")
-    at = int((width != np.asarray(widths)[modality]).argmax())
-    m = int(modality[at])
-    raise ValueError(f"modality index {m}: rows are {width[at]} wide, expected [n, {widths[m]}]")

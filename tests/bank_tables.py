@@ -14,7 +14,7 @@ VERSION = "ab" * 32
 
 
 class Tables:
-    """Banks, numbered from 0, as `mmqwen.packs.Banks`.
+    """Banks, numbered from 0, as `mmqwen.pack_slices.Banks`.
 
     Args:
         banks: of each its modality's index, its rows `[N, d]`, and whether these count as the

@@ -28,15 +28,8 @@ from mmqwen.banks import (
 from mmqwen.banks.file import facts_file, keys_file
 from mmqwen.cli import main
 from mmqwen.modalities import parse_modalities
-from mmqwen.packs import (
-    PackError,
-    allocate_pack,
-    bank_group,
-    directory,
-    find_rows,
-    open_pack,
-    write_ids,
-)
+from mmqwen.pack_slices import find_rows
+from mmqwen.packs import PackError, allocate_pack, bank_group, directory, open_pack, write_ids
 from mmqwen_kernels import HostRows, Projector, fuse_embeddings, plan_rows
 from tiny import make_composite
 

@@ -124,6 +124,38 @@ def test_a_name_that_is_nowhere_is_an_import_error():
         compat._attribute("nothing_of_the_kind", "vllm.logger")
 
 
+@pytest.mark.parametrize(
+    ("device", "hybrid", "reads_others", "dtype", "settled"),
+    [
+        ("cpu", True, False, "auto", "float32"),
+        ("cpu", True, False, "bfloat16", "float32"),
+        ("cpu", True, True, "bfloat16", "bfloat16"),
+        ("cpu", False, False, "auto", "auto"),
+        ("cuda", True, False, "auto", "auto"),
+    ],
+)
+def test_recurrent_states_are_what_the_cpu_kernel_reads(
+    monkeypatch, device, hybrid, reads_others, dtype, settled
+):
+    """Before 0.29 float32 alone, whatever the model's dtype: each request of a hybrid failed."""
+    from mmqwen.vllm_plugin.compat import text_model
+
+    platform = ModuleType("vllm.platforms.cpu")
+    if reads_others:
+        platform._cpu_mamba_backend = None
+    monkeypatch.setitem(sys.modules, "vllm.platforms.cpu", platform)
+    monkeypatch.setattr(text_model, "current_platform", SimpleNamespace(device_type=device))
+    warned = []
+    monkeypatch.setattr(text_model.logger, "warning", lambda *said: warned.append(said))
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(mamba_ssm_cache_dtype=dtype),
+        model_config=SimpleNamespace(is_hybrid=hybrid),
+    )
+    text_model.settle_recurrent_states(config)
+    assert config.cache_config.mamba_ssm_cache_dtype == settled
+    assert len(warned) == (dtype not in ("auto", settled))
+
+
 def test_the_door_is_put_into_servers_of_our_models_alone():
     """Whatever `VLLM_PLUGINS` says, and once, however often the plugin is registered."""
     import vllm.plugins

@@ -37,7 +37,7 @@ LAYERS = (
     ("data",),
     ("checkpoint",),
     ("chat", "tokens", "inputs", "messages", "misplaced", "client", "references"),
-    ("packs",),
+    ("packs", "pack_slices"),
     ("banks",),
     ("transport",),
     ("banks.rows", "stops", "text_models", "modalities", "_version"),

@@ -23,7 +23,8 @@ from bank_tables import Tables, pack_named
 
 from messages_fuzz import DTYPES, SPECS, TURN_ID, make_case
 from mmqwen.banks import BankCatalog, BankRows, build_bank, parse_banks
-from mmqwen.packs import directory, find_rows, pack_rows
+from mmqwen.pack_slices import find_rows
+from mmqwen.packs import directory, pack_rows
 from mmqwen_kernels import HostRows, RowPlan, native, plan_rows
 from native_builds import build, helper_for_tests, load
 

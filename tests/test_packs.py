@@ -8,14 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmqwen.packs import (
-    PackError,
-    allocate_pack,
-    blank_directory,
-    directory,
-    find_rows,
-    pack_rows,
-)
+from mmqwen.pack_slices import find_rows
+from mmqwen.packs import PackError, allocate_pack, blank_directory, directory, pack_rows
 from mmqwen_kernels import plan_rows
 
 WIDTHS = (3, 8, 5)

@@ -18,13 +18,14 @@ from torch import multiprocessing, nn
 
 from mmqwen.checkpoint import (
     CheckpointError,
+    LeftOutWarning,
     build_checkpoint,
     load_projectors,
     read_config,
     save_projectors,
 )
 from mmqwen.checkpoint.projector_files import complete_specs, find_projectors
-from mmqwen.checkpoint.projector_sources import LeftOutWarning, read_source
+from mmqwen.checkpoint.projector_sources import read_source
 from mmqwen.cli import main
 from mmqwen.hf import MultiModalProjector, MultimodalQwen3Config
 from mmqwen.modalities import ACTIVATIONS, NORMS, ModalityError, ModalitySpec, parse_modalities

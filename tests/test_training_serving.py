@@ -57,7 +57,7 @@ def test_a_trained_checkpoint_is_served(places, stage):
 
 @pytest.mark.skipif(
     torch.cuda.is_available(),
-    reason="vLLM's LoRA kernels take no float32 on a GPU; run_gpu_engine.py's bf16-lora is for that",
+    reason="vLLM's LoRA kernels take no float32 on a GPU; bf16-lora of run_gpu_engine.py",
 )
 def test_an_adapter_is_served_beside_its_base(places):
     peft = pytest.importorskip("peft")

@@ -16,7 +16,7 @@ TEMPLATE_FILE = "chat_template.json"
 
 
 class LeftOutWarning(UserWarning):
-    """Parts of a base were left out of the checkpoint: nothing reads them."""
+    """Parts of a base, or projectors of a file, were left out of the checkpoint."""
 
 
 def text_part(config: Any, weight_map: Mapping[str, str]) -> Any:

@@ -9,12 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mmqwen.checkpoint.names import CheckpointError
+from mmqwen.checkpoint.nested import LeftOutWarning
 from mmqwen.checkpoint.projector_files import FoundProjector, assign, find_projectors
 from mmqwen.modalities import NAME_PATTERN
-
-
-class LeftOutWarning(UserWarning):
-    """A file holds projectors that were not asked for."""
 
 
 def gather(

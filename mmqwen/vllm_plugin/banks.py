@@ -13,7 +13,8 @@ from torch import nn
 from mmqwen.banks import BankCatalog, BankError, BankSpec, parse_banks
 from mmqwen.banks.catalog import ServedBank
 from mmqwen.modalities import ModalitySpec
-from mmqwen.packs import ON_DEVICE, PROJECTED, Group, PackError
+from mmqwen.pack_slices import ON_DEVICE, PROJECTED
+from mmqwen.packs import Group, PackError
 from mmqwen.vllm_plugin import compat
 from mmqwen_kernels import HostRows
 
@@ -287,7 +288,7 @@ class ResidentBanks:
             )
 
     def find(self, bank: np.ndarray, ids: np.ndarray, modality: np.ndarray) -> HostRows:
-        """See `mmqwen.packs.Banks`."""
+        """See `mmqwen.pack_slices.Banks`."""
         if not len(self._banks) or bank.max() >= len(self._banks):
             raise PackError(f"there is no bank number {bank.max()}, but {len(self._banks)} banks")
         # Ids become addresses, and a pack may come past the door that checks them.
@@ -317,7 +318,7 @@ class ResidentBanks:
         )
 
     def table(self) -> np.ndarray | None:
-        """See `mmqwen.packs.Banks`."""
+        """See `mmqwen.pack_slices.Banks`."""
         if not self._banks:
             return None
         words: list[int] = []
@@ -336,12 +337,12 @@ class ResidentBanks:
         return np.array(words, dtype=np.int64)
 
     def held(self) -> tuple[torch.Tensor, ...]:
-        """See `mmqwen.packs.Banks`."""
+        """See `mmqwen.pack_slices.Banks`."""
         here = [b for b in self._banks if b is not None and b.spec.placement == "device"]
         return tuple(rows for rows in map(self._rows, here) if rows.is_cuda)
 
     def projections(self) -> tuple[torch.Tensor, ...]:
-        """See `mmqwen.packs.Banks`."""
+        """See `mmqwen.pack_slices.Banks`."""
         return tuple(map(self._rows, self.projected))
 
     def _served(self, number: int) -> ServedBank:

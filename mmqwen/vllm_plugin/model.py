@@ -31,7 +31,8 @@ from mmqwen.checkpoint.trained import (
     untrained_message,
 )
 from mmqwen.modalities import ModalitySpec
-from mmqwen.packs import PackError, blank_directory, find_rows, open_pack
+from mmqwen.pack_slices import find_rows
+from mmqwen.packs import PackError, blank_directory, open_pack
 from mmqwen.text_models import refuse_text_model, untested_warning
 from mmqwen.vllm_plugin import compat
 from mmqwen.vllm_plugin.banks import Projection, ResidentBanks, bank_catalog

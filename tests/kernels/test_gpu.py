@@ -30,7 +30,8 @@ from fusion_cases import (
 from rounding import random_walk
 from torch.profiler import ProfilerActivity, profile
 
-from mmqwen.packs import directory, find_rows, pack_rows
+from mmqwen.pack_slices import find_rows
+from mmqwen.packs import directory, pack_rows
 from mmqwen_kernels import (
     HostRows,
     RowPlan,

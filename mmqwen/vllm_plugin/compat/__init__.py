@@ -289,12 +289,13 @@ def settle_engines(architecture: str, settle: Callable[[Any], None]) -> None:
     class EngineConfig(VerifyAndUpdateConfig):
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
-            from mmqwen.vllm_plugin.compat.text_model import seen_as_text, text_hook
+            from mmqwen.vllm_plugin.compat import text_model
 
-            hook = text_hook(vllm_config.model_config)
+            hook = text_model.text_hook(vllm_config.model_config)
             if hook is not None:
-                with seen_as_text(vllm_config.model_config):
+                with text_model.seen_as_text(vllm_config.model_config):
                     hook.verify_and_update_config(vllm_config)
+            text_model.settle_recurrent_states(vllm_config)
             settle(vllm_config)
 
         @staticmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -9,11 +10,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.logger import init_logger
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
+from vllm.platforms import current_platform
 
 from mmqwen.checkpoint.names import ARCHITECTURE, ARCHITECTURES, HYBRID_ARCHITECTURE
 from mmqwen.vllm_plugin.modality_table import text_config_of
+
+logger = init_logger("vllm.mmqwen.text_model")
 
 NEEDS_MORE_THAN_EMBEDDINGS = {
     "requires_raw_input_tokens": "it reads token ids beside the embeddings, and rows have none",
@@ -115,6 +120,27 @@ def text_hook(model_config: Any) -> Any:
 
     names = text_architectures(text_config_of(model_config.hf_config))
     return next((MODELS_CONFIG_MAP[name] for name in names if name in MODELS_CONFIG_MAP), None)
+
+
+def settle_recurrent_states(vllm_config: Any) -> None:
+    """Keep recurrent states in float32 where vLLM's CPU kernel reads no others: before 0.29.
+
+    vLLM does so itself on a CPU with AMX alone. Elsewhere states took the model's dtype, and each
+    request failed with `initial_state dtype mismatch`.
+    """
+    cache, model = vllm_config.cache_config, vllm_config.model_config
+    if not model.is_hybrid or current_platform.device_type != "cpu":
+        return
+    # 0.29 added it with the kernel that reads states of other types.
+    if hasattr(importlib.import_module("vllm.platforms.cpu"), "_cpu_mamba_backend"):
+        return
+    if cache.mamba_ssm_cache_dtype not in ("auto", "float32"):
+        logger.warning(
+            "mamba_ssm_cache_dtype: got %r, expected 'float32': this vLLM's CPU kernel reads no "
+            "other recurrent states; they are kept in float32",
+            cache.mamba_ssm_cache_dtype,
+        )
+    cache.mamba_ssm_cache_dtype = "float32"
 
 
 def build_text_model(outer: Any, vllm_config: Any, text_config: Any, prefix: str) -> None:
