@@ -133,7 +133,8 @@ def test_the_installed_wheel_needs_no_compiler(target):
     out = in_target(
         target,
         "import os; os.environ.update(PATH='', CC='/nowhere/cc')\n" + SHOW_NATIVE + "\n"
-        "import torch; from mmqwen.packs import *; from mmqwen_kernels import plan_rows\n"
+        "import torch; from mmqwen.packs import *; from mmqwen.pack_slices import find_rows\n"
+        "from mmqwen_kernels import plan_rows\n"
         "part = directory(pack_rows([(0, torch.ones(2, 3))]))\n"
         "rows = find_rows([part], [3], torch.float32)\n"
         "mask = torch.tensor([True, False, True])\n"

@@ -147,6 +147,10 @@ class StandIn(BaseHTTPRequestHandler):
         for text in (str(len(rows)), ""):
             choice = {"delta": {"content": text}, "logprobs": {"content": [{"top_logprobs": top}]}}
             pieces.append(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n")
+        if self.mode == "busy":  # both tokens in one piece
+            choice = {"delta": {"content": str(len(rows))}, "logprobs": {"content": [
+                {"top_logprobs": top}, {"top_logprobs": top}]}}  # fmt: skip
+            pieces = [b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n"]
         if self.mode == "breaks":
             pieces[1] = b'data: {"error": {"message": "the server is shutting down"}}\n\n'
         self._send(200, b"".join(pieces) + b"data: [DONE]\n\n")
@@ -237,6 +241,12 @@ def test_rows_and_answer_are_those_of_the_drawing(page):
 
     shuffled = ask(page, strokes, shuffle=3)[0]["rows"]
     assert shuffled == {name: item.tolist() for name, item in rows_of(sample("7"), 3).items()}
+
+
+def test_tokens_that_come_in_one_piece_are_said_once(page, monkeypatch):
+    monkeypatch.setattr(StandIn, "mode", "busy")
+    _, *tokens = ask(page, SAMPLES["7"])
+    assert [token["token"] for token in tokens] == [str(len(rows_of(sample("7"))["strokes"])), ""]
 
 
 @pytest.mark.parametrize(

@@ -101,11 +101,11 @@ class Engine:
                 if "error" in event:
                     raise EngineError(str(event["error"].get("message")))
                 for choice in event["choices"]:
+                    text = choice["delta"].get("content") or ""
+                    # A busy server sends several tokens at once, and their text in one piece.
                     for token in (choice.get("logprobs") or {}).get("content") or ():
-                        yield {
-                            "token": choice["delta"].get("content") or "",
-                            "chances": _chances(token["top_logprobs"]),
-                        }
+                        yield {"token": text, "chances": _chances(token["top_logprobs"])}
+                        text = ""
 
     @contextmanager
     def _request(
