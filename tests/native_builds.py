@@ -67,5 +67,5 @@ def helper_for_tests(folder: Path) -> ModuleType:
     if native.helper is not None:
         return native.helper
     if sys.platform != "linux":
-        pytest.skip("the helper is not compiled, and tests compile it on Linux alone")
+        pytest.skip("tests compile the helper on Linux alone: python setup.py build_ext --inplace")
     return load(build(folder))

@@ -505,7 +505,7 @@ def test_each_problem_of_a_dataset_is_a_line(places, tmp_path, capsys):
 def test_one_of_two_gpus_is_used_and_it_is_said(places, monkeypatch, caplog):
     """Trainer would split the ids of a batch between them, but not the rows."""
     want = losses(train(settings_for(places, "one-device")))
-    if not torch.cuda.is_available():  # accelerate would believe in the two
+    if not torch.cuda.is_available():  # accelerate may ask device_count
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
