@@ -230,9 +230,9 @@ def switch(worker: Any, kind: str) -> str:
         return f"{kind}: {model._backend}"
 
     def embed_multimodal(**kwargs: Any) -> list[torch.Tensor]:
-        parts = [model._open(pack) for pack in kwargs["pack"]]
+        parts = [model._packs.open(pack) for pack in kwargs["pack"]]
         table = model.language_model.model.embed_tokens.weight
-        sizes, widths = [len(part) for part in parts], model._widths
+        sizes, widths = [len(part) for part in parts], model._packs.widths
         found = find_rows(parts, widths, table.dtype)
         total = sum(sizes)
         plan = plan_rows(found, range(total), total, widths, dtype=table.dtype, device=table.device)

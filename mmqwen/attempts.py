@@ -12,8 +12,8 @@ from mmqwen.modalities import ModalitySpec
 Attempt = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
 
 
-def is_single(inputs: Any) -> bool:
-    """Whether one input was given, not a list.
+def listed(inputs: Any) -> tuple[bool, list[Any]]:
+    """Whether one input was given, not several; and a list of what was given.
 
     Raises:
         ValueError: neither.
@@ -23,7 +23,7 @@ def is_single(inputs: Any) -> bool:
         raise ValueError(
             f"inputs are a str, a dict, or a list of these, got {type(inputs).__name__}"
         )
-    return single
+    return single, [inputs] if single else list(inputs)
 
 
 def attempts(on_error: str, single: bool) -> Attempt:

@@ -5,21 +5,19 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, overload
 
-from mmqwen.attempts import Attempt, add_widths, attempts, is_single, joined, only
+from mmqwen.attempts import Attempt, add_widths, attempts, joined, listed, only
 from mmqwen.banks import BankChange, parse_banks
-from mmqwen.chat import check_parts_kept, render_chat
-from mmqwen.checkpoint.names import MODEL_TYPE
 from mmqwen.checkpoint.trained import read_trained, warn_untrained
 from mmqwen.engines import VllmEngine
-from mmqwen.inputs import Prompt, check_ids, check_unicode, read_ids, read_prompt
-from mmqwen.messages import read_messages
+from mmqwen.inputs import Prompt, read_prompt
 from mmqwen.modalities import ModalitySpec
+from mmqwen.prompt_checks import PromptChecker
 from mmqwen.reference_engine import TransformersEngine
 from mmqwen.sampling import check_limits
 from mmqwen.scoring import Ask, Ready, Score
@@ -80,7 +78,7 @@ class MultimodalQwen3Pipeline:
             engine_options["row_references"] = True
         self.model_name = os.fspath(model_name)
         self._device = device
-        self._projector = projector
+        self._projector = None if projector is None else os.fspath(projector)
         self._engine_name = engine
         self._options = {"dtype": dtype, **engine_options}
         self._banks = {
@@ -89,11 +87,14 @@ class MultimodalQwen3Pipeline:
         }
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._engine: VllmEngine | TransformersEngine | None = None
+        self._checker: PromptChecker | None = None
         self._closed = False
         self._reading = Lock()  # the engine starts once, and tokenizers are for one thread
         self.specs: dict[str, ModalitySpec] = {}
         self.banks: dict[str, Any] = {}
-        if _is_composite(self.model_name):
+        from mmqwen.hf.configuration import is_composite
+
+        if is_composite(self.model_name):
             if modalities is not None or projector is not None:
                 raise ValueError(
                     f"{self.model_name} is a composite checkpoint with modalities and projectors "
@@ -103,10 +104,9 @@ class MultimodalQwen3Pipeline:
             warn_untrained(read_trained(self.model_name), self.specs, stacklevel=2)
         elif modalities is not None:
             self._start_built(modalities)
-        elif projector is not None:
-            raise ValueError("projector is given without modalities; name them and their widths")
-        elif self._banks:
-            raise ValueError("banks are given without modalities; name them and their widths")
+        elif projector is not None or self._banks:
+            given = "banks are" if projector is None else "projector is"
+            raise ValueError(f"{given} given without modalities; name them and their widths")
 
     @property
     def engine(self) -> str:
@@ -120,7 +120,7 @@ class MultimodalQwen3Pipeline:
         Raises:
             ValueError: no modalities are known yet, so that no engine has started.
         """
-        return self._require_engine().tokenizer
+        return self._require()[0].tokenizer
 
     # -- generate -------------------------------------------------------------------------------
 
@@ -177,10 +177,10 @@ class MultimodalQwen3Pipeline:
                 names the modality, what was got and what was expected. Also a sampling field that
                 is unknown, refused or out of range.
         """
-        single = is_single(inputs)
-        values = [inputs] if single else list(inputs)
-        options = {"max_tokens": max_tokens, "temperature": temperature, **sampling}
-        return self._serve(values, read_prompt, single, stream, return_full, on_error, options)
+        single, values = listed(inputs)
+        fields = {"max_tokens": max_tokens, "temperature": temperature, **sampling}
+        fields |= {"stream": stream, "return_full": return_full, "on_error": on_error}
+        return self._serve(values, read_prompt, single, **fields)
 
     def chat(
         self,
@@ -210,14 +210,12 @@ class MultimodalQwen3Pipeline:
         taken = {"tokenize", "return_dict", "return_tensors"} & template.keys()
         if taken:
             raise ValueError(f"chat_template_kwargs: {sorted(taken)} are set by the pipeline")
-        limits = {"max_tokens": 256, "temperature": 0.0}
-        stream, on_error = options.pop("stream", False), options.pop("on_error", "raise")
-        full = options.pop("return_full", False)
 
         def read(value: Any) -> Prompt:
-            return self._read_chat(value, template)
+            return self._require()[1].read_chat(value, template)
 
-        return self._serve([messages], read, True, stream, full, on_error, {**limits, **options})
+        limits = {"max_tokens": 256, "temperature": 0.0}
+        return self._serve([messages], read, True, **{**limits, **options})
 
     def score(
         self,
@@ -248,8 +246,7 @@ class MultimodalQwen3Pipeline:
             ValueError: as for `generate`; also a continuation that is empty, holds a placeholder,
                 or is too long for the model.
         """
-        single = is_single(inputs)
-        values = [inputs] if single else list(inputs)
+        single, values = listed(inputs)
         asked = [continuations] if single else list(continuations)
         if len(asked) != len(values):
             raise ValueError(
@@ -261,13 +258,13 @@ class MultimodalQwen3Pipeline:
             results = self._read(values, self._read_any, attempt)
             if all(isinstance(result, Exception) for result in results):
                 return only(results, single)
-            engine = self._require_engine()
+            engine, checker = self._require()
             lora = engine.check_lora(lora_request)
             pairs = [
                 prompt if isinstance(prompt, Exception) else (prompt, after)
                 for prompt, after in zip(results, asked, strict=True)
             ]
-            results = attempt(lambda pair: self._ask(*pair), pairs)
+            results = attempt(lambda pair: checker.ask(*pair), pairs)
         good = [index for index, result in enumerate(results) if isinstance(result, Ask)]
         asks = [results[index] for index in good]
         for index, found in zip(good, engine.score(asks, lora), strict=True):
@@ -290,8 +287,8 @@ class MultimodalQwen3Pipeline:
             BankError: there is no such bank, or the file cannot be served in its place; nothing has
                 changed.
         """
-        engine = self._require_engine()
-        return engine.update_bank(name, os.path.abspath(os.path.expanduser(file)))
+        path = os.path.abspath(os.path.expanduser(file))
+        return self._require()[0].update_bank(name, path)
 
     def close(self) -> None:
         """Free the engine and the temporary checkpoint; the pipeline cannot be used again.
@@ -300,7 +297,7 @@ class MultimodalQwen3Pipeline:
         """
         self._closed = True
         with self._reading:
-            self._engine = None
+            self._engine = self._checker = None
             self._drop_folder()
 
     def __enter__(self) -> MultimodalQwen3Pipeline:
@@ -316,29 +313,30 @@ class MultimodalQwen3Pipeline:
         values: Sequence[Any],
         read: Callable[[Any], Prompt],
         single: bool,
-        stream: bool,
-        full: bool,
-        on_error: str,
-        fields: Mapping[str, Any],
+        /,
+        stream: bool = False,
+        return_full: bool = False,
+        on_error: str = "raise",
+        **fields: Any,
     ) -> Any:
         """Check everything, then run what can be served."""
-        if stream and full:
+        if stream and return_full:
             raise ValueError("return_full gives texts when they are whole; leave stream out")
         attempt = attempts(on_error, single)
-        max_tokens, temperature = check_limits(fields["max_tokens"], fields["temperature"])
-        fields = {**fields, "max_tokens": max_tokens, "temperature": temperature}
+        limits = check_limits(fields["max_tokens"], fields["temperature"])
+        fields |= zip(("max_tokens", "temperature"), limits, strict=True)
         with self._reading:
             results = self._read(values, read, attempt)
             if all(isinstance(result, Exception) for result in results):  # also: no input at all
                 return joined(results, [], iter(()), single) if stream else only(results, single)
-            engine = self._require_engine()
-            options = engine.options(fields, stream=stream, full=full)
-            results = attempt(self._prepare, results)
+            engine, checker = self._require()
+            options = engine.options(fields, stream=stream, full=return_full)
+            results = attempt(checker.prepare, results)
         good = [index for index, result in enumerate(results) if isinstance(result, Ready)]
         ready = [results[index] for index in good]
         if stream:
             return joined(results, good, engine.stream(ready, options), single)
-        done = engine.complete(ready, options) if full else engine.generate(ready, options)
+        done = engine.complete(ready, options) if return_full else engine.generate(ready, options)
         for index, answer in zip(good, done, strict=True):
             results[index] = answer
         return only(results, single)
@@ -363,87 +361,28 @@ class MultimodalQwen3Pipeline:
     def _read_any(self, value: Any) -> Prompt:
         """A prompt as `generate` takes it, or a conversation in a dict."""
         if isinstance(value, Mapping) and set(value) == {"messages"}:
-            return self._read_chat(value["messages"], {"add_generation_prompt": True})
+            template = {"add_generation_prompt": True}
+            return self._require()[1].read_chat(value["messages"], template)
         return read_prompt(value)
 
-    def _ask(self, prompt: Prompt, continuations: Any) -> Ask:
-        """Check a prompt and what may follow it."""
-        if isinstance(continuations, (str, bytes)) or not isinstance(continuations, Iterable):
-            raise ValueError(
-                "continuations of an input are a list of str, or of lists of token ids, got "
-                f"{type(continuations).__name__}"
-            )
-        ready, asked = self._prepare(prompt), []
-        for at, one in enumerate(continuations):
-            try:
-                asked.append(self._read_continuation(one, ready.length))
-            except ValueError as error:
-                raise ValueError(f"continuation {at}: {error}") from None
-        if not asked:
-            raise ValueError("no continuations of an input; give at least one")
-        return Ask(ready, asked)
-
-    def _read_continuation(self, value: Any, before: int) -> list[int]:
-        engine = self._require_engine()
-        if isinstance(value, str):
-            ids = engine.tokenizer.encode(check_unicode(value), add_special_tokens=False)
-        elif hasattr(value, "__len__"):
-            ids = read_ids(value)
-        else:
-            raise ValueError(f"got {type(value).__name__}, expected a str or a list of token ids")
-        check_ids(ids, self._vocab_size)
-        if not ids:
-            raise ValueError("it is empty; give text or token ids")
-        for spec in self.specs.values():
-            if spec.token_id in ids:
-                raise ValueError(f"it holds {spec.token}, but rows are never said")
-        if before + len(ids) >= engine.max_model_len:
-            raise ValueError(
-                f"it is {len(ids)} tokens long after {before} of the prompt, expected fewer than "
-                f"{engine.max_model_len} in all (max_model_len)"
-            )
-        return list(ids)
-
-    def _require_engine(self) -> VllmEngine | TransformersEngine:
+    def _require(self) -> tuple[VllmEngine | TransformersEngine, PromptChecker]:
         if self._closed:
             raise ValueError("the pipeline is closed; make a new one")
-        if self._engine is None:
+        if self._engine is None or self._checker is None:
             raise ValueError(
                 "no modalities are known yet: give modalities={...} to the pipeline, or an input "
                 "that has items first"
             )
-        return self._engine
-
-    def _read_chat(self, messages: Any, template: Mapping[str, Any]) -> Prompt:
-        tokenizer = self._require_engine().tokenizer
-        plain, items = read_messages(messages, self.specs)
-        text = check_unicode(render_chat(tokenizer, plain, **template))
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        check_parts_kept(ids, self.specs, {name: len(members) for name, members in items.items()})
-        return Prompt(token_ids=ids, items=items)
-
-    def _prepare(self, prompt: Prompt) -> Ready:
-        """Check all of a prompt, so that a bad one never reaches the engine."""
-        from mmqwen.transport import as_items
-
-        engine = self._require_engine()
-        ids = prompt.token_ids
-        if ids is None:
-            ids = engine.tokenizer.encode(prompt.text)
-        check_ids(ids, self._vocab_size)
-        if not ids and not any(len(as_items(value, name)) for name, value in prompt.items.items()):
-            raise ValueError("the prompt is empty; give text, token ids or items")
-        ready = engine.prepare(list(ids), prompt.items)
-        if ready.length >= engine.max_model_len:
-            raise ValueError(
-                f"the prompt is {ready.length} tokens long with its rows, expected fewer than "
-                f"{engine.max_model_len} (max_model_len)"
-            )
-        return ready
+        return self._engine, self._checker
 
     def _start_built(self, modalities: Mapping[str, Any]) -> None:
+        from mmqwen.checkpoint import build_checkpoint
+
+        self._folder = tempfile.TemporaryDirectory(prefix="mmqwen-")
+        target = Path(self._folder.name) / "checkpoint"
         try:
-            self._start(self._build(modalities))
+            build_checkpoint(self.model_name, modalities, target, projector=self._projector)
+            self._start(str(target))
         except BaseException:
             self._drop_folder()
             raise
@@ -452,19 +391,6 @@ class MultimodalQwen3Pipeline:
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
-
-    def _build(self, modalities: Mapping[str, Any]) -> str:
-        from mmqwen.checkpoint import build_checkpoint
-
-        self._folder = tempfile.TemporaryDirectory(prefix="mmqwen-")
-        target = Path(self._folder.name) / "checkpoint"
-        build_checkpoint(
-            self.model_name,
-            modalities,
-            target,
-            projector=None if self._projector is None else os.fspath(self._projector),
-        )
-        return str(target)
 
     def _start(self, checkpoint: str) -> None:
         from mmqwen.hf.configuration import MultimodalQwen3Config
@@ -475,21 +401,5 @@ class MultimodalQwen3Pipeline:
         banks = {**{name: bank.to_dict() for name, bank in own.items()}, **self._banks}
         self._engine = kind(checkpoint, self._device, self._options, banks)
         self.banks = banks
-        self._vocab_size = config.vocab_size
         self.specs = config.modality_specs
-
-
-def _is_composite(model_name: str) -> bool:
-    from transformers import AutoConfig
-
-    from mmqwen.hf import register_auto_classes
-
-    register_auto_classes()
-    path = Path(model_name)
-    if not path.is_dir() and (path.is_absolute() or model_name.startswith((".", "~"))):
-        raise FileNotFoundError(f"model folder {model_name} does not exist")
-    try:
-        config = AutoConfig.from_pretrained(model_name)
-    except OSError as error:
-        raise FileNotFoundError(f"model {model_name!r} was not found: {error}") from error
-    return config.model_type == MODEL_TYPE
+        self._checker = PromptChecker(self._engine, self.specs, config.vocab_size)

@@ -25,7 +25,7 @@ def make_step(model: Any, requests: int = 8) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(at)
         items = [
             (modality, torch.randn(2, width, generator=generator).to(dtype))
-            for modality, width in [*enumerate(model._widths[:2])] * 2
+            for modality, width in [*enumerate(model._packs.widths[:2])] * 2
         ]
         packs.append(pack_rows(items))
         mask[at * length + 4 : at * length + 4 + 2 * len(items)] = True

@@ -82,7 +82,7 @@ def test_every_answer_is_asked_for_after_what_training_sees_before_it(pipeline, 
         items = {}
         for name, index in question.items:
             items.setdefault(name, []).append(example.rows[name][index])
-        ready = pipeline._prepare(
+        ready = pipeline._checker.prepare(
             pipeline._read_any({"prompt_token_ids": question.prompt, "multi_modal_data": items})
         )
         ids = ready.prompt[0] + question.answer

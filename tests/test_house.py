@@ -20,6 +20,7 @@ LAYERS = (
         "serve",
         "doctor",
         "pipeline",
+        "prompt_checks",
         "attempts",
         "engines",
         "named_rows",

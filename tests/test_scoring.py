@@ -52,7 +52,7 @@ def pipeline(request):
 def expected(checkpoint, pipeline, prompt, continuation):
     """The log-probability of each token, by one pass of the reference over all of it."""
     model = reference(str(checkpoint))
-    ready = pipeline._prepare(pipeline._read_any(prompt))
+    ready = pipeline._checker.prepare(pipeline._read_any(prompt))
     ids = ready.prompt[0] if isinstance(ready.prompt, tuple) else ready.prompt["prompt_token_ids"]
     items = prompt.get("multi_modal_data", {}) if isinstance(prompt, dict) else {}
     logits = model(torch.tensor([[*ids, *continuation]]), embeddings=rows_of(items)).logits[0]

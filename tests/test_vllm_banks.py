@@ -287,18 +287,20 @@ def test_packs_that_bypass_the_door_reach_no_memory_outside_the_bank(llm):
         write_ids(made, group, np.array(ids), version)
         return made
 
-    good = model._open(pack())
-    found = find_rows([good], model._widths, torch.float32, banks)
+    good = model._packs.open(pack())
+    found = find_rows([good], model._packs.widths, torch.float32, banks)
     table = banks._rows(banks._banks[0])
     assert (found.address - table.data_ptr()).tolist() == [96, 192]
     for wrong in (pack(bank=3), pack(bank=2), pack(version="00" * 32), pack(bank=(1 << 20) - 1)):
-        opened = model._open(wrong)
+        opened = model._packs.open(wrong)
         assert len(opened) == llm.model_config.max_model_len  # rows of zeros
     for ids in ((1, 50), (2**32 - 1, 0)):
-        part = model._open(pack(ids=ids))
+        part = model._packs.open(pack(ids=ids))
         with pytest.raises(PackError, match="outside its bank"):
-            find_rows([part], model._widths, torch.float32, banks)
-        plan = model._plan([part], torch.ones(2, dtype=torch.bool), torch.zeros(2), torch.float32)
+            find_rows([part], model._packs.widths, torch.float32, banks)
+        rows = model._packs.find([part], torch.float32)
+        widths = model._packs.widths
+        plan = plan_rows(rows, range(2), 2, widths, dtype=torch.float32, device="cpu")
         assert not plan.rows[0].any()
 
 

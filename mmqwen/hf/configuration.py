@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PretrainedConfig, Qwen3Config
@@ -138,3 +139,19 @@ def _resolve(
             )
         resolved[name] = spec.settled(text_config.hidden_size)
     return resolved
+
+
+def is_composite(model_name: str) -> bool:
+    """Whether a folder or hub id names a composite checkpoint, not a text model's.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+    """
+    path = Path(model_name)
+    if not path.is_dir() and (path.is_absolute() or model_name.startswith((".", "~"))):
+        raise FileNotFoundError(f"model folder {model_name} does not exist")
+    try:
+        config = AutoConfig.from_pretrained(model_name)
+    except OSError as error:
+        raise FileNotFoundError(f"model {model_name!r} was not found: {error}") from error
+    return bool(config.model_type == MODEL_TYPE)

@@ -22,34 +22,19 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from mmqwen.checkpoint.names import LEFT_OUT, NESTED_PREFIX, PROJECTOR_PREFIX
-from mmqwen.checkpoint.projector_files import complete_specs
-from mmqwen.checkpoint.projector_record import check_recorded
-from mmqwen.checkpoint.trained import (
-    projector_file,
-    read_trained,
-    untrained,
-    untrained_message,
-)
-from mmqwen.modalities import ModalitySpec
-from mmqwen.pack_slices import find_rows
-from mmqwen.packs import PackError, blank_directory, open_pack
+from mmqwen.checkpoint.trained import untrained_message
 from mmqwen.text_models import refuse_text_model, untested_warning
 from mmqwen.vllm_plugin import compat
 from mmqwen.vllm_plugin.banks import Projection, ResidentBanks, bank_catalog
 from mmqwen.vllm_plugin.compat.text_model import build_text_model, plain_table
 from mmqwen.vllm_plugin.engine_config import refuse_drafter
-from mmqwen.vllm_plugin.modality_table import modality_table, text_config_of
+from mmqwen.vllm_plugin.modality_table import text_config_of
+from mmqwen.vllm_plugin.pack_reader import PackReader
 from mmqwen.vllm_plugin.parsing import DummyInputs, ProcessingInfo
 from mmqwen.vllm_plugin.processing import PackingProcessor
 from mmqwen.vllm_plugin.projector import ModalityProjectors, ShardedProjector
-from mmqwen_kernels import (
-    RowPlan,
-    fuse_embeddings,
-    plan_rows,
-    project_rows,
-    select_backend,
-    warm_up,
-)
+from mmqwen.vllm_plugin.projector_origin import ProjectorOrigin
+from mmqwen_kernels import fuse_embeddings, plan_rows, project_rows, select_backend, warm_up
 
 logger = init_logger(__name__)
 
@@ -100,15 +85,11 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         refuse_drafter(vllm_config)
         self.config = model_config.hf_config
         text_config = text_config_of(self.config)
-        self.specs = self._checked_specs(vllm_config)
-        self._spec_list = list(self.specs.values())
-        self._widths = [spec.dim for spec in self._spec_list]
+        self._origin = ProjectorOrigin(vllm_config)
+        self.specs = self._origin.specs()
         self._max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        self._max_model_len = model_config.max_model_len
         self._prepared = False
         self._loaded = False
-        self._model_config = model_config
-        self._started_from = model_config.model
         self._gathers: bool | None = None
         self._backend = os.environ.get(BACKEND_VARIABLE, DEFAULT_BACKEND)
         self._choice = choice = select_backend(
@@ -149,46 +130,21 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
                 self._ranks,
             ),
         )
+        self._packs = PackReader(
+            self.specs,
+            self._banks,
+            cast(torch.dtype, model_config.dtype),
+            model_config.max_model_len,
+        )
         if self._place and (rank == 0 or self._banks.projected):
-            names = self._untrained(vllm_config)
+            names = self._origin.untrained(self.specs)
             self._banks.refuse_untrained(names)
             if names and rank == 0:
                 logger.warning("%s", untrained_message(names))
-        placeholder_ids = sorted(spec.token_id for spec in self._spec_list)  # type: ignore[type-var]
+        placeholder_ids = sorted(spec.token_id for spec in self.specs.values())  # type: ignore[type-var]
         self.register_buffer(
             "_placeholder_ids", torch.tensor(placeholder_ids, dtype=torch.int64), persistent=False
         )
-
-    def _checked_specs(self, vllm_config: VllmConfig) -> dict[str, ModalitySpec]:
-        """The modalities, with what `projector: FILE` tells of them.
-
-        Raises:
-            ValueError: the config and the file of projectors, the checkpoint's or that one, differ.
-        """
-        model_config = vllm_config.model_config
-        specs = modality_table(model_config)
-        given = getattr(self.config, "projector", None)
-        if given is not None:
-            hidden_size = text_config_of(self.config).hidden_size
-            told = modality_table(model_config, settle=False)
-            return {n: s.settled(hidden_size) for n, s in complete_specs(given, told).items()}
-        cache = vllm_config.load_config.download_dir
-        check_recorded(
-            projector_file(model_config.model, revision=model_config.revision, cache=cache), specs
-        )
-        return specs
-
-    def _untrained(self, vllm_config: VllmConfig) -> list[str]:
-        """Modalities whose projectors are known to be a random start."""
-        model_config = vllm_config.model_config
-        file = getattr(self.config, "projector", None)
-        trained = read_trained(
-            file or model_config.model,
-            self.config,
-            revision=model_config.revision,
-            cache=vllm_config.load_config.download_dir,
-        )
-        return untrained(trained, self.specs)
 
     def load_bank(self, number: int, fields: Mapping[str, str], seconds: float) -> bool:
         """Load some more of a version of a bank; see `ResidentBanks.advance`."""
@@ -219,31 +175,9 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         and with it every other request.
         """
         packs = kwargs.get("pack")
-        return [self._open(pack) for pack in packs] if isinstance(packs, (list, tuple)) else []
-
-    def _open(self, pack: object) -> torch.Tensor:
-        if isinstance(pack, (list, tuple)) and len(pack) == 1:
-            pack = pack[0]
-        try:
-            if not isinstance(pack, torch.Tensor):
-                raise PackError(f"expected a tensor, got {type(pack).__name__}")
-            rows, kinds = open_pack(pack)
-            for group in kinds:
-                modality, width = group.modality, group.width
-                if not 0 <= modality < len(self._widths):
-                    raise PackError(f"modality index {modality} is unknown")
-                if width != self._widths[modality]:
-                    raise PackError(
-                        f"modality {self._spec_list[modality].name!r}: rows are {width} wide, "
-                        f"expected {self._widths[modality]}"
-                    )
-                if group.bank is not None:
-                    self._banks.check(group)
-            return rows
-        except PackError as error:
-            logger.error("A request bypassed the processor and sent no pack of rows: %s", error)
-            dtype = cast(torch.dtype, self._model_config.dtype)
-            return blank_directory(self._max_model_len, self._widths[0], dtype)
+        return (
+            [self._packs.open(pack) for pack in packs] if isinstance(packs, (list, tuple)) else []
+        )
 
     def _prepare(self) -> None:
         """Claim the memory that the largest step needs, and compile what requests will need.
@@ -318,9 +252,15 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         self._complete()
         self._project_banks()
         projectors = self.projectors.weights()
+        dtype = projectors[0].w2.dtype
         with compat.single_threaded():
-            plan = self._plan(
-                multimodal_embeddings, is_multimodal.cpu(), input_ids, projectors[0].w2.dtype
+            plan = plan_rows(
+                self._packs.find(multimodal_embeddings, dtype),
+                is_multimodal.cpu(),
+                input_ids.shape[0],
+                self._packs.widths,
+                dtype=dtype,
+                device=input_ids.device,
             )
         table = self._token_table()
         if table is not None:
@@ -343,34 +283,6 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         rows = tensor_model_parallel_all_reduce(rows) if self._ranks > 1 else rows
         at = plan.all_slots
         return text.index_copy_(0, at, rows.index_select(0, at))
-
-    def _plan(
-        self,
-        parts: Sequence[torch.Tensor],
-        mask: torch.Tensor,
-        input_ids: torch.Tensor,
-        dtype: torch.dtype,
-    ) -> RowPlan:
-        """The step's plan; parts that lead to no rows of this model are read as zeros."""
-
-        try:
-            rows = find_rows(parts, self._widths, dtype, self._banks)
-        except ValueError as error:
-            # `_open` looks at a pack's header; here its directory is wrong. See its docstring.
-            logger.error("A request bypassed the processor and sent a broken pack: %s", error)
-            parts = [self._checked(part, dtype) for part in parts]
-            rows = find_rows(parts, self._widths, dtype, self._banks)
-        return plan_rows(
-            rows, mask, input_ids.shape[0], self._widths, dtype=dtype, device=input_ids.device
-        )
-
-    def _checked(self, part: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The slice, or as many rows of zeros where it leads to no rows of this model."""
-        try:
-            find_rows([part], self._widths, dtype, self._banks)
-        except ValueError:
-            return blank_directory(part.shape[0], self._widths[0], dtype)
-        return part
 
     def _token_table(self) -> tuple[torch.Tensor, int] | None:
         """The token table (or this rank's shard) and its first id, where gathering embeds tokens.
@@ -461,7 +373,8 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
             without_projectors(), mapper=self.hf_to_vllm_mapper
         )
         if first or compat.are_of_a_loader(weights):
-            for name, tensor in self._projector_file(keep=set() if first else loaded).items():
+            keep = set() if first else loaded
+            for name, tensor in self._origin.weights(self.specs, keep).items():
                 self.projectors.load(name, tensor)
                 loaded.add(name)
         if first:
@@ -473,21 +386,5 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
         """Read `projector: FILE` where the loader has filled the parameters by itself."""
         if not self._loaded:
             self._loaded = True
-            for name, tensor in self._projector_file(keep=set()).items():
+            for name, tensor in self._origin.weights(self.specs, set()).items():
                 self.projectors.load(name, tensor)
-
-    def _projector_file(self, keep: set[str]) -> dict[str, torch.Tensor]:
-        """The weights of `projector: FILE`; {} without one.
-
-        Args:
-            keep: names that another checkpoint than the engine's own has given.
-        """
-        file = getattr(self.config, "projector", None)
-        if file is None:
-            return {}
-        from mmqwen.checkpoint import load_projectors
-
-        found = load_projectors(file, self.specs, text_config_of(self.config).hidden_size)
-        if self._model_config.model == self._started_from:
-            return found
-        return {name: tensor for name, tensor in found.items() if name not in keep}
