@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -264,6 +265,26 @@ def test_pieces_of_the_loss_are_the_whole(piece, monkeypatch):
     torch.nn.functional.cross_entropy(head(hidden), targets, reduction="sum").backward()
     for one, other in zip(got, [hidden.grad, head.weight.grad], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("fused", [None, lambda h, w, t, b: F.cross_entropy(h @ w.T + b, t)])
+def test_the_loss_of_a_head_in_shards_is_one_call_of_it(fused, monkeypatch):
+    """Between torch's FSDP hooks, which run at the beginning and the end of a call."""
+    monkeypatch.setattr("mmqwen.hf.loss.PIECE", 3)
+    head, calls = torch.nn.Linear(16, 50), []
+    head.register_forward_hook(lambda module, arguments, result: calls.append(result))
+    hidden, targets = torch.randn(7, 16, requires_grad=True), torch.arange(7)
+    leaves = (hidden, head.weight, head.bias)
+    want = token_loss(hidden, head, targets, fused=fused)
+    gradients_of_want = torch.autograd.grad(want, leaves)
+    calls.clear()
+    monkeypatch.setattr("mmqwen.hf.loss._is_sharded", lambda module: True)
+    loss = token_loss(hidden, head, targets, fused=fused)
+    assert torch.equal(loss, want)
+    for got, other in zip(torch.autograd.grad(loss, leaves), gradients_of_want, strict=True):
+        assert torch.equal(got, other)
+    assert [call.shape for call in calls] == [()]
+    assert head(hidden).shape == (7, 50)  # the head is what it was
 
 
 # -- samples that do not fit -------------------------------------------------------------------

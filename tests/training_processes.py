@@ -92,8 +92,14 @@ def killed_while_saving(settings: Any) -> None:
 
 
 def sharded(settings: Any, kill_at: int) -> None:
-    """Each rank holds its share of every weight, and ends after so many steps."""
+    """Each rank holds its share of every weight, and ends after so many steps.
+
+    The head's loss is computed in several pieces, as it is from 2,048 tokens on.
+    """
+    from mmqwen.hf import loss
     from mmqwen.training import train
+
+    loss.PIECE = 3
     from mmqwen.training.sharding import is_sharded
 
     def watch(model: Any) -> None:

@@ -177,10 +177,7 @@ def speed_up(
         # 13,000 with Liger's parts of layers in their place.
         plain = settings.fsdp is None and not settings.gradient_checkpointing
         compiled = device.type == "cuda" and plain and _pays(model, device, tokens)
-    # Liger's loss reads the head's weight past its module, which FSDP gathers weights by.
-    liger = _apply_liger(
-        model, settings.liger, device, layers=not compiled, loss=settings.fsdp is None
-    )
+    liger = _apply_liger(model, settings.liger, device, layers=not compiled)
     if compiled:
         for layer in model.model.layers:
             layer.compile(dynamic=False)
@@ -202,7 +199,7 @@ def _pays(model: Any, device: torch.device, tokens: float) -> bool:
 
 
 def _apply_liger(
-    model: Any, wanted: bool | None, device: torch.device, *, layers: bool, loss: bool
+    model: Any, wanted: bool | None, device: torch.device, *, layers: bool
 ) -> tuple[str, ...]:
     """Use Liger's kernels: the loss without logits, and the layers' parts where not compiled."""
     if wanted is False or (wanted is None and device.type != "cuda"):
@@ -226,13 +223,10 @@ def _apply_liger(
             hidden.to(weight.dtype), weight, targets, bias, reduction="sum", chunk_mem_const=size
         )
 
-    used: tuple[str, ...] = ()
-    if loss:
-        model.fused_loss = fused
-        used = ("loss",)
+    model.fused_loss = fused
     text = model._text_model()
     if not layers or text.config.model_type not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
-        return used
+        return ("loss",)
     # It also puts its classes into transformers' module, where they would meet models that other
     # code of this process makes, on a CPU perhaps.
     module = vars(sys.modules[type(text).__module__])
@@ -240,4 +234,4 @@ def _apply_liger(
     options = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
     monkey_patch._apply_liger_kernel_to_instance(text, **options)
     module.update(before)
-    return (*used, "layers")
+    return ("loss", "layers")
