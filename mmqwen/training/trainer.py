@@ -32,7 +32,12 @@ from mmqwen.training.checkpoints import (
 from mmqwen.training.config import TrainingError
 from mmqwen.training.meter import Meter
 from mmqwen.training.packing import PackedSampler
-from mmqwen.training.sharding import load_optimizer_state, optimizer_state, shard_on_cpu
+from mmqwen.training.sharding import (
+    keep_losses_whole,
+    load_optimizer_state,
+    optimizer_state,
+    shard_on_cpu,
+)
 
 OPTIMIZER_FILE = "optimizer.pt"
 SCHEDULE_FILE = "scheduler.pt"
@@ -310,6 +315,8 @@ class RowsTrainer(Trainer):
             plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
             shard_on_cpu(self.accelerator, plugin)
             self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+        if self.is_fsdp_enabled:
+            keep_losses_whole(self.accelerator.state.fsdp_plugin)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save what is trained; every process calls it, the first one writes."""
