@@ -170,14 +170,12 @@ class MultimodalQwen3Model(nn.Module, SupportsMultiModal, SupportsLoRA, Supports
     def embed_multimodal(self, **kwargs: object) -> list[torch.Tensor]:
         """Directories `[rows, 2]` of the packs, int64, on the host; nothing is projected yet.
 
-        A tensor that is no pack of this model's rows can only come through a door that bypasses
-        the processor. It is logged and read as rows of zeros: raising here would end the engine,
-        and with it every other request.
+        What is no pack is read as rows of zeros; see `PackReader`.
         """
         packs = kwargs.get("pack")
-        return (
-            [self._packs.open(pack) for pack in packs] if isinstance(packs, (list, tuple)) else []
-        )
+        if not isinstance(packs, (list, tuple)):
+            return []
+        return [self._packs.open(pack) for pack in packs]
 
     def _prepare(self) -> None:
         """Claim the memory that the largest step needs, and compile what requests will need.
