@@ -27,6 +27,12 @@ _started: list[Any] = []
 """Engines live until the process ends: freeing one tears down the process groups of all."""
 
 
+def keep(llm: Any) -> Any:
+    """Let an engine live until the process ends."""
+    _started.append(llm)
+    return llm
+
+
 def start(checkpoint: str | Path, **options: Any) -> Any:
     """A vLLM engine with the tests' settings: small, eager, in float32 unless told."""
     from vllm import LLM
@@ -48,8 +54,7 @@ def start(checkpoint: str | Path, **options: Any) -> Any:
     gc.collect()  # an engine that a test has dropped would take the groups with it later
     if parallel_state._TP is not None and parallel_state._EP is None:
         parallel_state._EP = parallel_state._TP
-    _started.append(LLM(model=str(checkpoint), **settings))
-    return _started[-1]
+    return keep(LLM(model=str(checkpoint), **settings))
 
 
 @lru_cache(maxsize=8)

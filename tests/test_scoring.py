@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache, Qwen3Config, Qwen3NextConfig
 
-from engines import TOLERANCE, reference, rows_of
+from engines import TOLERANCE, keep, reference, rows_of
 from mmqwen.data import DatasetWriter
 from mmqwen.pipeline import MultimodalQwen3Pipeline
 from mmqwen.scoring import Completion, can_branch, plan_reads, reads_are_cheaper
@@ -227,11 +227,12 @@ def test_an_adapter_answers_and_scores_as_the_merged_model(checkpoint, tmp_path)
     with MultimodalQwen3Pipeline(merged, engine="transformers", **options) as twin:
         (wanted,) = twin.generate(one, max_tokens=4, return_full=True)
         scores = [score.logprob for score in twin.score(one, CHOICES)]
-    with MultimodalQwen3Pipeline(apart, enable_lora=True, **options, **fast) as pipeline:
-        pipeline._engine.llm.llm_engine.add_lora(lora)  # first, as docs/training.md says
-        (full,) = pipeline.generate(one, max_tokens=4, return_full=True, lora_request=lora)
-        found = [score.logprob for score in pipeline.score(one, CHOICES, lora_request=lora)]
-        (without,) = pipeline.generate(one, max_tokens=4, return_full=True)
+    pipeline = MultimodalQwen3Pipeline(apart, enable_lora=True, **options, **fast)
+    keep(pipeline._engine.llm)
+    pipeline._engine.llm.llm_engine.add_lora(lora)  # first, as docs/training.md says
+    (full,) = pipeline.generate(one, max_tokens=4, return_full=True, lora_request=lora)
+    found = [score.logprob for score in pipeline.score(one, CHOICES, lora_request=lora)]
+    (without,) = pipeline.generate(one, max_tokens=4, return_full=True)
     assert full.token_ids == wanted.token_ids
     assert close(full.logprobs, wanted.logprobs)
     assert close(found, scores)
