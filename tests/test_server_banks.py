@@ -125,11 +125,11 @@ def test_a_bank_is_changed_and_shown(client, server, files):
 @pytest.mark.parametrize("key", [None, "wrong", KEY[:-1]])
 def test_without_the_key_nothing_is_shown_or_changed(server, client, key):
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    before = client.get("/v1/banks").json()
+    before = client.get("/v1/banks").json()["data"]
     with httpx.Client(base_url=server.url, headers=headers, timeout=30) as other:
         assert other.get("/v1/banks").status_code == 401
         assert update(other, "v2.bank").status_code == 401
-    assert client.get("/v1/banks").json() == before
+    assert client.get("/v1/banks").json()["data"] == before
 
 
 def test_files_of_the_folder_alone_are_served(client, folder, files):
@@ -140,7 +140,7 @@ def test_files_of_the_folder_alone_are_served(client, folder, files):
     Path(f"{beside}.keys").unlink()
     Path(f"{beside}.keys").symlink_to("/etc/hosts")
     os.mkfifo(new / "pipe.bank")
-    before = client.get("/v1/banks").json()
+    before = client.get("/v1/banks").json()["data"]
     for file in ("../first.bank", str(outside), "link.bank", "up/first.bank", "beside.bank",
                  "/etc/passwd", "/no/such/file", "../none"):  # fmt: skip
         answer = update(client, file)
@@ -152,7 +152,7 @@ def test_files_of_the_folder_alone_are_served(client, folder, files):
     for content in ("{", "[]", "3", '{"file": "v1.bank", "more": 1}', "[" * 100_000):
         answer = client.post("/v1/banks/items", content=content)
         assert answer.status_code == 400, (content[:20], answer.text)
-    assert client.get("/v1/banks").json() == before
+    assert client.get("/v1/banks").json()["data"] == before
     assert update(client, str(new / "v1.bank")).status_code == 200
 
 
