@@ -151,17 +151,10 @@ def test_shards_learn_what_one_process_does_and_go_on_after_a_kill(settings, tmp
 
 
 def test_losses_of_shards_are_not_rounded_to_bfloat16(settings, tmp_path):
-    options = {
-        "stage": "full",
-        "accumulation": 1,
-        "max_steps": 3,
-        "bf16": True,
-        "fsdp": "full_shard",
-    }
-    run = replace(settings, output=f"{settings.output}-halves", **options)
-    assert apart(plainly, run, log=tmp_path / "log", ranks=2) == [0, 0], (
-        tmp_path / "log"
-    ).read_text()[-3000:]
+    options = {"stage": "full", "accumulation": 1, "max_steps": 3, "bf16": True}
+    run = replace(settings, output=f"{settings.output}-halves", fsdp="full_shard", **options)
+    log = tmp_path / "log"
+    assert apart(plainly, run, log=log, ranks=2) == [0, 0], log.read_text()[-3000:]
     found = torch.tensor(losses(Path(run.output)))
     assert (found != found.bfloat16().float()).all()
 

@@ -15,10 +15,10 @@ from tiny import make_composite
 from training_runs import settings_for, write_data
 
 pytest.importorskip("vllm")
+pytest.importorskip("peft")
 
 CHANGED = max(1e-2, 10 * TOLERANCE)
 """What training moves a log-probability by at least, beyond what two engines differ by."""
-pytest.importorskip("peft")
 
 
 @pytest.fixture(scope="module")

@@ -305,7 +305,7 @@ def test_a_projector_file_where_the_loader_fills_parameters_by_itself(folders, m
     fuse, used = module.fuse_embeddings, []
 
     def noting(ids, table, rows, projectors, **options):
-        used.append([projector.w1.cpu() for projector in projectors])
+        used.append([projector.w1.clone().cpu() for projector in projectors])
         return fuse(ids, table, rows, projectors, **options)
 
     monkeypatch.setattr(module, "fuse_embeddings", noting)

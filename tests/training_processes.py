@@ -98,9 +98,9 @@ def sharded(settings: Any, kill_at: int) -> None:
     """
     from mmqwen.hf import loss
     from mmqwen.training import train
+    from mmqwen.training.sharding import is_sharded
 
     loss.PIECE = 3
-    from mmqwen.training.sharding import is_sharded
 
     def watch(model: Any) -> None:
         assert all(is_sharded(p) for p in model.parameters())
