@@ -86,7 +86,6 @@ class MultimodalQwen3Pipeline:
             for name, bank in parse_banks(banks).items()
         }
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._engine: VllmEngine | TransformersEngine | None = None
         self._checker: PromptChecker | None = None
         self._closed = False
         self._reading = Lock()  # the engine starts once, and tokenizers are for one thread
@@ -120,7 +119,7 @@ class MultimodalQwen3Pipeline:
         Raises:
             ValueError: no modalities are known yet, so that no engine has started.
         """
-        return self._require()[0].tokenizer
+        return self._require().engine.tokenizer
 
     # -- generate -------------------------------------------------------------------------------
 
@@ -212,7 +211,7 @@ class MultimodalQwen3Pipeline:
             raise ValueError(f"chat_template_kwargs: {sorted(taken)} are set by the pipeline")
 
         def read(value: Any) -> Prompt:
-            return self._require()[1].read_chat(value, template)
+            return self._require().read_chat(value, template)
 
         limits = {"max_tokens": 256, "temperature": 0.0}
         return self._serve([messages], read, True, **{**limits, **options})
@@ -258,7 +257,8 @@ class MultimodalQwen3Pipeline:
             results = self._read(values, self._read_any, attempt)
             if all(isinstance(result, Exception) for result in results):
                 return only(results, single)
-            engine, checker = self._require()
+            checker = self._require()
+            engine = checker.engine
             lora = engine.check_lora(lora_request)
             pairs = [
                 prompt if isinstance(prompt, Exception) else (prompt, after)
@@ -288,7 +288,7 @@ class MultimodalQwen3Pipeline:
                 changed.
         """
         path = os.path.abspath(os.path.expanduser(file))
-        return self._require()[0].update_bank(name, path)
+        return self._require().engine.update_bank(name, path)
 
     def close(self) -> None:
         """Free the engine and the temporary checkpoint; the pipeline cannot be used again.
@@ -297,7 +297,7 @@ class MultimodalQwen3Pipeline:
         """
         self._closed = True
         with self._reading:
-            self._engine = self._checker = None
+            self._checker = None
             self._drop_folder()
 
     def __enter__(self) -> MultimodalQwen3Pipeline:
@@ -323,13 +323,14 @@ class MultimodalQwen3Pipeline:
         if stream and return_full:
             raise ValueError("return_full gives texts when they are whole; leave stream out")
         attempt = attempts(on_error, single)
-        limits = check_limits(fields["max_tokens"], fields["temperature"])
-        fields |= zip(("max_tokens", "temperature"), limits, strict=True)
+        max_tokens, temperature = check_limits(fields["max_tokens"], fields["temperature"])
+        fields |= {"max_tokens": max_tokens, "temperature": temperature}
         with self._reading:
             results = self._read(values, read, attempt)
             if all(isinstance(result, Exception) for result in results):  # also: no input at all
                 return joined(results, [], iter(()), single) if stream else only(results, single)
-            engine, checker = self._require()
+            checker = self._require()
+            engine = checker.engine
             options = engine.options(fields, stream=stream, full=return_full)
             results = attempt(checker.prepare, results)
         good = [index for index, result in enumerate(results) if isinstance(result, Ready)]
@@ -346,7 +347,7 @@ class MultimodalQwen3Pipeline:
     ) -> list[Any]:
         """Prompts, or why there is none; the first ones start an engine that waits for widths."""
         results = attempt(read, values)
-        if self._engine is None and not self._closed:
+        if self._checker is None and not self._closed:
             widths: dict[str, int] = {}
             results = attempt(lambda prompt: add_widths(prompt, widths), results)
             if widths:
@@ -362,18 +363,22 @@ class MultimodalQwen3Pipeline:
         """A prompt as `generate` takes it, or a conversation in a dict."""
         if isinstance(value, Mapping) and set(value) == {"messages"}:
             template = {"add_generation_prompt": True}
-            return self._require()[1].read_chat(value["messages"], template)
+            return self._require().read_chat(value["messages"], template)
         return read_prompt(value)
 
-    def _require(self) -> tuple[VllmEngine | TransformersEngine, PromptChecker]:
+    @property
+    def _engine(self) -> VllmEngine | TransformersEngine | None:
+        return None if self._checker is None else self._checker.engine
+
+    def _require(self) -> PromptChecker:
         if self._closed:
             raise ValueError("the pipeline is closed; make a new one")
-        if self._engine is None or self._checker is None:
+        if self._checker is None:
             raise ValueError(
                 "no modalities are known yet: give modalities={...} to the pipeline, or an input "
                 "that has items first"
             )
-        return self._engine, self._checker
+        return self._checker
 
     def _start_built(self, modalities: Mapping[str, Any]) -> None:
         from mmqwen.checkpoint import build_checkpoint
@@ -399,7 +404,7 @@ class MultimodalQwen3Pipeline:
         kind = VllmEngine if self._engine_name == "vllm" else TransformersEngine
         own = parse_banks(getattr(config, "banks", None), checkpoint)
         banks = {**{name: bank.to_dict() for name, bank in own.items()}, **self._banks}
-        self._engine = kind(checkpoint, self._device, self._options, banks)
+        engine = kind(checkpoint, self._device, self._options, banks)
         self.banks = banks
         self.specs = config.modality_specs
-        self._checker = PromptChecker(self._engine, self.specs, config.vocab_size)
+        self._checker = PromptChecker(engine, self.specs, config.vocab_size)

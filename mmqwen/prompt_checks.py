@@ -31,7 +31,7 @@ class PromptChecker:
         specs: Mapping[str, ModalitySpec],
         vocab_size: int,
     ) -> None:
-        self._engine = engine
+        self.engine = engine
         self._specs = specs
         self._vocab_size = vocab_size
 
@@ -42,8 +42,8 @@ class PromptChecker:
             ValueError: as `read_messages` and `render_chat`; or the template has left rows out.
         """
         plain, items = read_messages(messages, self._specs)
-        text = check_unicode(render_chat(self._engine.tokenizer, plain, **template))
-        ids = self._engine.tokenizer.encode(text, add_special_tokens=False)
+        text = check_unicode(render_chat(self.engine.tokenizer, plain, **template))
+        ids = self.engine.tokenizer.encode(text, add_special_tokens=False)
         check_parts_kept(ids, self._specs, {name: len(members) for name, members in items.items()})
         return Prompt(token_ids=ids, items=items)
 
@@ -57,15 +57,15 @@ class PromptChecker:
 
         ids = prompt.token_ids
         if ids is None:
-            ids = self._engine.tokenizer.encode(prompt.text)
+            ids = self.engine.tokenizer.encode(prompt.text)
         check_ids(ids, self._vocab_size)
         if not ids and not any(len(as_items(value, name)) for name, value in prompt.items.items()):
             raise ValueError("the prompt is empty; give text, token ids or items")
-        ready = self._engine.prepare(list(ids), prompt.items)
-        if ready.length >= self._engine.max_model_len:
+        ready = self.engine.prepare(list(ids), prompt.items)
+        if ready.length >= self.engine.max_model_len:
             raise ValueError(
                 f"the prompt is {ready.length} tokens long with its rows, expected fewer than "
-                f"{self._engine.max_model_len} (max_model_len)"
+                f"{self.engine.max_model_len} (max_model_len)"
             )
         return ready
 
@@ -93,7 +93,7 @@ class PromptChecker:
 
     def _read_continuation(self, value: Any, before: int) -> list[int]:
         if isinstance(value, str):
-            ids = self._engine.tokenizer.encode(check_unicode(value), add_special_tokens=False)
+            ids = self.engine.tokenizer.encode(check_unicode(value), add_special_tokens=False)
         elif hasattr(value, "__len__"):
             ids = read_ids(value)
         else:
@@ -104,9 +104,9 @@ class PromptChecker:
         for spec in self._specs.values():
             if spec.token_id in ids:
                 raise ValueError(f"it holds {spec.token}, but rows are never said")
-        if before + len(ids) >= self._engine.max_model_len:
+        if before + len(ids) >= self.engine.max_model_len:
             raise ValueError(
                 f"it is {len(ids)} tokens long after {before} of the prompt, expected fewer than "
-                f"{self._engine.max_model_len} in all (max_model_len)"
+                f"{self.engine.max_model_len} in all (max_model_len)"
             )
         return list(ids)

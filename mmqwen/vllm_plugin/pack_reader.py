@@ -8,7 +8,7 @@ import torch
 from vllm.logger import init_logger
 
 from mmqwen.modalities import ModalitySpec
-from mmqwen.pack_slices import Banks, find_rows
+from mmqwen.pack_slices import find_rows
 from mmqwen.packs import PackError, blank_directory, open_pack
 from mmqwen.vllm_plugin.banks import ResidentBanks
 from mmqwen_kernels import HostRows
@@ -75,20 +75,19 @@ class PackReader:
             parts: slices of what `open` returned.
             dtype: of the projectors, and of rows.
         """
-        banks: Banks = self._banks
         try:
-            return find_rows(parts, self.widths, dtype, banks)
+            return find_rows(parts, self.widths, dtype, self._banks)
         except ValueError as error:
             # `open` looks at a pack's header; here its directory is wrong.
             logger.error("A request bypassed the processor and sent a broken pack: %s", error)
         read = []
         for part in parts:
             try:
-                find_rows([part], self.widths, dtype, banks)
+                find_rows([part], self.widths, dtype, self._banks)
                 read.append(part)
             except ValueError:
                 read.append(self._zeros(part.shape[0], dtype))
-        return find_rows(read, self.widths, dtype, banks)
+        return find_rows(read, self.widths, dtype, self._banks)
 
     def _zeros(self, rows: int, dtype: torch.dtype) -> torch.Tensor:
         return blank_directory(rows, self.widths[0], dtype)
